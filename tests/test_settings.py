@@ -1,0 +1,125 @@
+"""Settings, and that every wrong input is answered with one line and status 2 before torch is imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, picture
+
+import dreambooth_implementation as db
+
+
+def test_command_line_makes_settings():
+    s = db.parse_settings(["--train", "--max_train_steps", "7", "--learning_rate", "2e-5", "--no-with_prior_preservation",
+                           "--train_text_encoder", "--validation_prompt", "a", "--validation_prompt", "b"])
+    assert (s.mode, s.steps, s.learning_rate) == ("train", 7, 2e-5)
+    assert not s.with_prior_preservation and s.train_text_encoder
+    assert s.validation_prompt == ["a", "b"]
+    assert s.prior_loss_weight == 1.0 and s.num_class_images == 200 and not s.random_flip
+
+
+def test_settings_cannot_change():
+    with pytest.raises(AttributeError):
+        db.parse_settings(["--train"]).steps = 3
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "--train"),
+    (["--train", "--infer"], "not allowed"),
+    (["--train", "--steps", "0"], "--steps 0"),
+    (["--train", "--steps", "many"], "--steps"),
+    (["--train", "--learning_rate", "nan"], "--learning_rate nan"),
+    (["--train", "--resolution", "500"], "--resolution 500"),
+    (["--train", "--prior_loss_weight", "-1"], "--prior_loss_weight -1"),
+    (["--train", "--lr_scheduler", "wavy"], "--lr_scheduler"),
+    (["--train", "--no_such_flag"], "--no_such_flag"),
+    (["--train", "--prompt", "a dog"], "--prompt belongs to --infer"),
+    (["--infer", "--steps", "30"], "--steps belongs to --train"),
+    (["--infer", "--num_images", "0"], "--num_images 0"),
+    (["--infer"], "--train first"),
+    (["--infer", "--model_path", "nowhere"], "--model_path nowhere"),
+    (["--infer", "--model_path", "text_model"], "StableDiffusion3Pipeline"),
+    (["--infer", "--model_path", "{demo}"], "--prompt is missing"),
+    (["--infer", "--model_path", "{demo}", "--prompt", "a [identifier] dog"], "dreambooth.json"),
+    (["--train", "--instance_data_dir", "nowhere"], "--instance_data_dir nowhere"),
+    (["--train", "--instance_data_dir", "empty"], "no images"),
+    (["--train", "--instance_data_dir", "text_as_jpg"], "fake.jpg"),
+    (["--train", "--instance_data_dir", "truncated"], "cut.jpg"),
+    (["--train", "--instance_data_dir", "good"], "--class_prompt is missing"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", " "], "--class_prompt is empty"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--identifier", "two words"], "--identifier"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--model_name", "no/such/folder"], "--model_name"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--model_name", "nobody/nothing"], "--model_name"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--model_name", "good"], "model_index.json"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--model_name", "{demo}", "--output_dir", "good"],
+     "--output_dir good"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--model_name", "{demo}", "--output_dir", "file"],
+     "--output_dir file"),
+])
+def test_wrong_input_is_one_line_and_status_2(tmp_path, flags, said):
+    for name in ("empty", "text_as_jpg", "truncated", "good", "text_model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text_as_jpg" / "fake.jpg").write_text("not a picture")
+    picture(0).save(tmp_path / "truncated" / "whole.jpg")
+    (tmp_path / "truncated" / "cut.jpg").write_bytes((tmp_path / "truncated" / "whole.jpg").read_bytes()[:-200])
+    for i in range(3):
+        picture(i).save(tmp_path / "good" / f"{i}.png")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text_model" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    flags = [flag.format(demo=REPOSITORY / "demo" / "model") for flag in flags]
+    script = (f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import dreambooth_implementation as db; "
+              f"status = db.main({flags!r}); assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(status)")
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2, result
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and said in result.stderr, result.stderr
+    assert not (tmp_path / "output").exists() and not (tmp_path / "class_images").exists()
+
+
+def test_help_does_not_import_torch():
+    script = ("import sys, dreambooth_implementation as db\ntry: db.main(['--help'])\n"
+              "except SystemExit as stop: assert stop.code == 0\nassert 'torch' not in sys.modules")
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(f"--{flag}" in result.stdout for flag in ("train", "infer", "class_prompt", "num_images"))
+
+
+def test_moved_models_are_found_under_their_new_id(monkeypatch, capsys):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: asked.append(name) or "cached")
+    assert db.find_model("runwayml/stable-diffusion-v1-5", "--model_name") == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    assert "no longer on the hub" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("class_prompt, expected", [
+    ("a dog", "a sks dog"),
+    ("an apple", "a sks apple"),
+    ("the dog", "a sks dog"),
+    ("dog", "a sks dog"),
+    ("a teddy bear", "a sks teddy bear"),
+    ("a photo of a dog", "a photo of a sks dog"),
+    ("a dog on the grass", "a sks dog on the grass"),
+])
+def test_instance_prompt_follows_from_class_prompt(class_prompt, expected):
+    assert db.make_subject(db.Settings("train"), class_prompt).instance_prompt == expected
+
+
+def test_identifier_of_several_tokens_and_long_prompts_are_said(tiny_model, capsys):
+    tokenizer = db.load_models(str(tiny_model("sd1")), torch.float32).tokenizers[0]
+    db.check_identifier(tokenizer, "dog")
+    db.check_length(tokenizer, ["a dog"])
+    assert capsys.readouterr().out == ""
+    db.check_identifier(tokenizer, "zqzq")
+    assert '"zqzq" into' in capsys.readouterr().out
+    db.check_length(tokenizer, ["a dog " * 60])
+    assert "reads only the first" in capsys.readouterr().out
+
+
+def test_instance_prompt_without_identifier_is_said(capsys):
+    db.make_subject(db.Settings("train", instance_prompt="my dog"), "a dog")
+    assert "does not contain the identifier" in capsys.readouterr().out
+    assert db.make_subject(db.Settings("train", instance_prompt="my [identifier] dog"), "a dog").instance_prompt == "my sks dog"
