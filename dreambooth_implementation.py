@@ -23,12 +23,14 @@ Where to change what:
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import dataclass
@@ -49,6 +51,12 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+@functools.cache
+def say_once(message):
+    """say(), but not again if the same line comes up again."""
+    say(message)
+
+
 def say(message):
     """Print one line, once however many processes train together."""
     if is_first_process():
@@ -60,7 +68,7 @@ def say(message):
 
 
 def _field(mode, default, help, **options):
-    """One flag. `options`: minimum (inclusive), choices, aliases, shown (how --help words the default)."""
+    """One flag. `options`: minimum, maximum, choices, aliases, shown (how --help words the default)."""
     return dataclasses.field(default=default, metadata={"mode": mode, "help": help, **options})
 
 
@@ -107,7 +115,7 @@ class Settings:
     train_batch_size: int = _field("train", 1, "photos per step and GPU; as many class images join them", minimum=1)
     gradient_accumulation_steps: int = _field("train", 1, "batches per optimizer step", minimum=1)
     lr_scheduler: str = _field("train", "constant", "learning rate schedule", choices=[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"])
+        "constant", "constant_with_warmup", "linear", "cosine"])
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
     adam_weight_decay: float = _field("train", 1e-2, "AdamW weight decay", minimum=0)
@@ -139,7 +147,7 @@ class Settings:
     sample_batch_size: int = _field("both", 4, "pictures drawn at once", minimum=1)
     mixed_precision: str = _field("both", "auto", "bf16 or fp16 arithmetic; auto: bf16 where the GPU has it, else fp16, "
                                                   "and none without a CUDA GPU", choices=["auto", "no", "fp16", "bf16"])
-    seed: int = _field("both", 0, "seed of all randomness", minimum=0)
+    seed: int = _field("both", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,8 +192,10 @@ def parse_settings(argv=None):
         value, meta = getattr(settings, field.name), field.metadata
         if field.name in given and meta["mode"] not in ("both", settings.mode):
             raise UserError(f"--{field.name} belongs to --{meta['mode']} and has no meaning with --{settings.mode}")
-        if "minimum" in meta and value is not None and not meta["minimum"] <= value < float("inf"):
-            raise UserError(f"--{field.name} {value}: must be a number of at least {meta['minimum']}")
+        low, high = meta.get("minimum"), meta.get("maximum", sys.float_info.max)
+        if low is not None and value is not None and not low <= value <= high:
+            raise UserError(f"--{field.name} {value}: must be a number of at least {low}"
+                            + (f" and at most {high}" if "maximum" in meta else ""))
     for name in ("resolution", "height", "width"):
         if (getattr(settings, name) or 0) % 8:
             raise UserError(f"--{name} {getattr(settings, name)}: must be a multiple of 8")
@@ -258,7 +268,7 @@ class Models:
 
 
 def find_model(name, flag):
-    """Folder or hub id of a model, without importing torch. Raises UserError if there is no such model."""
+    """Folder or hub id of a model, without importing torch. Raises UserError if there is none of a supported kind."""
     if name in MOVED_MODELS and not Path(name).exists():
         say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
         name = MOVED_MODELS[name]
@@ -266,24 +276,30 @@ def find_model(name, flag):
         index = Path(name) / "model_index.json"
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         try:
-            kind = json.loads(index.read_text())["_class_name"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{flag} {name}: its model_index.json cannot be read; the folder is damaged") from None
-        if kind not in PIPELINES:
-            raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
-        return name
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise UserError(f"{flag} {name}: no such folder; give a diffusers pipeline folder or a hub id such as {DEFAULT_MODEL}")
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    if not isinstance(try_to_load_from_cache(name, "model_index.json"), str):
-        try:
-            hf_hub_download(name, "model_index.json")
+            index = hub_file(name, "model_index.json")
         except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
             reason = str(problem).strip().split("\n")[0]
             raise UserError(f"{flag} {name}: not a local folder, not in the cache, and not to be had from the hub "
                             f"({reason})") from None
+    else:
+        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder or a hub id such as {DEFAULT_MODEL}")
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
+    if kind not in PIPELINES:
+        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
     return name
+
+
+def hub_file(name, file):
+    """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, file)
+    return Path(cached if isinstance(cached, str) else hf_hub_download(name, file))
 
 
 def load_pipeline(name, dtype, flag="--model_name"):
@@ -303,13 +319,14 @@ def load_pipeline(name, dtype, flag="--model_name"):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 name, dtype=dtype, use_safetensors=True, local_files_only=cached_only,
                 safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
+            # transformers makes up a tokenizer of two words where its files are missing
+            if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
+                raise ValueError("the files of its tokenizer are missing")
             break
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
             reason = " ".join(str(problem).split())[:300]
     else:
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
-    if type(pipeline).__name__ not in PIPELINES:
-        raise UserError(f"{flag} {name}: it is a {type(pipeline).__name__}; Stable Diffusion 1.x, 2.x and XL are supported")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
     return pipeline
@@ -420,7 +437,9 @@ def make_subject(s, class_prompt):
     if s.with_prior_preservation and class_prompt is None:
         raise UserError('--class_prompt is missing: prior preservation needs it, such as --class_prompt "a dog"; '
                         'or give --no-with_prior_preservation')
-    opening, noun = ARTICLE.match(class_prompt or "").groups() if class_prompt else ("", "")
+    if "[identifier]" in (class_prompt or ""):
+        raise UserError(f'--class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
+    opening, noun = ARTICLE.match(class_prompt).groups() if class_prompt else ("", "")
     prompt = s.instance_prompt or f"{opening}a [identifier] {noun}"
     subject = Subject(s.identifier, class_prompt or "", prompt.replace("[identifier]", s.identifier))
     if s.identifier not in subject.instance_prompt.split():
@@ -444,9 +463,17 @@ def check_length(tokenizer, prompts):
                 f'{tokenizer.model_max_length}.')
 
 
-def read_record(model_path):
-    """dreambooth.json of a trained model as a dict, {} where there is none. Raises UserError if it is damaged."""
-    path = Path(model_path) / "dreambooth.json"
+def read_record(model):
+    """dreambooth.json of a trained model, a folder or hub id, as a dict; {} where there is none.
+
+    Raises UserError if it is damaged.
+    """
+    path = Path(model) / "dreambooth.json"
+    if not Path(model).is_dir():
+        try:
+            path = hub_file(model, "dreambooth.json")
+        except Exception:  # the model itself was found: it has no record, or the machine is offline
+            return {}
     if not path.is_file():
         return {}
     try:
@@ -508,7 +535,7 @@ def load_image(path):
     try:
         image = Image.open(path)
         if getattr(image, "n_frames", 1) > 1:
-            say(f"{path} has {image.n_frames} frames; the first is used.")
+            say_once(f"{path} has {image.n_frames} frames; the first is used.")
         image = ImageOps.exif_transpose(image)  # phones store photos sideways and say so in EXIF
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8_bit(image)
@@ -517,7 +544,7 @@ def load_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+    except Exception as problem:  # decoders raise all kinds of things on damaged files
         reason = "not an image" if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
         raise UserError(f"{path}: cannot be read ({reason}); remove or replace it") from None
 
@@ -526,7 +553,7 @@ def _to_8_bit(image):
     """A 16-bit, 32-bit or float grey image as mode L; Pillow's own convert() would clip nearly all of it to white."""
     import numpy as np
 
-    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
     top = values.max(initial=0)
     full = next(full for full in (1, 255, 65535, max(top, 65536)) if top <= full)
     return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
@@ -550,12 +577,22 @@ def find_photos(s):
     class_prompt = s.class_prompt
     if class_prompt is None and prompt_file.is_file():
         if not own or sums.get(prompt_file.name) != file_digest(prompt_file):
-            class_prompt = prompt_file.read_text(encoding="utf-8").strip() or None
+            class_prompt = read_text(prompt_file)
             say(f'Class prompt "{class_prompt}", from {prompt_file}.')
-    if class_prompt is not None and not class_prompt.strip():
-        raise UserError('--class_prompt is empty: say what kind of thing the subject is, such as "a dog"')
+    if class_prompt is not None:
+        class_prompt = " ".join(class_prompt.split())
+        if not class_prompt:
+            raise UserError('--class_prompt is empty: say what kind of thing the subject is, such as "a dog"')
     check_photos(photos)
     return photos, class_prompt
+
+
+def read_text(path):
+    """Text of a file a person wrote. Raises UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
 
 def check_photos(photos):
@@ -606,9 +643,11 @@ MANIFEST = "MANIFEST.sha256"
 
 def class_image_settings(s, models, class_prompt, resolution, plan):
     """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
+    configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
     return {"prompt": class_prompt, "model": fingerprint(models), "resolution": resolution,
             "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": CLASS_IMAGE_STEPS,
-            "guidance_scale": guidance_scale(s, models.unet.config), "precision": plan.precision, "seed": "0 + index"}
+            "guidance_scale": guidance_scale(s, models.unet.config), "precision": plan.precision, "seed": "index",
+            "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
 
 
 def missing_class_images(folder, count):
@@ -661,10 +700,12 @@ def draw_class_images(s, models, class_prompt, resolution, plan, folder, indices
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config)
     pipeline.to(plan.device)
-    jobs = [(class_prompt, index) for index in indices]
-    pictures = draw(pipeline, jobs, steps=CLASS_IMAGE_STEPS, guidance_scale=guidance_scale(s, models.unet.config),
-                    height=resolution, width=resolution, batch_size=s.sample_batch_size, title="class images")
+    look = dict(steps=CLASS_IMAGE_STEPS, guidance_scale=guidance_scale(s, models.unet.config), height=resolution,
+                width=resolution, title="class images")
+    pictures = draw(pipeline, [(class_prompt, index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
+        if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
+            picture = next(draw(pipeline, [(class_prompt, index + 2**32)], batch_size=1, **look))
         name = class_image_name(index)
         picture.save(folder / f"{name}.part", format="PNG")
         os.replace(folder / f"{name}.part", folder / name)
@@ -868,16 +909,16 @@ def plan_device(s):
 
 
 def wants_checkpointing(s, parameters, plan):
-    """Whether to recompute activations. By default only on a CUDA GPU with less than 30 bytes per trained weight.
+    """Whether to recompute activations. By default only on a CUDA GPU with less than 34 bytes per trained weight.
 
     Weights, gradients and AdamW's two moments take 16 bytes; the activations of a photo and a class image at the
-    model's own resolution about as much again.
+    model's own resolution, by estimate, about as much again.
     """
     import torch
 
     if s.gradient_checkpointing is not None or plan.device.type != "cuda":
         return bool(s.gradient_checkpointing)
-    return torch.cuda.get_device_properties(plan.device).total_memory < 30 * parameters
+    return torch.cuda.get_device_properties(plan.device).total_memory < 34 * parameters
 
 
 def machine_name(device):
@@ -898,62 +939,75 @@ REPORT_EVERY = 10  # optimizer steps between reads of the losses; reading makes 
 def optimize(s, models, groups, cache, steps, accelerator, log_dir):
     """Train `groups` for `steps` optimizer steps. Returns the history: one (instance loss, prior loss) per step.
 
-    Both losses are means over their own pictures, before lambda; prior is None without class images.
+    Both losses are means over their own pictures, before lambda; prior is None without class images. A batch depends on
+    the number of its step alone, so nothing has to be remembered from one step to the next but weights and optimizer.
     """
     import torch
-    from diffusers.optimization import get_scheduler
     from tqdm import tqdm
 
-    device, modules = accelerator.device, [module for group in groups for module in group.modules]
-    parameters = [p for group in groups for p in group.parameters]
-    for module in modules:
-        module.to(device).train()
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW([{"params": g.parameters, "lr": g.lr} for g in groups],
-                                  weight_decay=s.adam_weight_decay, fused=device.type in ("cuda", "cpu") or None)
-    # The schedule stays ours: accelerate would advance it once per process.
-    lr_scheduler = get_scheduler(s.lr_scheduler, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
-    models = dataclasses.replace(models, unet=accelerator.prepare(models.unet), text_encoders=[
-        accelerator.prepare(t) if t in modules else t for t in models.text_encoders])
-    optimizer = accelerator.prepare(optimizer)
-    conditioning = prompt_conditioning(models, cache.prompts, any(t in modules for t in models.text_encoders), device)
+    models, modules, conditioning, optimizer, lr_scheduler = prepare_training(s, models, groups, cache.prompts, steps, accelerator)
 
-    history, unread = [], []
-    writer = loss_writer(log_dir)
+    def denoiser(noisy_latents, timesteps):
+        hidden, pooled = conditioning(batch["prompt"])
+        return predict(models.unet, noisy_latents, timesteps, hidden, pooled, batch["time_ids"])
+
+    history, unread, writer = [], [], loss_writer(log_dir)
     bar = tqdm(range(steps), desc="training", unit="step", disable=not is_first_process())
     for step in bar:
-        for micro in range(s.gradient_accumulation_steps):
-            batch = make_batch(cache, s, step * s.gradient_accumulation_steps + micro,
-                               models.noise_scheduler.config.num_train_timesteps,
+        for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
+            batch = make_batch(cache, s, micro_step, models.noise_scheduler.config.num_train_timesteps,
                                accelerator.process_index, accelerator.num_processes)
-            batch = {key: value.to(device) for key, value in batch.items()}
-
-            def denoiser(noisy_latents, timesteps):
-                hidden, pooled = conditioning(batch["prompt"])
-                return predict(models.unet, noisy_latents, timesteps, hidden, pooled, batch["time_ids"])
-
+            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             with accelerator.accumulate(*modules):
                 loss, losses = diffusion_loss(models.noise_scheduler, batch, denoiser, s.snr_gamma)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and s.max_grad_norm:
-                    accelerator.clip_grad_norm_(parameters, s.max_grad_norm)
+                    accelerator.unscale_gradients(optimizer)
+                    for group in groups:
+                        torch.nn.utils.clip_grad_norm_(group.parameters, s.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             unread.append(split_means(losses.detach(), batch["is_class"]))
         lr_scheduler.step()
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
             read = accelerator.reduce(torch.stack(unread), "mean").view(-1, s.gradient_accumulation_steps, 2).mean(1)
-            report_losses(read.tolist(), history, cache, lr_scheduler, bar, writer)
+            report_losses(read.tolist(), history, cache, groups, lr_scheduler, bar, writer)
             unread = []
     if writer:
         writer.close()
-    for module in modules:
+    for module in (module for group in groups for module in group.modules):
         module.eval()
         # Off with accelerate's autocast. Its unwrap_model would take transformers' own wrappers of forward off as well.
         for name in ("forward", "_original_forward"):
             vars(module).pop(name, None)
     return history
+
+
+def prepare_training(s, models, groups, prompts, steps, accelerator):
+    """Bring what trains to the device, wrapped for precision and processes, and make its optimizer and schedule.
+
+    Returns (models with the wrapped modules, wrapped modules, conditioning function, optimizer, learning rate schedule).
+    """
+    import torch
+    from diffusers.optimization import get_scheduler
+
+    device, training = accelerator.device, [module for group in groups for module in group.modules]
+    for module in training:
+        module.to(device).train()
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW([{"params": g.parameters, "lr": g.lr} for g in groups],
+                                  weight_decay=s.adam_weight_decay, fused=device.type in ("cuda", "cpu") or None)
+    # diffusers' "constant" has no warmup. The schedule stays ours: accelerate would advance it once per process.
+    schedule = "constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler
+    lr_scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
+    trains_text = any(t in training for t in models.text_encoders)
+    models = dataclasses.replace(models, unet=accelerator.prepare(models.unet), text_encoders=[
+        accelerator.prepare(t) if t in training else t for t in models.text_encoders])
+    modules = [models.unet, *(models.text_encoders if trains_text else [])]
+    conditioning = prompt_conditioning(models, prompts, trains_text, device)
+    return models, modules, conditioning, accelerator.prepare(optimizer), lr_scheduler
 
 
 def split_means(losses, is_class):
@@ -989,7 +1043,7 @@ def prompt_conditioning(models, prompts, trains, device):
     return conditioning
 
 
-def report_losses(read, history, cache, lr_scheduler, bar, writer):
+def report_losses(read, history, cache, groups, lr_scheduler, bar, writer):
     """Append the losses just read to `history`, to the progress bar and to TensorBoard. UserError if one is not finite."""
     has_class = bool(cache.is_class.any())
     for instance, prior in read:
@@ -999,9 +1053,11 @@ def report_losses(read, history, cache, lr_scheduler, bar, writer):
                             f"give a smaller --learning_rate, or --mixed_precision no")
         if writer:
             writer.add_scalar("loss/instance", instance, len(history))
-            writer.add_scalar("lr", lr_scheduler.get_last_lr()[0], len(history))
             if has_class:
                 writer.add_scalar("loss/prior", prior, len(history))
+    for group, lr in zip(groups, lr_scheduler.get_last_lr()):
+        if writer:
+            writer.add_scalar(f"lr/{group.name}", lr, len(history))
     means = loss_means(history[-50:])
     bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if v is not None})
 
@@ -1026,6 +1082,7 @@ def train(s):
     photos, class_prompt = find_photos(s)
     subject = make_subject(s, class_prompt)
     check_output_dir(s)
+    check_writable(s.class_data_dir, "--class_data_dir")
     name = find_model(s.model_name or default_model(), "--model_name")
 
     import torch
@@ -1040,33 +1097,42 @@ def train(s):
     steps, resolution = default(s.steps, recipe.steps), default(s.resolution, models.resolution)
     if s.lr_warmup_steps >= steps:
         raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {steps} steps of this run")
+    groups = full_fine_tuning(s, models)
+    used = {"steps": steps, "resolution": resolution, "precision": plan.precision,
+            "learning_rates": {group.name: group.lr for group in groups},
+            "gradient_checkpointing": set_checkpointing(s, groups, plan),
+            "guidance_scale": guidance_scale(s, models.unet.config)}
+    announce(models, family, plan, used, s, subject, photos, groups)
+
+    pictures, prompts = [(path, 0, False) for path in photos], [subject.instance_prompt]
+    if s.with_prior_preservation:
+        class_images = prepare_class_images(s, models, subject, resolution, plan, accelerator)
+        pictures, prompts = pictures + [(path, 1, True) for path in class_images], prompts + [subject.class_prompt]
+    cache = cache_latents(models, pictures, prompts, resolution, plan.device, s.random_flip)
+    prepared = time.monotonic()
+    with new_output(s) if accelerator.is_main_process else contextlib.nullcontext() as folder:
+        history = optimize(s, models, groups, cache, steps, accelerator, folder and folder / "logs")
+        seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
+        accelerator.free_memory()
+        if accelerator.is_main_process:
+            save_output(folder, s, models, subject, used, history, seconds)
+    report_training(s, history, seconds)
+    if accelerator.is_main_process:
+        draw_samples(s, models, subject, resolution, plan)
+    accelerator.wait_for_everyone()
+
+
+def announce(models, family, plan, used, s, subject, photos, groups):
+    """Say everything that was decided before the long part begins."""
     check_identifier(models.tokenizers[0], subject.identifier)
     check_length(models.tokenizers[0], [subject.instance_prompt, subject.class_prompt])
-    groups = full_fine_tuning(s, models)
-    set_checkpointing(s, groups, plan)
-    say(f"Model: {name} ({family}, {models.noise_scheduler.config.prediction_type}), {resolution} px")
+    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), {used['resolution']} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     say(f'Subject: "{subject.instance_prompt}", {len(photos)} photos'
         + (f'; class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if s.with_prior_preservation else "; no class images"))
     for group in groups:
-        say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters) / 1e6:.1f} M weights, learning rate {group.lr:g}")
-
-    pictures = [(path, 0, False) for path in photos]
-    if s.with_prior_preservation:
-        class_images = prepare_class_images(s, models, subject, resolution, plan, accelerator)
-        pictures += [(path, 1, True) for path in class_images]
-    cache = cache_latents(models, pictures, [subject.instance_prompt, subject.class_prompt][:1 + s.with_prior_preservation],
-                          resolution, plan.device, s.random_flip)
-    prepared = time.monotonic()
-    with new_output(s, accelerator.is_main_process) as folder:
-        history = optimize(s, models, groups, cache, steps, accelerator, folder / "logs")
-        seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
-        accelerator.free_memory()
-        if accelerator.is_main_process:
-            save_output(folder, s, models, name, subject, history, seconds)
-            draw_samples(folder / "samples", s, models, subject, plan)
-    accelerator.wait_for_everyone()
-    report_training(s, history, seconds)
+        say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters) / 1e6:.1f} M weights, "
+            f"learning rate {group.lr:g}, {used['steps']} steps")
 
 
 def default_model():
@@ -1076,18 +1142,20 @@ def default_model():
     if torch.cuda.is_available():
         say(f"No --model_name given: using {DEFAULT_MODEL}.")
         return DEFAULT_MODEL
-    say(f"No --model_name and no CUDA GPU: using the small bundled model, {os.path.relpath(BUNDLED_MODEL)}, which knows only "
+    say(f"No --model_name and no CUDA GPU: using the small bundled model, {short_path(BUNDLED_MODEL)}, which knows only "
         f"emoji. Give --model_name {DEFAULT_MODEL} for the real one (hours on a CPU).")
-    return os.path.relpath(BUNDLED_MODEL)
+    return short_path(BUNDLED_MODEL)
 
 
 def set_checkpointing(s, groups, plan):
-    """Turn on activation checkpointing in every module that trains, if it is wanted, and say so."""
-    if wants_checkpointing(s, sum(p.numel() for g in groups for p in g.parameters), plan):
-        say("Gradient checkpointing: on (less memory, about a quarter slower).")
+    """Turn on activation checkpointing in every module that trains, if it is wanted; says and returns whether it is."""
+    wanted = wants_checkpointing(s, sum(p.numel() for g in groups for p in g.parameters), plan)
+    if wanted:
+        say("Gradient checkpointing: on (less memory, but slower).")
         for module in (module for group in groups for module in group.modules):
             enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
             enable()
+    return wanted
 
 
 def report_training(s, history, seconds):
@@ -1096,7 +1164,7 @@ def report_training(s, history, seconds):
         losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
         say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
-        f"{s.output_dir}, a look at it in {Path(s.output_dir) / 'samples'}.")
+        f"{s.output_dir}.")
     say(f'Draw with it: python {Path(__file__).name} --infer --model_path "{s.output_dir}" --prompt "a [identifier] ..."')
 
 
@@ -1105,62 +1173,80 @@ def report_training(s, history, seconds):
 
 
 def check_output_dir(s):
-    """UserError unless --output_dir is new, empty or an earlier output of --train."""
-    folder = Path(s.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: this is a file; give a folder")
+    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed."""
+    folder = Path(s.output_dir).resolve()
+    check_writable(s.output_dir, "--output_dir")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "dreambooth.json").is_file():
-        raise UserError(f"--output_dir {folder}: the folder holds something else (no dreambooth.json); give another folder")
-    parent = next(p for p in folder.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--output_dir {folder}: {parent} cannot be written to; give another folder")
+        raise UserError(f"--output_dir {s.output_dir}: the folder holds something else (no dreambooth.json); give another folder")
+    if folder == Path.cwd() or os.path.ismount(folder):
+        raise UserError(f"--output_dir {s.output_dir}: this folder cannot be renamed; give one inside it")
+
+
+def check_writable(path, flag):
+    """UserError unless `path` is, or can be made, a folder to write in."""
+    whole = Path(path).resolve()
+    existing = next(p for p in (whole, *whole.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "is write-protected" if existing.is_dir() else "is a file"
+        raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")
 
 
 @contextlib.contextmanager
-def new_output(s, is_main_process):
+def new_output(s):
     """A folder to fill that becomes --output_dir if the block succeeds, and is removed if it fails."""
-    target = Path(s.output_dir).absolute()
-    folder = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    target = Path(s.output_dir).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    folder.chmod(0o755)
     try:
-        if is_main_process:
-            folder.mkdir(parents=True)
         yield folder
-        if is_main_process:
-            replace_output(folder, target, s.overwrite)
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    replace_output(folder, target, s.overwrite)
 
 
 def replace_output(folder, target, overwrite):
     """Rename `folder` to `target`; what was there is kept under another name, or deleted if `overwrite`."""
     earlier = None
-    if target.exists():
-        earlier = next(p for n in range(1, 10**6) if not (p := target.with_name(f"{target.name}-{n}")).exists())
-        target.rename(earlier)
     try:
+        if target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+        if target.exists():
+            earlier = next(p for n in range(1, 10**6) if not (p := target.with_name(f"{target.name}-{n}")).exists())
+            target.rename(earlier)
         folder.rename(target)
-    except OSError:
-        if earlier:
+    except OSError as problem:
+        if earlier and not target.exists():
             earlier.rename(target)
-        raise
+        raise UserError(f"{target} cannot be replaced ({problem.strerror}); the new model is complete in {folder}") from None
     if earlier and overwrite:
         shutil.rmtree(earlier)
     elif earlier:
-        say(f"The earlier {target.name} is kept as {os.path.relpath(earlier)}; --overwrite would have deleted it.")
+        say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
 
 
-def save_output(folder, s, models, name, subject, history, seconds):
+def short_path(path):
+    """`path` as seen from the working folder, whole if it lies on another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
+def save_output(folder, s, models, subject, used, history, seconds):
     """Write the pipeline, which plain diffusers loads, and dreambooth.json beside it."""
     from importlib.metadata import version
 
     models.pipeline.to("cpu")
     models.pipeline.save_pretrained(folder, safe_serialization=True)
     record = {
-        "base_model": name,
+        "base_model": models.name,
         "subjects": [dataclasses.asdict(subject)],
-        "settings": dataclasses.asdict(s),
+        "used": used,
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
+        "settings": dataclasses.asdict(s),
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate")},
     }
     (folder / "dreambooth.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -1187,50 +1273,66 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
             for prompt, picture in zip(prompts, pictures):
                 bar.update()
-                low, high = picture.convert("L").getextrema()
-                if high - low < 4:
+                if is_flat(picture) and pipeline.dtype != torch.float32:
                     raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; '
                                     f"give --mixed_precision no")
                 yield picture
 
 
-def draw_pictures(folder, pipeline, s, prompts, seeds, model_name, size):
-    """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path."""
+def is_flat(picture):
+    """Whether a picture is all one colour, as it is after an overflow."""
+    return all(high - low < 4 for low, high in picture.getextrema())
+
+
+def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
+    """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
+
+    `model` is what the pictures' text chunks say of the model, `size` is (width, height).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    guidance, pictures, paths = guidance_scale(s, pipeline.unet.config), [], []
+    guidance, pictures = guidance_scale(s, pipeline.unet.config), []
+    common = {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
+              "CFG scale": guidance}
+    negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
                  batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt)
     for picture, (prompt, seed) in zip(drawn, jobs):
-        settings = {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-                    "CFG scale": guidance, "Seed": seed, "Size": f"{picture.width}x{picture.height}", "Model": model_name}
-        paths.append(save_picture(folder, prompt, seed, picture, settings, s.negative_prompt))
+        settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
+        lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
+        save_picture(folder, f"{slug(prompt)}-{seed}", picture, "\n".join(lines))
         pictures.append(picture)
-    grid = folder / f"grid-{paths[0].stem}.png"
-    image_grid(pictures, columns=len(seeds)).save(grid)
-    return grid
+    return save_picture(folder, f"grid-{slug(prompts[0])}-{seeds[0]}", image_grid(pictures, columns=len(seeds)),
+                        "\n".join([*prompts, *negative, f"Seeds: {seeds[0]} to {seeds[-1]}, {common | model}"]))
 
 
-def save_picture(folder, prompt, seed, picture, settings, negative_prompt=""):
-    """Save as PROMPT-SEED.png with its settings in the text chunk "parameters", as A1111 and others write and read it.
+def save_picture(folder, name, picture, parameters):
+    """Save as NAME.png with `parameters` in the text chunk of that name, as A1111 and others write and read it.
 
-    A picture made with other settings that has the name already is kept: the new one gets a number.
+    A picture made with other parameters that has the name already is kept: the new one gets a number.
     """
-    lines = [prompt, *([f"Negative prompt: {negative_prompt}"] if negative_prompt else []),
-             ", ".join(f"{key}: {value}" for key, value in settings.items())]
     text = PngImagePlugin.PngInfo()
-    text.add_itxt("parameters", "\n".join(lines))
+    text.add_itxt("parameters", parameters)
     for number in range(1, 10**6):
-        path = folder / f"{slug(prompt)}-{seed}{f'-{number}' if number > 1 else ''}.png"
-        if not path.exists() or Image.open(path).info.get("parameters") == "\n".join(lines):
+        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
+        if not path.exists() or png_parameters(path) == parameters:
             break
     picture.save(path, pnginfo=text)
     return path
 
 
+def png_parameters(path):
+    """What a PNG says it was made with; None if it says nothing or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("parameters")
+    except OSError:
+        return None
+
+
 def slug(text):
-    """A prompt as part of a file name."""
-    return re.sub(r"\W+", "-", text.lower()).strip("-")[:80] or "prompt"
+    """A prompt as part of a file name: words joined by "-", short enough for every file system."""
+    return re.sub(r"\W+", "-", text.lower()).encode()[:120].decode(errors="ignore").strip("-") or "prompt"
 
 
 def image_grid(pictures, columns):
@@ -1243,39 +1345,50 @@ def image_grid(pictures, columns):
     return grid
 
 
-def draw_samples(folder, s, models, subject, plan):
-    """The sample grid of a finished training: the subject, the subject elsewhere, and the class without it."""
+def draw_samples(s, models, subject, resolution, plan):
+    """The sample grid of a finished training: the subject, the subject elsewhere, and the class without it.
+
+    The model is safe by then: whatever goes wrong here is only said.
+    """
     prompts = s.validation_prompt or [subject.instance_prompt, f"{subject.instance_prompt} on the moon",
                                       *([subject.class_prompt] if subject.class_prompt else [])]
     prompts = [prompt.replace("[identifier]", subject.identifier) for prompt in prompts]
-    models.pipeline.to(plan.device, plan.dtype)
-    side = default(s.resolution, models.resolution)
-    draw_pictures(folder, models.pipeline, s, prompts, range(s.seed, s.seed + 4), s.output_dir, (side, side))
+    try:
+        models.pipeline.to(plan.device, plan.dtype)
+        grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, prompts, range(s.seed, s.seed + 4),
+                             {"Model": s.output_dir}, (resolution, resolution))
+        say(f"A look at it is in {grid}.")
+    except (UserError, RuntimeError, OSError) as problem:
+        say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
 
 
 def infer(s):
     """Draw --prompt with a trained model into --image_dir."""
-    if not Path(s.model_path).exists() and s.model_path == "./output":
+    if s.model_path == "./output" and not Path(s.model_path).exists():
         raise UserError("--model_path ./output: no such folder; make a model with --train first, or give another path")
+    check_writable(s.image_dir, "--image_dir")
     name = find_model(s.model_path, "--model_path")
     record = read_record(name)
     if not s.prompt and not record:
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
     prompts = s.prompt or [f"{record['subjects'][0]['instance_prompt']} on the moon"]
     prompts = [fill_identifier(prompt, record, s.model_path) for prompt in prompts]
+    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, record, s.model_path))
 
     plan = plan_device(s)
     pipeline = load_pipeline(name, plan.dtype, "--model_path").to(plan.device)
     check_length(pipeline.tokenizer, prompts)
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    trained_side = record.get("settings", {}).get("resolution") or side
+    side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    model = {"Model": s.model_path}
+    if record:  # tells pictures of one training from those of the next into the same folder
+        model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
     say(f"Model: {name}; machine: {machine_name(plan.device)}; "
         f"arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
-    grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), s.model_path,
-                         (default(s.width, trained_side), default(s.height, trained_side)))
-    say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}")
+    grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
+                         (default(s.width, side), default(s.height, side)))
+    say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -64,14 +64,17 @@ def test_pictures_carry_their_settings(train, run, tmp_path):
     assert run(*flags, "--num_inference_steps", 2)[0] == 0
     image = Image.open(tmp_path / "images" / "a-sks-dog-5.png")
     assert image.size == (48, 40)
-    assert image.info["parameters"] == ("a sks dog\nNegative prompt: blur, text\n"
-                                        "Steps: 2, Sampler: PNDM, CFG scale: 4.0, Seed: 5, Size: 48x40, Model: ./output")
+    assert re.fullmatch(r"a sks dog\nNegative prompt: blur, text\nSteps: 2, Sampler: PNDM, CFG scale: 4.0, Seed: 5, "
+                        r"Size: 48x40, Model: ./output, Model hash: [0-9a-f]{10}", image.info["parameters"])
     first = image.tobytes()
     assert run(*flags, "--num_inference_steps", 3)[0] == 0  # another picture of that name: the first is kept
     assert Image.open(tmp_path / "images" / "a-sks-dog-5.png").tobytes() == first
     assert "Steps: 3" in Image.open(tmp_path / "images" / "a-sks-dog-5-2.png").info["parameters"]
     assert run(*flags, "--num_inference_steps", 2)[0] == 0  # the same picture again: no copies
     assert len(list((tmp_path / "images").glob("a-sks*"))) == 2
+    assert train("sd1", "--overwrite", "--seed", 1)[0] == 0  # another training, so another picture
+    assert run(*flags, "--num_inference_steps", 2)[0] == 0
+    assert len(list((tmp_path / "images").glob("a-sks*"))) == 3
 
 
 def test_output_is_complete(train, run, tmp_path):
@@ -80,6 +83,9 @@ def test_output_is_complete(train, run, tmp_path):
     record = json.loads((tmp_path / "output" / "dreambooth.json").read_text())
     assert record["subjects"] == [{"identifier": "zqq", "class_prompt": "a dog", "instance_prompt": "a zqq dog"}]
     assert record["settings"]["steps"] == 2 and record["settings"]["identifier"] == "zqq"
+    assert record["used"] == {"steps": 2, "resolution": 32, "precision": "no", "gradient_checkpointing": False,
+                              "learning_rates": {"unet": db.RECIPES["small"].learning_rate},
+                              "guidance_scale": db.RECIPES["small"].guidance_scale}
     assert set(record["loss"]["first_100_steps"]) == {"instance", "prior"} and record["versions"]["torch"]
     assert len(list((tmp_path / "output" / "samples").glob("a-zqq-dog-in-the-snow-*.png"))) == 4
     assert list((tmp_path / "output" / "logs").glob("events*"))
@@ -106,7 +112,7 @@ def test_an_earlier_output_is_kept_unless_overwritten(train, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("output*")) == ["output", "output-1"]
 
 
-@pytest.mark.parametrize("broken", ["optimize", "save_output", "draw_samples"])
+@pytest.mark.parametrize("broken", ["optimize", "save_output"])
 def test_a_failing_run_leaves_the_earlier_output(broken, train, tmp_path, monkeypatch):
     assert train()[0] == 0
     (tmp_path / "output" / "mark").write_text("first")
@@ -121,6 +127,53 @@ def test_a_failing_run_leaves_the_earlier_output(broken, train, tmp_path, monkey
     assert sorted(p.name for p in tmp_path.glob("output*")) == ["output"]
 
 
+def test_failing_samples_do_not_cost_the_model(train, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(db, "draw_pictures", fail)
+    status, out, _ = train()
+    assert status == 0 and "samples could not be drawn (out of memory)" in out
+    assert (tmp_path / "output" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_an_output_that_cannot_be_renamed_is_not_lost(train, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    assert train()[0] == 0
+    (tmp_path / "output" / "mark").write_text("first")
+    rename = Path.rename
+
+    def fail(path, target):
+        if "partial" in path.name:
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    status, _, err = train()
+    kept = re.search(r"complete in (\S+)", err)[1]
+    assert status == 2 and (Path(kept) / "dreambooth.json").exists()
+    assert (tmp_path / "output" / "mark").read_text() == "first"
+
+
+def test_two_processes_train_one_model(tmp_path, tiny_model, photos):
+    """Both text encoder and UNet train under DDP, and the class images and the output are made once."""
+    from safetensors.torch import load_file
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
+               REPOSITORY / "dreambooth_implementation.py", "--train", "--model_name", tiny_model("sdxl"), "--instance_data_dir",
+               photos, *QUICK, "--train_text_encoder", "--learning_rate", "1e-3", "--text_encoder_lr", "1e-3"]
+    result = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Trains: text_encoder") == 1
+    for part, tensor in (("unet/diffusion_pytorch_model", "conv_in.weight"),
+                         ("text_encoder_2/model", "text_projection.weight")):
+        before, after = (load_file(root / f"{part}.safetensors")[tensor] for root in (tiny_model("sdxl"), tmp_path / "output"))
+        assert not torch.equal(before, after), part
+    assert len(list((tmp_path / "class_images").rglob("*.png"))) == 2
+    assert sorted(p.name for p in tmp_path.glob("output*")) == ["output"]
+
+
 def test_a_damaged_model_is_one_line(run, photos, tmp_path, tiny_model):
     model = tmp_path / "model"
     shutil.copytree(tiny_model("sd1"), model)
@@ -132,6 +185,10 @@ def test_a_damaged_model_is_one_line(run, photos, tmp_path, tiny_model):
     torch.save({}, model / "unet" / "diffusion_pytorch_model.bin")  # a pickle is never read
     status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, *QUICK)
     assert status == 2 and err.count("\n") == 1, err
+    shutil.copytree(tiny_model("sd1"), model, dirs_exist_ok=True)
+    shutil.rmtree(model / "tokenizer")
+    status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, *QUICK)
+    assert status == 2 and "tokenizer" in err
     (model / "model_index.json").write_text("{")
     assert run("--train", "--model_name", model, "--instance_data_dir", photos, *QUICK)[0] == 2
 

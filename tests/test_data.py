@@ -140,6 +140,18 @@ def test_own_photos_replace_the_samples(tmp_path, capsys):
     assert [p.name for p in found] == ["1.png", "mine.png"] and class_prompt == "a cat"
 
 
+@pytest.mark.parametrize("text, expected", [(b"a dog\n", "a dog"), (b" a\n dog \n", "a dog"), (b"\xef\xbb\xbfa dog", "a dog"),
+                                            (b"\xff\xfea\x00", None), (b"\n", None)])
+def test_class_prompt_file(photos, text, expected):
+    (photos / "class_prompt.txt").write_bytes(text)
+    s = settings(instance_data_dir=str(photos))
+    if expected:
+        assert db.find_photos(s)[1] == expected
+    else:
+        with pytest.raises(db.UserError):
+            db.find_photos(s)
+
+
 # ---- class images
 
 
@@ -223,6 +235,18 @@ def test_changed_prompt_model_size_or_guidance_draws_anew(tmp_path, tiny_model, 
     assert len({tuple(paths) for paths in sets}) == 5 and len({c for paths in sets for c in contents(paths)}) == 10
 
 
+def test_a_changed_scheduler_draws_anew(tmp_path, tiny_model, drawn):
+    import json
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("sd2"), model)
+    before = class_images(tmp_path, model, count=1)
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "epsilon"}))
+    assert class_images(tmp_path, model, count=1) != before and drawn == [0, 0]
+
+
 def test_a_model_changed_in_place_draws_anew(tmp_path, tiny_model, drawn):
     import shutil
 
@@ -257,8 +281,22 @@ def test_flat_pictures_are_refused(tiny_model):
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.weight.zero_()
         pipeline.vae.decoder.conv_out.bias.zero_()
+    look = dict(steps=1, guidance_scale=4.0, height=32, width=32, batch_size=1)
+    assert db.is_flat(next(db.draw(pipeline, [("a dog", 0)], **look)))  # float32 does not overflow: so be it
     with pytest.raises(db.UserError, match="flat colour"):
-        list(db.draw(pipeline, [("a dog", 0)], steps=1, guidance_scale=4.0, height=32, width=32, batch_size=1))
+        next(db.draw(pipeline.to(torch.bfloat16), [("a dog", 0)], **look))
+
+
+def test_a_flat_class_image_is_drawn_from_another_seed(tmp_path, tiny_model, drawn, monkeypatch):
+    draw = db.draw
+
+    def flat_at_seed_1(pipeline, jobs, **options):
+        for (_, seed), image in zip(jobs, draw(pipeline, jobs, **options)):
+            yield Image.new("RGB", image.size) if seed == 1 else image
+
+    monkeypatch.setattr(db, "draw", flat_at_seed_1)
+    paths = class_images(tmp_path, tiny_model("sd1"))
+    assert drawn == [0, 1, 2, 3, 1 + 2**32] and not any(db.is_flat(Image.open(p)) for p in paths)
 
 
 # ---- the latent cache and its batches

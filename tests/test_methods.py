@@ -77,14 +77,19 @@ def test_warmup_counts_optimizer_steps(tiny_model, photos, run, monkeypatch):
     rates = []
     report = db.report_losses
     monkeypatch.setattr(db, "REPORT_EVERY", 1)
-    monkeypatch.setattr(db, "report_losses", lambda read, history, cache, schedule, *rest: rates.append(schedule.get_last_lr())
-                        or report(read, history, cache, schedule, *rest))
+    monkeypatch.setattr(db, "report_losses", lambda read, history, cache, groups, schedule, *rest:
+                        rates.append(schedule.get_last_lr()) or report(read, history, cache, groups, schedule, *rest))
     status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 6, *QUICK,
                          "--gradient_accumulation_steps", 3, "--lr_scheduler", "linear", "--lr_warmup_steps", 2,
                          "--train_text_encoder", "--text_encoder_lr", "1e-4")
     assert status == 0, err
     assert [rate for rate, _ in rates] == pytest.approx([5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0])
     assert [text / unet for unet, text in rates[:-1]] == pytest.approx([0.1] * 5)
+
+    rates.clear()
+    assert run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 3, *QUICK,
+               "--lr_warmup_steps", 2)[0] == 0
+    assert [rate for rate, in rates] == pytest.approx([5e-4, 1e-3, 1e-3])  # "constant" warms up as well
 
 
 def test_training_learns_its_pictures(tiny_model, photos, run, tmp_path):

@@ -38,6 +38,12 @@ def test_settings_cannot_change():
     (["--train", "--prompt", "a dog"], "--prompt belongs to --infer"),
     (["--infer", "--steps", "30"], "--steps belongs to --train"),
     (["--infer", "--num_images", "0"], "--num_images 0"),
+    (["--infer", "--seed", "99999999999999999999"], "--seed"),
+    (["--infer", "--model_path", "{demo}", "--prompt", "a dog", "--image_dir", "file"], "--image_dir"),
+    (["--infer", "--model_path", "{demo}", "--prompt", "a dog", "--negative_prompt", "[identifier]"], "dreambooth.json"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a [identifier] dog"], "--class_prompt"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--class_data_dir", "file"], "--class_data_dir"),
+    (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--output_dir", "file/sub"], "--output_dir"),
     (["--infer"], "--train first"),
     (["--infer", "--model_path", "nowhere"], "--model_path nowhere"),
     (["--infer", "--model_path", "text_model"], "StableDiffusion3Pipeline"),
@@ -89,7 +95,8 @@ def test_moved_models_are_found_under_their_new_id(monkeypatch, capsys):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: asked.append(name) or "cached")
+    index = str(REPOSITORY / "demo" / "model" / "model_index.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: asked.append(name) or index)
     assert db.find_model("runwayml/stable-diffusion-v1-5", "--model_name") == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
     assert "no longer on the hub" in capsys.readouterr().out
