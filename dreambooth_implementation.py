@@ -442,7 +442,7 @@ def make_subject(s, class_prompt):
     opening, noun = ARTICLE.match(class_prompt).groups() if class_prompt else ("", "")
     prompt = s.instance_prompt or f"{opening}a [identifier] {noun}"
     subject = Subject(s.identifier, class_prompt or "", prompt.replace("[identifier]", s.identifier))
-    if s.identifier not in subject.instance_prompt.split():
+    if not re.search(rf"(?<!\w){re.escape(s.identifier)}(?!\w)", subject.instance_prompt):
         say(f'Note: the instance prompt "{subject.instance_prompt}" does not contain the identifier "{s.identifier}".')
     return subject
 
@@ -862,15 +862,14 @@ def min_snr_weights(noise_scheduler, timesteps, snr_gamma):
 def diffusion_loss(noise_scheduler, batch, denoiser, snr_gamma=None):
     """(loss, per-picture losses [B]): the paper's equation 2.
 
-    `denoiser` maps noisy latents [B, C, h, w] and timesteps [B] to the model's prediction. The prior-preservation term
-    is not a term here but the weight that each picture of the batch carries.
+    `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
+    not a term here but the weight that each picture of the batch carries.
     """
     noisy = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     target = batch["noise"]
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
-    prediction = denoiser(noisy, batch["timesteps"])
-    losses = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         losses = losses * min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
     return (batch["weight"] * losses).sum(), losses
@@ -947,9 +946,9 @@ def optimize(s, models, groups, cache, steps, accelerator, log_dir):
 
     models, modules, conditioning, optimizer, lr_scheduler = prepare_training(s, models, groups, cache.prompts, steps, accelerator)
 
-    def denoiser(noisy_latents, timesteps):
+    def denoiser(noisy_latents, batch):
         hidden, pooled = conditioning(batch["prompt"])
-        return predict(models.unet, noisy_latents, timesteps, hidden, pooled, batch["time_ids"])
+        return predict(models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
 
     history, unread, writer = [], [], loss_writer(log_dir)
     bar = tqdm(range(steps), desc="training", unit="step", disable=not is_first_process())
@@ -1082,7 +1081,8 @@ def train(s):
     photos, class_prompt = find_photos(s)
     subject = make_subject(s, class_prompt)
     check_output_dir(s)
-    check_writable(s.class_data_dir, "--class_data_dir")
+    if s.with_prior_preservation:
+        check_writable(s.class_data_dir, "--class_data_dir")
     name = find_model(s.model_name or default_model(), "--model_name")
 
     import torch

@@ -32,18 +32,18 @@ def velocity(scheduler, batch):
 def test_perfect_prediction_has_no_loss(prediction_type):
     scheduler, batch = noise_scheduler(prediction_type), random_batch(2, 2)
     target = batch["noise"] if prediction_type == "epsilon" else velocity(scheduler, batch)
-    loss, losses = db.diffusion_loss(scheduler, batch, lambda noisy, timesteps: target, snr_gamma=5.0)
+    loss, losses = db.diffusion_loss(scheduler, batch, lambda noisy, batch: target, snr_gamma=5.0)
     assert loss < 1e-10 and losses.max() < 1e-10
     other = batch["noise"] if prediction_type == "v_prediction" else velocity(scheduler, batch)
-    assert db.diffusion_loss(scheduler, batch, lambda noisy, timesteps: other)[0] > 0.1
+    assert db.diffusion_loss(scheduler, batch, lambda noisy, batch: other)[0] > 0.1
 
 
 def test_denoiser_sees_the_noised_latents():
     scheduler, batch, seen = noise_scheduler("epsilon"), random_batch(1, 1), []
-    db.diffusion_loss(scheduler, batch, lambda noisy, timesteps: seen.append((noisy, timesteps)) or noisy)
+    db.diffusion_loss(scheduler, batch, lambda noisy, batch: seen.append((noisy, batch)) or noisy)
     alpha = scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
     torch.testing.assert_close(seen[0][0], alpha.sqrt() * batch["latents"] + (1 - alpha).sqrt() * batch["noise"])
-    assert torch.equal(seen[0][1], batch["timesteps"])
+    assert seen[0][1] is batch
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -53,7 +53,7 @@ def test_loss_is_instance_mean_plus_weighted_prior_mean(prediction_type, size, p
     """Equation 2 with min-SNR, written out term by term in float64."""
     scheduler, batch, gamma = noise_scheduler(prediction_type), random_batch(size, size, prior_loss_weight), 5.0
     guess = torch.randn(2 * size, 4, 8, 8, generator=torch.Generator().manual_seed(9))
-    loss, losses = db.diffusion_loss(scheduler, batch, lambda noisy, timesteps: guess, gamma)
+    loss, losses = db.diffusion_loss(scheduler, batch, lambda noisy, batch: guess, gamma)
 
     expected = []
     target = batch["noise"] if prediction_type == "epsilon" else velocity(scheduler, batch)

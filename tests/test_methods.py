@@ -62,8 +62,8 @@ def test_accumulated_steps_equal_one_large_batch(tiny_model, photos, run, tmp_pa
 
     def gradient(batch):
         models.unet.requires_grad_(True).zero_grad()
-        loss, _ = db.diffusion_loss(models.noise_scheduler, batch, lambda noisy, t: db.predict(
-            models.unet, noisy, t, *conditioning(batch["prompt"]), batch["time_ids"]))
+        loss, _ = db.diffusion_loss(models.noise_scheduler, batch, lambda noisy, batch: db.predict(
+            models.unet, noisy, batch["timesteps"], *conditioning(batch["prompt"]), batch["time_ids"]))
         loss.backward()
         return models.unet.conv_in.weight.grad.clone()
 
