@@ -280,9 +280,9 @@ def find_model(name, flag):
         try:
             index = hub_file(name, "model_index.json")
         except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
-            reason = str(problem).strip().split("\n")[0]
-            raise UserError(f"{flag} {name}: not a local folder, not in the cache, and not to be had from the hub "
-                            f"({reason})") from None
+            reason = str(problem).strip().split("\n")[0][:100]
+            raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it "
+                            f"({reason}); check the spelling and the network") from None
     else:
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder or a hub id such as {DEFAULT_MODEL}")
     try:
@@ -296,10 +296,13 @@ def find_model(name, flag):
 
 def hub_file(name, file):
     """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, file)
-    return Path(cached if isinstance(cached, str) else hf_hub_download(name, file))
+    if not isinstance(cached, str):
+        model_info(name)  # fails at once without a network or such a model, where a download would try again and again
+        cached = hf_hub_download(name, file)
+    return Path(cached)
 
 
 def load_pipeline(name, dtype, flag="--model_name"):
@@ -328,6 +331,7 @@ def load_pipeline(name, dtype, flag="--model_name"):
     else:
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
     pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
     return pipeline
 
@@ -1085,10 +1089,11 @@ def train(s):
         check_writable(s.class_data_dir, "--class_data_dir")
     name = find_model(s.model_name or default_model(), "--model_name")
 
+    plan = plan_device(s)
+
     import torch
     from accelerate import Accelerator
 
-    plan = plan_device(s)
     accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
                               gradient_accumulation_steps=s.gradient_accumulation_steps)
     started = time.monotonic()

@@ -130,3 +130,13 @@ def test_instance_prompt_without_identifier_is_said(capsys):
     db.make_subject(db.Settings("train", instance_prompt="my dog"), "a dog")
     assert "does not contain the identifier" in capsys.readouterr().out
     assert db.make_subject(db.Settings("train", instance_prompt="my [identifier] dog"), "a dog").instance_prompt == "my sks dog"
+
+
+def test_an_unreachable_hub_is_said_at_once(tmp_path):
+    """Without a network the hub's client would try again for half a minute."""
+    import os
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, REPOSITORY / "dreambooth_implementation.py", "--infer", "--model_path", "a/b",
+                             "--prompt", "a dog"], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=15)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--model_path a/b" in result.stderr, result.stderr
