@@ -1413,7 +1413,7 @@ def main(argv=None):
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was changed but the class images drawn so far, which are kept", file=sys.stderr)
+        print("interrupted; pictures drawn so far are kept, and so is an earlier output", file=sys.stderr)
         return 130
     except RuntimeError as problem:
         if "out of memory" not in str(problem):
