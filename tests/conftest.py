@@ -89,6 +89,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def call(*flags):
         AcceleratorState._reset_state(reset_partial_state=True)  # it is one per process, and keeps the first precision
+        capsys.readouterr()  # what building a model printed is not the program's
         status = db.main([str(flag) for flag in flags])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
