@@ -315,7 +315,7 @@ def load_pipeline(name, dtype, flag="--model_name"):
     from safetensors import SafetensorError
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
         library.utils.logging.disable_progress_bar()
     for cached_only in (True,) if Path(name).is_dir() else (True, False):
         try:
