@@ -579,10 +579,10 @@ def find_photos(s):
             f"the program: the samples are left out. Delete them, or move yours to a folder of their own.")
         photos = own
     class_prompt = s.class_prompt
-    if class_prompt is None and prompt_file.is_file():
-        if not own or sums.get(prompt_file.name) != file_digest(prompt_file):
-            class_prompt = read_text(prompt_file)
-            say(f'Class prompt "{class_prompt}", from {prompt_file}.')
+    describes_samples = own and prompt_file.is_file() and sums.get(prompt_file.name) == file_digest(prompt_file)
+    if class_prompt is None and prompt_file.is_file() and not describes_samples:
+        class_prompt = read_text(prompt_file)
+        say(f'Class prompt "{class_prompt}", from {prompt_file}.')
     if class_prompt is not None:
         class_prompt = " ".join(class_prompt.split())
         if not class_prompt:
@@ -978,12 +978,17 @@ def optimize(s, models, groups, cache, steps, accelerator, log_dir):
             unread = []
     if writer:
         writer.close()
-    for module in (module for group in groups for module in group.modules):
-        module.eval()
-        # Off with accelerate's autocast. Its unwrap_model would take transformers' own wrappers of forward off as well.
-        for name in ("forward", "_original_forward"):
-            vars(module).pop(name, None)
+    for group in groups:
+        for module in group.modules:
+            end_training(module)
     return history
+
+
+def end_training(module):
+    """Take accelerate's autocast off again; its own unwrap_model would strip transformers' wrappers of forward as well."""
+    module.eval()
+    for name in ("forward", "_original_forward"):
+        vars(module).pop(name, None)
 
 
 def prepare_training(s, models, groups, prompts, steps, accelerator):
