@@ -8,6 +8,7 @@
 Three to five photos of one subject fine-tune every layer of the UNet (and, with --train_text_encoder, of the text
 encoders) of a Stable Diffusion 1.x, 2.x or XL model. Pictures of the subject's class, drawn by the model before it is
 tuned, are trained beside the photos so that the class is not forgotten. The result is an ordinary diffusers pipeline.
+With --method lora, textual_inversion or pivotal a small file is trained instead, and the model itself stays as it is.
 
 Method: Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
 arXiv 2208.12242. "Paper" below means this one.
@@ -15,8 +16,8 @@ arXiv 2208.12242. "Paper" below means this one.
 Where to change what:
     Settings       a flag, its default, its help              Loss          the objective
     Model          a model family, its defaults               Memory plan   device, precision, checkpointing
-    Identifier     prompts and the rare word in them          Training      optimizer, schedule, logs
-    Data           photos, class images, the latent cache     Saving        what ./output holds
+    Subjects       photos, prompts, the rare word in them     Training      optimizer, schedule, logs
+    Data           class images, the latent cache             Saving        what ./output holds
     Methods        which weights train                        Inference     pictures and their metadata
 """
 
@@ -27,6 +28,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -68,7 +70,7 @@ def say(message):
 
 
 def _field(mode, default, help, **options):
-    """One flag. `options`: minimum, maximum, choices, aliases, shown (how --help words the default)."""
+    """One flag. `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default)."""
     return dataclasses.field(default=default, metadata={"mode": mode, "help": help, **options})
 
 
@@ -84,8 +86,9 @@ class Settings:
 
     # Model
     model_name: str | None = _field(
-        "train", None, "model to start from: a hub id or a diffusers folder", aliases=["--pretrained_model_name_or_path"],
-        shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model")
+        "both", None, "model to start from: a hub id or a diffusers folder; with --infer: where the base model of a LoRA "
+        "or an embedding is now", aliases=["--pretrained_model_name_or_path"],
+        shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; with --infer: what training recorded")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
 
@@ -93,25 +96,48 @@ class Settings:
     instance_data_dir: str = _field("train", "./instance_images", "folder with 3-5 photos of the subject")
     class_prompt: str | None = _field("train", None, 'what kind of thing the subject is: "a dog"',
                                       shown="what class_prompt.txt in the photo folder says")
-    identifier: str = _field("train", "sks", "rare word that will stand for the subject")
+    identifier: str = _field("train", "auto", "rare word that will stand for the subject; auto: chosen from the tokenizer")
     instance_prompt: str | None = _field("train", None, "caption of every photo; may hold [identifier]",
                                          shown='the class prompt with the identifier: "a sks dog"')
+    concepts: str | None = _field("train", None, "JSON list of several subjects to learn together, instead of the flags above",
+                                  shown="none")
     random_flip: bool = _field("train", False, "also train on mirrored photos (not for subjects with a left and a right)")
 
     # Prior preservation
-    with_prior_preservation: bool = _field("train", True, "train class images beside the photos (paper section 3.2)")
+    with_prior_preservation: bool | None = _field(
+        "train", None, "train class images beside the photos (paper section 3.2)",
+        shown="on; off for textual_inversion, which cannot change the class")
     prior_loss_weight: float = _field("train", 1.0, "weight of the class images' loss, lambda in the paper", minimum=0)
     num_class_images: int = _field("train", 200, "how many class images", minimum=1)
     class_data_dir: str = _field("train", "./class_images", "cache of generated class images; images put directly "
                                                             "in it are taken as your own and used instead")
 
+    # Method
+    method: str = _field("train", "full", "what trains: every layer, a LoRA beside them, the vectors of a new word, or "
+                                          "word and LoRA", choices=["full", "lora", "textual_inversion", "pivotal"])
+    train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the UNet",
+                                      methods=("full", "lora", "pivotal"))
+    rank: int = _field("train", 16, "rank of the LoRA", minimum=1, methods=("lora", "pivotal"))
+    lora_alpha: int | None = _field("train", None, "the LoRA is scaled by alpha / rank", minimum=1, shown="the rank",
+                                    methods=("lora", "pivotal"))
+    lora_target: str = _field("train", "attention", "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
+                              choices=["attention", "attention+ff", "all"])
+    use_dora: bool = _field("train", False, "LoRA of the UNet with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
+    num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
+    initializer_token: str | None = _field("train", None, "word whose vector a new word starts from", shown="the class noun",
+                                           methods=("textual_inversion", "pivotal"))
+
     # Optimization
     steps: int | None = _field("train", None, "optimizer steps", minimum=1, aliases=["--max_train_steps"],
                                shown="depends on the model")
-    train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the UNet")
-    learning_rate: float | None = _field("train", None, "UNet learning rate", minimum=0, shown="depends on the model")
-    text_encoder_lr: float | None = _field("train", None, "text encoder learning rate", minimum=0,
-                                           shown="depends on the model")
+    learning_rate: float | None = _field("train", None, "learning rate of the UNet or its LoRA", minimum=0,
+                                         shown="depends on the model", methods=("full", "lora", "pivotal"))
+    text_encoder_lr: float | None = _field("train", None, "learning rate of the text encoder or its LoRA", minimum=0,
+                                           shown="depends on the model", methods=("full", "lora", "pivotal"))
+    embedding_lr: float | None = _field("train", None, "learning rate of new words", minimum=0, shown="depends on the model",
+                                        methods=("textual_inversion", "pivotal"))
+    embedding_frac: float = _field("train", 0.5, "new words stop after this fraction of the steps, the LoRA goes on",
+                                   minimum=0, maximum=1, methods=("pivotal",))
     train_batch_size: int = _field("train", 1, "photos per step and GPU; as many class images join them", minimum=1)
     gradient_accumulation_steps: int = _field("train", 1, "batches per optimizer step", minimum=1)
     lr_scheduler: str = _field("train", "constant", "learning rate schedule", choices=[
@@ -124,16 +150,19 @@ class Settings:
                                                  shown="on where the GPU needs it")
 
     # Output of training
-    output_dir: str = _field("train", "./output", "folder for the trained pipeline")
+    output_dir: str = _field("train", "./output", "folder for the trained pipeline, LoRA or embeddings")
     overwrite: bool = _field("train", False, "delete an earlier --output_dir once the new one is complete "
                                              "(otherwise it is kept under another name)")
     validation_prompt: list[str] | None = _field("train", None, "prompt of the sample grid; repeatable",
                                                  shown="subject, subject on the moon, class")
 
     # Inference
-    model_path: str = _field("infer", "./output", "trained model: a diffusers folder or hub id")
-    prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject; repeatable",
-                                      shown="the subject on the moon")
+    model_path: str = _field("infer", "./output", "what was trained: a folder or hub id")
+    prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
+                                                     "for one of several; repeatable", shown="the subject on the moon")
+    lora_scale: float = _field("infer", 1.0, "strength of the LoRA in --model_path", minimum=0)
+    adapter: list[str] | None = _field("infer", None, "another LoRA or embedding to add, as PATH or PATH=STRENGTH: an "
+                                                      "output of --train or a .safetensors file; repeatable", shown="none")
     negative_prompt: str = _field("infer", "", "what not to draw")
     num_images: int = _field("infer", 4, "pictures per prompt, with seeds --seed, --seed + 1, ...", minimum=1)
     height: int | None = _field("infer", None, "height in pixels", minimum=8, shown="the model's own")
@@ -148,6 +177,9 @@ class Settings:
     mixed_precision: str = _field("both", "auto", "bf16 or fp16 arithmetic; auto: bf16 where the GPU has it, else fp16, "
                                                   "and none without a CUDA GPU", choices=["auto", "no", "fp16", "bf16"])
     seed: int = _field("both", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
+
+
+CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 
 class _Parser(argparse.ArgumentParser):
@@ -192,6 +224,11 @@ def parse_settings(argv=None):
         value, meta = getattr(settings, field.name), field.metadata
         if field.name in given and meta["mode"] not in ("both", settings.mode):
             raise UserError(f"--{field.name} belongs to --{meta['mode']} and has no meaning with --{settings.mode}")
+        if field.name in given and settings.mode == "train" and settings.method not in meta.get("methods", [settings.method]):
+            raise UserError(f"--{field.name} has no meaning with --method {settings.method}; it belongs to "
+                            + " and ".join(meta["methods"]))
+        if field.name in given and settings.concepts and field.name in CONCEPT_FLAGS:
+            raise UserError(f"--{field.name}: with --concepts, each entry of {settings.concepts} has its own; leave one out")
         low, high = meta.get("minimum"), meta.get("maximum", sys.float_info.max)
         if low is not None and value is not None and not low <= value <= high:
             raise UserError(f"--{field.name} {value}: must be a number of at least {low}"
@@ -216,32 +253,39 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults of a model family. Learning rates are for AdamW at batch size 1 with prior preservation."""
+    """Defaults of a method on a model family. Learning rates are for AdamW at batch size 1; None: nothing of it trains."""
 
     steps: int
-    learning_rate: float
-    learning_rate_with_text_encoder: float
-    text_encoder_lr: float
-    guidance_scale: float
+    learning_rate: float | None = None
+    learning_rate_with_text_encoder: float | None = None
+    text_encoder_lr: float | None = None
+    embedding_lr: float | None = None
 
 
+GUIDANCE = {"stable-diffusion": 7.5, "stable-diffusion-xl": 5.0, "small": 4.0}
 RECIPES = {
-    # Paper: 5e-6. diffusers' DreamBooth guide: 800 steps, and 2e-6 for both parts when the text encoder trains.
-    "stable-diffusion": Recipe(800, 5e-6, 2e-6, 2e-6, 7.5),
+    # Paper: 5e-6. diffusers' guides: 800 steps, 2e-6 for both parts when the text encoder trains; LoRA 1e-4;
+    # textual inversion 5e-4, 3000 steps; its pivotal tuning guide: 1e-4 and 3e-4, 1000 steps.
+    "stable-diffusion": {
+        "full": Recipe(800, 5e-6, 2e-6, 2e-6), "lora": Recipe(800, 1e-4, 1e-4, 5e-5),
+        "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)},
     # Three times the UNet: gentler, as is usual for fine-tuning it whole.
-    "stable-diffusion-xl": Recipe(1000, 2e-6, 2e-6, 1e-6, 5.0),
+    "stable-diffusion-xl": {
+        "full": Recipe(1000, 2e-6, 2e-6, 1e-6), "lora": Recipe(800, 1e-4, 1e-4, 5e-5),
+        "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)},
     # Small models like the bundled one: chosen by experiment on it.
-    "small": Recipe(1600, 2e-4, 2e-4, 5e-5, 4.0),
+    "small": {
+        "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(1600, 2e-3, 2e-3, 5e-4),
+        "textual_inversion": Recipe(1600, embedding_lr=5e-3), "pivotal": Recipe(1600, 2e-3, 2e-3, 5e-4, 5e-3)},
 }
 
 
-def recipe_for(unet_config):
-    """(name, Recipe) for a UNet config."""
+def family_of(unet_config):
+    """The name of a UNet's model family, which RECIPES and GUIDANCE are listed by."""
     if unet_config["addition_embed_type"] == "text_time":
-        name = "stable-diffusion-xl"
-    else:  # SD 1.x attends to 768 and SD 2.x to 1024 text channels
-        name = "stable-diffusion" if unet_config["cross_attention_dim"] in (768, 1024) else "small"
-    return name, RECIPES[name]
+        return "stable-diffusion-xl"
+    # SD 1.x attends to 768 and SD 2.x to 1024 text channels
+    return "stable-diffusion" if unet_config["cross_attention_dim"] in (768, 1024) else "small"
 
 
 @dataclass(frozen=True)
@@ -333,7 +377,22 @@ def load_pipeline(name, dtype, flag="--model_name"):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
     pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
+    for part, text_encoder in text_encoders_of(pipeline).items():
+        # Older configs name another id, and then the highest one is taken for the end of the text: with words added to
+        # the vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
+        end = getattr(pipeline, part.replace("text_encoder", "tokenizer")).eos_token_id
+        text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = end
     return pipeline
+
+
+def text_encoders_of(pipeline):
+    """{part name: text encoder} of a pipeline: one, or SDXL's two."""
+    return {part: module for part in ("text_encoder", "text_encoder_2") if (module := pipeline.components.get(part)) is not None}
+
+
+def tokenizers_of(pipeline):
+    """The tokenizers of text_encoders_of(), in its order."""
+    return [pipeline.components[part.replace("text_encoder", "tokenizer")] for part in text_encoders_of(pipeline)]
 
 
 def load_models(name, dtype):
@@ -341,12 +400,11 @@ def load_models(name, dtype):
     from diffusers import DDPMScheduler
 
     pipeline = load_pipeline(name, dtype)
-    parts = pipeline.components
     models = Models(
         name=name,
         pipeline=pipeline,
-        tokenizers=[parts[k] for k in ("tokenizer", "tokenizer_2") if parts.get(k) is not None],
-        text_encoders=[parts[k] for k in ("text_encoder", "text_encoder_2") if parts.get(k) is not None],
+        tokenizers=tokenizers_of(pipeline),
+        text_encoders=list(text_encoders_of(pipeline).values()),
         vae=pipeline.vae,
         unet=pipeline.unet,
         noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
@@ -371,15 +429,19 @@ def encode_prompts(models, prompts):
     hidden, pooled = [], None
     joined = models.pipeline.unet.config.addition_embed_type == "text_time"
     for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        ids = tokenize(tokenizer, prompts).to(next(text_encoder.parameters()).device)
+        ids = tokenize(models.pipeline, tokenizer, prompts).to(next(text_encoder.parameters()).device)
         out = text_encoder(ids, output_hidden_states=joined)
         hidden.append(out.hidden_states[-2] if joined else out.last_hidden_state)
         pooled = out.text_embeds if joined and "text_embeds" in out else pooled
     return torch.cat(hidden, dim=-1), pooled
 
 
-def tokenize(tokenizer, prompts):
-    """Token ids [P, tokens] of P prompts, padded by the tokenizer's own rule and cut at its length."""
+def tokenize(pipeline, tokenizer, prompts):
+    """Token ids [P, tokens] of P prompts, padded by the tokenizer's own rule and cut at its length.
+
+    A new word of several vectors is written once: diffusers spells it out, "<x>" as "<x> <x>_1".
+    """
+    prompts = pipeline.maybe_convert_prompt(list(prompts), tokenizer)
     return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                      return_tensors="pt").input_ids
 
@@ -390,19 +452,52 @@ def predict(unet, noisy_latents, timesteps, hidden, pooled, time_ids):
     return unet(noisy_latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=sizes).sample
 
 
-def text_encoder_parameters(models):
-    """The text encoders' parameters that reach the loss.
+def layers_read(models, text_encoder):
+    """How many of a text encoder's layers reach the UNet: SDXL reads its first encoder before the last one."""
+    skips_last = len(models.text_encoders) > 1 and text_encoder is models.text_encoders[0]
+    return text_encoder.config.num_hidden_layers - skips_last
 
-    SDXL reads its first encoder before the last layer, so that layer and the final norm get no gradient.
-    """
+
+def text_encoder_parameters(models):
+    """The text encoders' parameters that reach the loss."""
     parameters = []
     for text_encoder in models.text_encoders:
-        unused = set()
         inner = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 flattened CLIPTextModel, not its twin
-        if len(models.text_encoders) > 1 and not hasattr(text_encoder, "text_projection"):
-            unused = {*inner.encoder.layers[-1].parameters(), *inner.final_layer_norm.parameters()}
+        unread = inner.encoder.layers[layers_read(models, text_encoder):]
+        unused = {*unread.parameters(), *inner.final_layer_norm.parameters()} if unread else set()
         parameters += [p for p in text_encoder.parameters() if p not in unused]
     return parameters
+
+
+def add_word(tokenizer, text_encoder, word, vectors):
+    """Add a word of n vectors [n, channels] to a tokenizer and its text encoder, named as diffusers names them.
+
+    Raises UserError if the tokenizer has the word already.
+    """
+    import torch
+
+    tokens = [word] + [f"{word}_{i}" for i in range(1, len(vectors))]
+    if taken := [token for token in tokens if token in tokenizer.get_vocab() or f"{token}</w>" in tokenizer.get_vocab()]:
+        raise UserError(f'"{taken[0]}" is in this model\'s vocabulary already; a new word needs another name, such as '
+                        f'--identifier "<my-{slug(word)}>"')
+    tokenizer.add_tokens(tokens)
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        table = text_encoder.get_input_embeddings().weight.requires_grad_(False)
+        table[-len(tokens):] = vectors.to(table)
+
+
+def vectors_of(tokenizer, text_encoder, word):
+    """The vectors [n, channels] of a word that add_word() added."""
+    vocabulary, n = tokenizer.get_vocab(), 1
+    while f"{word}_{n}" in vocabulary:
+        n += 1
+    return text_encoder.get_input_embeddings().weight[vocabulary[word]:vocabulary[word] + n].detach()
+
+
+def embedding_keys(models, word):
+    """Names of a word's tensors in learned_embeds.safetensors, one for each text encoder, as diffusers' loaders want."""
+    return ["clip_l", "clip_g"] if len(models.text_encoders) > 1 else [word]
 
 
 def fingerprint(models):
@@ -417,93 +512,12 @@ def fingerprint(models):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Identifier: the rare word that stands for the subject, and the prompts it appears in
-
-ARTICLE = re.compile(r"^((?:an? (?:photo|picture|image|drawing|painting|close-up) of )?)(?:(?:an?|the) )?(.+)$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What dreambooth.json records of a subject."""
-
-    identifier: str
-    class_prompt: str
-    instance_prompt: str
-
-
-def make_subject(s, class_prompt):
-    """The subject of these settings: 'a dog' makes 'a sks dog' (paper section 3.1: "a [identifier] [class noun]")."""
-    if not re.fullmatch(r"\S+", s.identifier):
-        raise UserError(f'--identifier "{s.identifier}": must be one word without spaces')
-    if s.instance_prompt is None and class_prompt is None:
-        raise UserError(f'--class_prompt is missing: say what kind of thing the subject in {s.instance_data_dir} is, '
-                        f'such as --class_prompt "a dog"')
-    if s.with_prior_preservation and class_prompt is None:
-        raise UserError('--class_prompt is missing: prior preservation needs it, such as --class_prompt "a dog"; '
-                        'or give --no-with_prior_preservation')
-    if "[identifier]" in (class_prompt or ""):
-        raise UserError(f'--class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
-    opening, noun = ARTICLE.match(class_prompt).groups() if class_prompt else ("", "")
-    prompt = s.instance_prompt or f"{opening}a [identifier] {noun}"
-    subject = Subject(s.identifier, class_prompt or "", prompt.replace("[identifier]", s.identifier))
-    if not re.search(rf"(?<!\w){re.escape(s.identifier)}(?!\w)", subject.instance_prompt):
-        say(f'Note: the instance prompt "{subject.instance_prompt}" does not contain the identifier "{s.identifier}".')
-    return subject
-
-
-def check_identifier(tokenizer, identifier):
-    """Say so if the tokenizer does not read the identifier as one token."""
-    pieces = tokenizer.tokenize(identifier)
-    if len(pieces) > 1:
-        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens '
-            f'({" ".join(pieces)}); one rare token is best.')
-
-
-def check_length(tokenizer, prompts):
-    """Say so if a prompt is longer than the model reads."""
-    for prompt in prompts:
-        if (length := len(tokenizer(prompt).input_ids)) > tokenizer.model_max_length:
-            say(f'Note: "{prompt[:60]}..." is {length} tokens; the model reads only the first '
-                f'{tokenizer.model_max_length}.')
-
-
-def read_record(model):
-    """dreambooth.json of a trained model, a folder or hub id, as a dict; {} where there is none.
-
-    Raises UserError if it is damaged.
-    """
-    path = Path(model) / "dreambooth.json"
-    if not Path(model).is_dir():
-        try:
-            path = hub_file(model, "dreambooth.json")
-        except Exception:  # the model itself was found: it has no record, or the machine is offline
-            return {}
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        Subject(**record["subjects"][0])
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path}: cannot be read; it is damaged, train the model again") from None
-    return record
-
-
-def fill_identifier(prompt, record, model_path):
-    """Put the recorded identifier where the prompt says [identifier]."""
-    if "[identifier]" not in prompt:
-        return prompt
-    if not record:
-        raise UserError(f'--prompt "{prompt}": {model_path} has no dreambooth.json to tell what [identifier] stands for; '
-                        f'write the word itself or give a model made by --train')
-    return prompt.replace("[identifier]", record["subjects"][0]["identifier"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: photos
+# Subjects: photos
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
 CLASS_PROMPT_FILE = "class_prompt.txt"
+CAPTION_LIST = "metadata.jsonl"  # one {"file_name": ..., "text": ...} a line, as in datasets' imagefolder
 
 
 def list_images(folder, flag):
@@ -511,8 +525,11 @@ def list_images(folder, flag):
     folder, images = Path(folder), []
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
+    names = {path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in (SAMPLE_LIST, CLASS_PROMPT_FILE):
+        if path.name.startswith(".") or path.name in (SAMPLE_LIST, CLASS_PROMPT_FILE, CAPTION_LIST):
+            continue
+        if path.suffix == ".txt" and path.stem in names:  # a caption
             continue
         if path.is_dir():
             say(f"Skipped {path}{os.sep}: folders inside {folder} are not searched.")
@@ -563,13 +580,13 @@ def _to_8_bit(image):
     return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
 
 
-def find_photos(s):
-    """(photo paths, class prompt or None) for training. Says whatever a person should know about them.
+def find_photos(concept, flag="--instance_data_dir"):
+    """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
 
     Photos and class prompt that came with the program are left out as soon as there are others beside them.
     """
-    folder = Path(s.instance_data_dir)
-    photos = list_images(folder, "--instance_data_dir")
+    folder = Path(concept.instance_data_dir)
+    photos = list_images(folder, flag)
     sums = read_sums(folder / SAMPLE_LIST)
     is_sample = {p: sums.get(p.name) == file_digest(p) for p in photos} if sums else {}
     own = [p for p in photos if not is_sample.get(p)]
@@ -578,7 +595,7 @@ def find_photos(s):
         say(f"{folder} holds {len(own)} photos of your own beside the {len(photos) - len(own)} sample pictures that came with "
             f"the program: the samples are left out. Delete them, or move yours to a folder of their own.")
         photos = own
-    class_prompt = s.class_prompt
+    class_prompt = concept.class_prompt
     describes_samples = own and prompt_file.is_file() and sums.get(prompt_file.name) == file_digest(prompt_file)
     if class_prompt is None and prompt_file.is_file() and not describes_samples:
         class_prompt = read_text(prompt_file)
@@ -588,7 +605,28 @@ def find_photos(s):
         if not class_prompt:
             raise UserError('--class_prompt is empty: say what kind of thing the subject is, such as "a dog"')
     check_photos(photos)
-    return photos, class_prompt
+    captions = read_caption_list(folder / CAPTION_LIST)
+    return [(path, read_caption(path, captions)) for path in photos], class_prompt
+
+
+def read_caption(photo, captions):
+    """A photo's own caption, from the .txt file of its name or else from `captions`; None without either."""
+    beside = photo.with_suffix(".txt")
+    if beside.name != CLASS_PROMPT_FILE and beside.is_file():
+        return " ".join(read_text(beside).split()) or None
+    return captions.get(photo.name)
+
+
+def read_caption_list(path):
+    """{file name: caption} of a metadata.jsonl; {} where there is none."""
+    captions = {}
+    for number, text in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
+        try:
+            entry = json.loads(text)
+            captions[entry["file_name"]] = " ".join(entry["text"].split()) or None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{path}, line {number}: must be {{"file_name": "1.jpg", "text": "a caption"}}') from None
+    return captions
 
 
 def read_text(path):
@@ -613,19 +651,6 @@ def check_photos(photos):
         say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")
 
 
-def square(image, resolution):
-    """(square image, [height, width, top, left, side, side]): the middle of `image`, scaled to `resolution` pixels.
-
-    The numbers are SDXL's size conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
-    """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
-    return image, [height, width, top, left, resolution, resolution]
-
-
 def file_digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -636,6 +661,256 @@ def read_sums(path):
         return {}
     lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines())
     return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Subjects: what is to be learnt, and the words for it
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A subject as its owner describes it: an entry of --concepts, or the flags of these names."""
+
+    instance_data_dir: str
+    class_data_dir: str
+    num_class_images: int
+    name: str = ""
+    class_prompt: str | None = None
+    identifier: str = "auto"
+    instance_prompt: str | None = None  # "a [identifier] dog"
+    photos: tuple = ()  # (path, its own caption or None)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject as dreambooth.json records it: its words are settled."""
+
+    identifier: str
+    class_prompt: str
+    instance_prompt: str
+    name: str = ""
+
+
+ARTICLE = re.compile(r"^((?:an? (?:photo|picture|image|drawing|painting|close-up) of )?)(?:(?:an?|the) )?(.+)$", re.IGNORECASE)
+
+
+def read_concepts(s):
+    """The subjects to learn, one from the flags or those of --concepts, with their photos found and checked.
+
+    Raises UserError for anything in photos, prompts or the JSON file that cannot be trained on.
+    """
+    entries = read_concept_file(s.concepts) if s.concepts else [{flag: getattr(s, flag) for flag in CONCEPT_FLAGS}]
+    concepts = []
+    for entry in entries:
+        concept = Concept(**{"class_data_dir": s.class_data_dir, "num_class_images": s.num_class_images, **entry})
+        where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
+        concepts.append(complete_concept(concept, where, preserves_prior(s)))
+    for field in ("name", "identifier"):
+        values = [value for concept in concepts if (value := getattr(concept, field)) not in ("", "auto")]
+        for value in values:
+            if sum(value in other for other in values) > 1:
+                raise UserError(f'{s.concepts}: {field} "{value}" is another\'s too, or part of it; they must be distinct')
+    owners = {c.class_data_dir: c.class_prompt for c in concepts}
+    for c in concepts:
+        if owners[c.class_data_dir] != c.class_prompt and own_class_images(c.class_data_dir):
+            raise UserError(f"{s.concepts}: {c.class_data_dir} holds your own class images and cannot serve both "
+                            f'"{c.class_prompt}" and "{owners[c.class_data_dir]}"; give each its class_data_dir')
+    return concepts
+
+
+def read_concept_file(path):
+    """The entries of a --concepts file: a list of {"name", "instance_data_dir", "class_prompt", ...}."""
+    try:
+        entries = json.loads(read_text(Path(path)))
+    except OSError as problem:
+        raise UserError(f"--concepts {path}: cannot be read ({problem.strerror})") from None
+    except ValueError as problem:
+        raise UserError(f"--concepts {path}: not JSON ({problem})") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
+                        f'"class_prompt": "a dog"}}, ...]')
+    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name != "photos"}
+    for number, entry in enumerate(entries, 1):
+        if unknown := entry.keys() - kinds.keys():
+            raise UserError(f'--concepts {path}: entry {number} has "{min(unknown)}"; known are {", ".join(kinds)}')
+        for key in {"name", "instance_data_dir"} - entry.keys():
+            raise UserError(f'--concepts {path}: entry {number} lacks "{key}"')
+        for key, value in entry.items():
+            if type(value) is not kinds[key] or not value:
+                raise UserError(f'--concepts {path}: entry {number}, "{key}" must be '
+                                + ("a number of at least 1" if kinds[key] is int else "a text that is not empty"))
+        if not re.fullmatch(r"[\w-]+", entry["name"]):
+            raise UserError(f'--concepts {path}: name "{entry["name"]}": letters, digits, - and _ only')
+        if entry.get("num_class_images", 1) < 1:
+            raise UserError(f'--concepts {path}: entry {number}, "num_class_images" must be a number of at least 1')
+    return entries
+
+
+def complete_concept(concept, where, needs_class):
+    """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
+    flag = f"{where} " if where != "--" else where
+    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
+    instance_prompt = concept.instance_prompt
+    if class_prompt is None and (needs_class or instance_prompt is None):
+        reason = "prior preservation needs it" if instance_prompt else f"say what kind of thing is in {concept.instance_data_dir}"
+        raise UserError(f'{flag}class_prompt is missing: {reason}, such as "a dog"'
+                        + ("; or give --no-with_prior_preservation" if instance_prompt else ""))
+    if "[identifier" in (class_prompt or ""):
+        raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
+    if not re.fullmatch(r"\S+", concept.identifier):
+        raise UserError(f'{flag}identifier "{concept.identifier}": must be one word without spaces')
+    opening, noun = ARTICLE.match(class_prompt).groups() if class_prompt else ("", "subject")
+    instance_prompt = instance_prompt or f"{opening}a [identifier] {noun}"
+    identifier = concept.identifier
+    if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
+        own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
+        if len(own) != 1:
+            raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
+        identifier = own[0]
+        say(f'Identifier "{identifier}", from the instance prompt "{instance_prompt}".')
+    if not mentions(instance_prompt, identifier):
+        say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
+    if captions := [caption for _, caption in photos if caption]:
+        without = sum(not mentions(caption, identifier) for caption in captions)
+        say(f"Captions: {len(captions)} of {len(photos)} photos in {concept.instance_data_dir} have their own"
+            + (f"; {without} of them without [identifier], which they do not teach." if without else "."))
+    return dataclasses.replace(concept, photos=tuple(photos), class_prompt=class_prompt, instance_prompt=instance_prompt,
+                               identifier=identifier, name=concept.name or slug(noun))
+
+
+def mentions(prompt, identifier):
+    """Whether a prompt has the identifier as a word of its own, or leaves a place for it."""
+    return "[identifier" in prompt or bool(re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt))
+
+
+def settle_subjects(s, models, concepts):
+    """The Subjects of these concepts: every identifier is chosen or checked, and said."""
+    if METHODS[s.method].adds_words:
+        words = [f"<{c.name}>" if c.identifier == "auto" else c.identifier for c in concepts]
+    else:
+        words = choose_identifiers(models, concepts, s.seed)
+    subjects = []
+    for concept, word in zip(concepts, words):
+        bare = Subject(word, concept.class_prompt or "", "", concept.name)
+        subject = dataclasses.replace(bare, instance_prompt=fill_identifier(concept.instance_prompt, [bare], "--instance_prompt"))
+        say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos'
+            + (f'; class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "; no class images"))
+        subjects.append(subject)
+    return subjects
+
+
+def fill_identifier(prompt, subjects, source):
+    """`prompt` with each [identifier] or [identifier:NAME] replaced. `source` is whose subjects they are."""
+    def word(match):
+        named = [subject for subject in subjects if match[1] in (None, subject.name)]
+        if len(named) == 1:
+            return named[0].identifier
+        if not subjects:
+            raise UserError(f'"{prompt}": {source} has no dreambooth.json to tell what [identifier] stands for; write the '
+                            f"word itself or give a model made by --train")
+        raise UserError(f'"{prompt}": {source} knows {", ".join(f"[identifier:{subject.name}]" for subject in subjects)}; '
+                        f"write one of these for {match[0]}")
+    return re.sub(r"\[identifier(?::([^\]]*))?\]", word, prompt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Subjects: the rare word
+
+RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after this share of it are rare
+# Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
+# everybody uses, is a rifle). The last line are such tokens of the bundled model's.
+RARE_WORDS = """
+    phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
+    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius ebas achs atis ndi niti oti stis
+    zwx xqr qvk vkz wjq jxv fzw kqx"""
+
+
+def rare_words(tokenizers, class_prompts):
+    """Those of RARE_WORDS that every tokenizer reads as one rare token, alone and before each class noun."""
+    def is_one(tokenizer, word):
+        def ids(text):
+            return tokenizer(text, add_special_tokens=False).input_ids
+        return (len(ids(word)) == 1 and is_rare(tokenizer, ids(word)[0])
+                and all(ids(f"a {word} {prompt}") == ids("a") + ids(word) + ids(prompt) for prompt in class_prompts))
+    return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
+            and not any(word in prompt for prompt in class_prompts)]
+
+
+def is_rare(tokenizer, token_id):
+    return token_id >= RARE * len(tokenizer)
+
+
+def choose_identifiers(models, concepts, seed):
+    """One identifier for each concept: its own, or for "auto" a rare word that means little to the model.
+
+    Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
+    seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
+    with a weak prior in both language model and diffusion model.)
+    """
+    import torch
+
+    tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
+    words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
+    candidates = rare_words(models.tokenizers, [concept.class_prompt or "" for concept in concepts])
+    for concept in concepts:
+        if concept.identifier != "auto":
+            check_identifier(tokenizer, concept.identifier)
+            words.append(concept.identifier)
+            continue
+        free = [word for word in candidates if word not in taken]
+        if not free:
+            raise UserError(f'no rare word that this model reads as one token is left for "{concept.name}"; choose one '
+                            f"yourself with --identifier")
+        shift = embedding_shift(models, free, concept)
+        best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
+        vectors = {word: table[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))].mean(0) for word in best + taken}
+
+        def similarity(word):
+            return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
+        random.Random(f"{seed} {concept.name}").shuffle(best)
+        words.append(min(best, key=similarity))
+        taken.append(words[-1])
+        say(f'Identifier of "{concept.name}": "{words[-1]}", token {tokenizer(words[-1]).input_ids[1]} of {len(tokenizer)}; it moves '
+            f'the embedding of "{concept.class_prompt}" by {shift[words[-1]]:.3f} (of {len(free)} rare words: '
+            f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
+    return words
+
+
+def embedding_shift(models, words, concept):
+    """{word: 1 - cosine of the text embeddings, at the end of the text, of the prompt with the word and of the class}."""
+    import torch
+
+    bare = fill_identifier(concept.instance_prompt, [Subject("", "", "", concept.name)], "")
+    prompts = [" ".join(bare.split())]
+    prompts += [fill_identifier(concept.instance_prompt, [Subject(word, "", "", concept.name)], "") for word in words]
+    tokenizer = models.tokenizers[-1]
+    ends = (tokenize(models.pipeline, tokenizer, prompts) == tokenizer.eos_token_id).int().argmax(-1)
+    with torch.no_grad():
+        hidden, _ = encode_prompts(models, prompts)
+    vectors = hidden[torch.arange(len(prompts)), ends]
+    return dict(zip(words, (1 - torch.cosine_similarity(vectors[1:], vectors[:1])).tolist()))
+
+
+def check_identifier(tokenizer, identifier):
+    """Say so if the tokenizer does not read the identifier as one rare token."""
+    pieces = tokenizer.tokenize(identifier)
+    if len(pieces) > 1:
+        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
+            f"mean something already; one rare token learns better. --identifier auto finds one.")
+    elif not is_rare(tokenizer, tokenizer.convert_tokens_to_ids(pieces[0])):
+        say(f'Note: the identifier "{identifier}" is a common word (token {tokenizer.convert_tokens_to_ids(pieces[0])} of '
+            f"{len(tokenizer)}): its old meaning mixes with the subject, and prompts with it will show the subject. "
+            f"--identifier auto finds a rare one.")
+
+
+def check_length(pipeline, prompts):
+    """Say so if a prompt is longer than the model reads."""
+    tokenizer = pipeline.tokenizer
+    for prompt in prompts:
+        length = len(tokenizer(pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
+        if length > tokenizer.model_max_length:
+            say(f'Note: "{prompt[:60]}..." is {length} tokens; the model reads only the first '
+                f'{tokenizer.model_max_length}.')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -666,23 +941,37 @@ def class_image_name(index):
     return f"{index:05d}.png"
 
 
-def prepare_class_images(s, models, subject, resolution, plan, accelerator):
-    """Paths of the class images (paper section 3.2: samples of the frozen model), making only what is missing.
+def class_pools(s, models, concepts, resolution, plan, accelerator):
+    """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
+    counts = {}
+    for c in concepts:
+        counts[c.class_prompt, c.class_data_dir] = max(c.num_class_images, counts.get((c.class_prompt, c.class_data_dir), 0))
+    paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
+    return [[(path, c.class_prompt) for path in paths[c.class_prompt, c.class_data_dir][:c.num_class_images]] for c in concepts]
+
+
+def own_class_images(root):
+    """Whether somebody put images of their own directly in the class image folder."""
+    return Path(root).is_dir() and any(p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES for p in Path(root).iterdir())
+
+
+def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolution, plan, accelerator):
+    """Paths of `count` class images (paper section 3.2: samples of the frozen model), making only what is missing.
 
     Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
     of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
     """
-    root = Path(s.class_data_dir)
-    if root.is_dir() and any(p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES for p in root.iterdir()):
-        own = list_images(root, "--class_data_dir")[:s.num_class_images]
+    root = Path(class_data_dir)
+    if own_class_images(root):
+        own = list_images(root, "--class_data_dir")[:count]
         check_photos(own)
         say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
         return own
-    settings = class_image_settings(s, models, subject.class_prompt, resolution, plan)
+    settings = class_image_settings(s, models, class_prompt, resolution, plan)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = root / f"{slug(subject.class_prompt)}-{key}"
-    paths = [folder / class_image_name(i) for i in range(s.num_class_images)]
-    missing = missing_class_images(folder, s.num_class_images)
+    folder = root / f"{slug(class_prompt)}-{key}"
+    paths = [folder / class_image_name(i) for i in range(count)]
+    missing = missing_class_images(folder, count)
     say(f"Class images: {len(paths) - len(missing)} of {len(paths)} are in {folder}"
         + (f"; drawing {len(missing)}." if missing else "."))
     accelerator.wait_for_everyone()  # all have counted before any draws
@@ -690,7 +979,7 @@ def prepare_class_images(s, models, subject, resolution, plan, accelerator):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         share = missing[accelerator.process_index::accelerator.num_processes]
-        draw_class_images(s, models, subject.class_prompt, resolution, plan, folder, share)
+        draw_class_images(s, models, class_prompt, resolution, plan, folder, share)
     accelerator.wait_for_everyone()
     return paths
 
@@ -722,6 +1011,19 @@ def draw_class_images(s, models, class_prompt, resolution, plan, folder, indices
 # Data: the latent cache
 
 
+def square(image, resolution):
+    """(square image, [height, width, top, left, side, side]): the middle of `image`, scaled to `resolution` pixels.
+
+    The numbers are SDXL's size conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
+    """
+    width, height = image.size
+    scale = resolution / min(width, height)
+    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
+    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    return image, [height, width, top, left, resolution, resolution]
+
+
 @dataclass(frozen=True)
 class LatentCache:
     """The VAE's view of every training picture, one row each, on the CPU; a mirrored picture is a row of its own.
@@ -734,12 +1036,13 @@ class LatentCache:
     std: typing.Any  # [N, C, h, w], likewise
     time_ids: typing.Any  # [N, 6]
     prompt: typing.Any  # [N], index into `prompts`
-    is_class: typing.Any  # [N] bool
     prompts: list
+    photos: list  # for each subject the rows of its photos
+    class_images: list  # for each subject the rows of its class images; empty without prior preservation
 
 
-def cache_latents(models, pictures, prompts, resolution, device, random_flip=False):
-    """Encode `pictures`, a list of (path, prompt index, is_class), into a LatentCache.
+def cache_latents(models, photos, class_images, resolution, device, random_flip=False):
+    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a LatentCache.
 
     The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as the photos are.
     """
@@ -748,22 +1051,28 @@ def cache_latents(models, pictures, prompts, resolution, device, random_flip=Fal
     from tqdm import tqdm
 
     vae = models.vae.to(device)
-    rows = []
-    for path, prompt, is_class in tqdm(pictures, desc="encoding", unit="image", disable=not is_first_process()):
+    own = {picture for pool in photos for picture in pool}
+    pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
+    prompts = list(dict.fromkeys(caption for _, caption in pictures))
+    rows, rows_of = [], {}
+    for picture in tqdm(pictures, desc="encoding", unit="image", disable=not is_first_process()):
+        path, caption = picture
         image = load_image(path)
-        if min(image.size) < resolution and not is_class:
+        if min(image.size) < resolution and picture in own:
             say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
         image, sizes = square(image, resolution)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
         for variant in (pixels, pixels.flip(-1)) if random_flip else (pixels,):
             with torch.no_grad():
                 moments = vae.encode(variant).latent_dist
-            rows.append((moments.mean.float().cpu(), moments.std.float().cpu(), sizes, prompt, is_class))
+            rows_of.setdefault(picture, []).append(len(rows))
+            rows.append((moments.mean.float().cpu(), moments.std.float().cpu(), sizes, prompts.index(caption)))
     vae.to("cpu")
-    mean, std, time_ids, prompt, is_class = zip(*rows)
+    mean, std, time_ids, prompt = zip(*rows)
     scale = vae.config.scaling_factor
+    pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
     return LatentCache(torch.cat(mean) * scale, torch.cat(std) * scale, torch.tensor(time_ids, dtype=torch.float32),
-                       torch.tensor(prompt), torch.tensor(is_class), list(prompts))
+                       torch.tensor(prompt), prompts, *pools)
 
 
 def random_source(*key):
@@ -783,24 +1092,27 @@ def shuffled(size, start, count, *key):
     return [int(orders[draw // size][draw % size]) for draw in range(start, start + count)]
 
 
+def balanced(pools, start, count, *key):
+    """Draws start .. start + count - 1 of an endless stream: each pool once before any twice, and so each row of a pool."""
+    turns = shuffled(len(pools), start, count, "turn", *key)
+    return [pools[pool][shuffled(len(pools[pool]), draw // len(pools), 1, pool, *key)[0]] for draw, pool in enumerate(turns, start)]
+
+
 def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_processes=1):
     """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
 
-    Photos and class images are drawn independently, each row with its own noise and timestep (paper equation 2). The
-    batch depends on nothing but seed, micro-step and process. `weight` [B] makes the loss a weighted sum: a photo counts
-    1 / photos, a class image prior_loss_weight / class images.
+    Photos and class images are drawn independently, each row with its own noise and timestep (paper equation 2), and
+    from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
+    loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
     """
     import torch
 
     start = (micro_step * num_processes + process) * s.train_batch_size
-    rows, weight = [], []
-    for is_class, share in ((False, 1.0), (True, s.prior_loss_weight)):
-        pool = (cache.is_class == is_class).nonzero().flatten()
-        if len(pool):
-            picks = shuffled(len(pool), start, s.train_batch_size, s.seed, is_class)
-            rows.append(pool[picks])
-            weight += [share / len(picks)] * len(picks)
-    rows = torch.cat(rows)
+    rows = balanced(cache.photos, start, s.train_batch_size, s.seed, "photos")
+    classes = balanced(cache.class_images, start, s.train_batch_size, s.seed, "class images") if cache.class_images else []
+    weight = [1 / len(rows)] * len(rows) + [s.prior_loss_weight / len(rows)] * len(classes)
+    is_class = torch.arange(len(weight)) >= len(rows)
+    rows = torch.tensor(rows + classes)
     source = random_source("noise", s.seed, micro_step, process)
     mean, std = cache.mean[rows], cache.std[rows]
     return {
@@ -809,7 +1121,7 @@ def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_process
         "timesteps": torch.randint(num_train_timesteps, (len(rows),), generator=source),
         "time_ids": cache.time_ids[rows],
         "prompt": cache.prompt[rows],
-        "is_class": cache.is_class[rows],
+        "is_class": is_class,
         "weight": torch.tensor(weight),
     }
 
@@ -820,23 +1132,192 @@ def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_process
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Weights that train together: the modules they live in, the parameters, their learning rate."""
+    """Weights that train together."""
 
     name: str
-    modules: list
+    modules: list  # what they live in
     parameters: list
     lr: float
+    until: float = 1.0  # the fraction of the run after which they rest
+    finish: typing.Callable = lambda: None  # what to do once training is over
 
 
-def full_fine_tuning(s, models):
-    """The paper's method: every layer of the UNet and, if asked, of the text encoder(s) (paper section 3.2)."""
-    name, recipe = recipe_for(models.unet.config)
-    unet_lr = recipe.learning_rate_with_text_encoder if s.train_text_encoder else recipe.learning_rate
-    groups = [ParameterGroup("unet", [models.unet], list(models.unet.parameters()), default(s.learning_rate, unet_lr))]
-    if s.train_text_encoder:
-        groups.append(ParameterGroup("text_encoder", models.text_encoders, text_encoder_parameters(models),
-                                     default(s.text_encoder_lr, recipe.text_encoder_lr)))
-    return groups
+@dataclass(frozen=True)
+class Method:
+    """What a method trains and what it saves. The training loop sees nothing of it but the parameter groups."""
+
+    trains: tuple  # functions (s, models, subjects, recipe) -> ParameterGroup
+    with_text_encoder: tuple  # those that join them with --train_text_encoder
+    saves: tuple  # functions (folder, models, subjects)
+    is_adapter: bool = True  # the model's own weights stay as they are
+    adds_words: bool = False
+    changes_class: bool = True  # else there is no prior to preserve
+
+
+def full_unet(s, models, subjects, recipe):
+    """The paper's method: every layer of the UNet (paper section 3.2)."""
+    lr = recipe.learning_rate_with_text_encoder if s.train_text_encoder else recipe.learning_rate
+    return ParameterGroup("unet", [models.unet], list(models.unet.parameters()), default(s.learning_rate, lr))
+
+
+def full_text_encoder(s, models, subjects, recipe):
+    """Every layer of the text encoders that the UNet reads."""
+    return ParameterGroup("text_encoder", models.text_encoders, text_encoder_parameters(models),
+                          default(s.text_encoder_lr, recipe.text_encoder_lr))
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS = {
+    "attention": ATTENTION,
+    "attention+ff": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
+    "all": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "conv",
+            "time_emb_proj"],
+}
+
+
+def add_lora(s, module, **options):
+    """Give `module` a LoRA (Hu et al., arXiv 2106.09685) that changes nothing yet; returns its parameters."""
+    from peft import LoraConfig
+
+    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=s.lora_alpha or s.rank, init_lora_weights="gaussian", **options))
+    return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
+
+
+def unet_lora(s, models, subjects, recipe):
+    """Low-rank changes of the UNet's layers."""
+    parameters = add_lora(s, models.unet, target_modules=LORA_TARGETS[s.lora_target], use_dora=s.use_dora)
+    return ParameterGroup("unet_lora", [models.unet], parameters, default(s.learning_rate, recipe.learning_rate))
+
+
+def text_encoder_lora(s, models, subjects, recipe):
+    """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
+    parameters = [parameter for text_encoder in models.text_encoders for parameter in add_lora(
+        s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
+        layers_to_transform=list(range(layers_read(models, text_encoder))), layers_pattern="layers")]
+    return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
+                          default(s.text_encoder_lr, recipe.text_encoder_lr))
+
+
+def new_words(s, models, subjects, recipe):
+    """Textual inversion (Gal et al., arXiv 2208.01618): a new word for each subject, whose vectors alone train.
+
+    They start as the vectors of --initializer_token, or of the class noun, and are parameters of their own, looked up
+    beside the vocabulary's table: that has neither gradient nor optimizer state.
+    """
+    import torch
+
+    rows, finishers = [], []
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+        first = len(tokenizer)
+        for subject in subjects:
+            noun = s.initializer_token or (ARTICLE.match(subject.class_prompt or subject.name)[2])
+            ids = tokenizer(noun, add_special_tokens=False).input_ids
+            table = text_encoder.get_input_embeddings().weight
+            add_word(tokenizer, text_encoder, subject.identifier, table[(ids * s.num_vectors)[-s.num_vectors:]])
+        table = text_encoder.get_input_embeddings()
+        rows.append(torch.nn.Parameter(table.weight[first:].detach().clone()))
+        table.register_parameter("new_rows", rows[-1])
+
+        def look_up(table, args, output, first=first):
+            ids = args[0][..., None]  # [B, tokens, 1]
+            return torch.where(ids >= first, table.new_rows[(args[0] - first).clamp(min=0)], output)
+
+        def finish(table=table, first=first, hook=table.register_forward_hook(look_up)):
+            hook.remove()
+            table.weight.data[first:] = table.new_rows.data.to(table.weight)
+            del table.new_rows
+        finishers.append(finish)
+    return ParameterGroup("new_words", models.text_encoders, rows, default(s.embedding_lr, recipe.embedding_lr),
+                          finish=lambda: [finish() for finish in finishers])
+
+
+def pivotal_words(s, models, subjects, recipe):
+    """New words that rest after a fraction of the run, when the LoRA goes on alone (Roich et al., arXiv 2106.05744)."""
+    return dataclasses.replace(new_words(s, models, subjects, recipe), until=s.embedding_frac)
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora.safetensors"
+
+
+def save_pipeline(folder, models, subjects):
+    models.pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def save_lora(folder, models, subjects):
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    parts = {"unet": models.unet, **text_encoders_of(models.pipeline)}
+    parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
+    weights, kohya = {}, {}
+    for part, module in parts.items():
+        tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module, save_embedding_layers=False).items()}
+        if part != "unet":  # transformers 5.6 dropped this prefix; every tool knows it
+            tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+        config = module.peft_config["default"]
+        weights[f"{part}_lora_layers"] = tensors
+        kohya |= kohya_lora(f"lora_{KOHYA_PARTS[len(models.text_encoders)][part]}", tensors, config.lora_alpha)
+    type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
+    save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
+                                           "ss_network_alpha": str(config.lora_alpha)})
+
+
+# What Kohya's tools call the parts of a model with one text encoder, and with two.
+KOHYA_PARTS = {1: {"unet": "unet", "text_encoder": "te"},
+               2: {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2"}}
+
+
+def kohya_lora(prefix, tensors, alpha):
+    """A LoRA's tensors under Kohya's names: lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha."""
+    import torch
+
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name).groups()
+        layer = f"{prefix}_{layer.replace('.', '_')}"
+        if kind == "lora_magnitude_vector":
+            renamed[f"{layer}.dora_scale"] = tensor.reshape(len(tensor), *[1] * 1)
+        else:
+            renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
+            renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return renamed
+
+
+def embedding_file(subject, subjects):
+    """Where a subject's new word is saved: learned_embeds.safetensors, or with its name if it is one of several."""
+    return "learned_embeds.safetensors" if len(subjects) == 1 else f"learned_embeds-{subject.name}.safetensors"
+
+
+def save_words(folder, models, subjects):
+    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}."""
+    from safetensors.torch import save_file
+
+    for subject in subjects:
+        vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
+                   for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders)]
+        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))
+
+
+METHODS = {
+    "full": Method((full_unet,), (full_text_encoder,), (save_pipeline,), is_adapter=False),
+    "lora": Method((unet_lora,), (text_encoder_lora,), (save_lora,)),
+    "textual_inversion": Method((new_words,), (), (save_words,), adds_words=True, changes_class=False),
+    "pivotal": Method((pivotal_words, unet_lora), (text_encoder_lora,), (save_lora, save_words), adds_words=True),
+}
+
+
+def preserves_prior(s):
+    return default(s.with_prior_preservation, METHODS[s.method].changes_class)
+
+
+def parameter_groups(s, models, subjects, recipe):
+    """What --method trains, made ready in `models`."""
+    method = METHODS[s.method]
+    trains = method.trains + (method.with_text_encoder if s.train_text_encoder else ())
+    return [group(s, models, subjects, recipe) for group in trains]
 
 
 def default(value, otherwise):
@@ -844,7 +1325,7 @@ def default(value, otherwise):
 
 
 def guidance_scale(s, unet_config):
-    return default(s.guidance_scale, recipe_for(unet_config)[1].guidance_scale)
+    return default(s.guidance_scale, GUIDANCE[family_of(unet_config)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -911,17 +1392,17 @@ def plan_device(s):
     return Plan(device, precision)
 
 
-def wants_checkpointing(s, parameters, plan):
-    """Whether to recompute activations. By default only on a CUDA GPU with less than 34 bytes per trained weight.
+def wants_checkpointing(s, trained, weights, plan):
+    """Whether to recompute activations. By default only on a CUDA GPU too small for the alternative, by estimate.
 
-    Weights, gradients and AdamW's two moments take 16 bytes; the activations of a photo and a class image at the
-    model's own resolution, by estimate, about as much again.
+    A trained weight takes 16 bytes with its gradient and AdamW's two moments; a photo's and a class image's activations
+    at the model's own resolution take, with the frozen weights, about 18 bytes for each weight of the UNet.
     """
     import torch
 
     if s.gradient_checkpointing is not None or plan.device.type != "cuda":
         return bool(s.gradient_checkpointing)
-    return torch.cuda.get_device_properties(plan.device).total_memory < 34 * parameters
+    return torch.cuda.get_device_properties(plan.device).total_memory < 16 * trained + 18 * weights
 
 
 def machine_name(device):
@@ -978,17 +1459,14 @@ def optimize(s, models, groups, cache, steps, accelerator, log_dir):
             unread = []
     if writer:
         writer.close()
+    for module in (models.pipeline.unet, *text_encoders_of(models.pipeline).values()):
+        # Take accelerate's autocast off again; its own unwrap_model would strip transformers' wrappers of forward as well.
+        module.eval()
+        for name in ("forward", "_original_forward"):
+            vars(module).pop(name, None)
     for group in groups:
-        for module in group.modules:
-            end_training(module)
+        group.finish()
     return history
-
-
-def end_training(module):
-    """Take accelerate's autocast off again; its own unwrap_model would strip transformers' wrappers of forward as well."""
-    module.eval()
-    for name in ("forward", "_original_forward"):
-        vars(module).pop(name, None)
 
 
 def prepare_training(s, models, groups, prompts, steps, accelerator):
@@ -1001,19 +1479,26 @@ def prepare_training(s, models, groups, prompts, steps, accelerator):
 
     device, training = accelerator.device, [module for group in groups for module in group.modules]
     for module in training:
-        module.to(device).train()
+        module.train()
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW([{"params": g.parameters, "lr": g.lr} for g in groups],
                                   weight_decay=s.adam_weight_decay, fused=device.type in ("cuda", "cpu") or None)
     # diffusers' "constant" has no warmup. The schedule stays ours: accelerate would advance it once per process.
     schedule = "constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler
     lr_scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
+    lr_scheduler.lr_lambdas = [functools.partial(lambda factor, last, step: factor(step) if step < last else 0, factor, g.until * steps)
+                               for factor, g in zip(lr_scheduler.lr_lambdas, groups)]
+
+    def prepared(module):  # what does not train only passes gradients on, and needs no exchange between processes
+        return accelerator.prepare_model(module, evaluation_mode=module not in training)
     trains_text = any(t in training for t in models.text_encoders)
-    models = dataclasses.replace(models, unet=accelerator.prepare(models.unet), text_encoders=[
-        accelerator.prepare(t) if t in training else t for t in models.text_encoders])
-    modules = [models.unet, *(models.text_encoders if trains_text else [])]
+    parts = [models.unet, *models.text_encoders]
+    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
+    modules = [module for module, part in zip(ready, parts) if part in training]
+    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
     conditioning = prompt_conditioning(models, prompts, trains_text, device)
     return models, modules, conditioning, accelerator.prepare(optimizer), lr_scheduler
 
@@ -1053,7 +1538,7 @@ def prompt_conditioning(models, prompts, trains, device):
 
 def report_losses(read, history, cache, groups, lr_scheduler, bar, writer):
     """Append the losses just read to `history`, to the progress bar and to TensorBoard. UserError if one is not finite."""
-    has_class = bool(cache.is_class.any())
+    has_class = bool(cache.class_images)
     for instance, prior in read:
         history.append((instance, prior if has_class else None))
         if not all(abs(x) < float("inf") for x in history[-1] if x is not None):
@@ -1087,11 +1572,11 @@ def loss_writer(log_dir):
 
 def train(s):
     """Fine-tune a model on a subject and write it to --output_dir."""
-    photos, class_prompt = find_photos(s)
-    subject = make_subject(s, class_prompt)
+    concepts = read_concepts(s)
     check_output_dir(s)
-    if s.with_prior_preservation:
-        check_writable(s.class_data_dir, "--class_data_dir")
+    if preserves_prior(s):
+        for concept in concepts:
+            check_writable(concept.class_data_dir, "--class_data_dir")
     name = find_model(s.model_name or default_model(), "--model_name")
 
     plan = plan_device(s)
@@ -1103,46 +1588,47 @@ def train(s):
                               gradient_accumulation_steps=s.gradient_accumulation_steps)
     started = time.monotonic()
     models = load_models(name, torch.float32)
-    family, recipe = recipe_for(models.unet.config)
+    family = family_of(models.unet.config)
+    recipe = RECIPES[family][s.method]
     steps, resolution = default(s.steps, recipe.steps), default(s.resolution, models.resolution)
     if s.lr_warmup_steps >= steps:
         raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {steps} steps of this run")
-    groups = full_fine_tuning(s, models)
+    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), {resolution} px")
+    say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
+    subjects = settle_subjects(s, models, concepts)
+
+    class_images = class_pools(s, models, concepts, resolution, plan, accelerator) if preserves_prior(s) else []
+    torch.manual_seed(s.seed)
+    if METHODS[s.method].is_adapter:
+        models.unet.to(plan.dtype)  # it stays as it is, and is not saved
+    groups = parameter_groups(s, models, subjects, recipe)
+    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
     used = {"steps": steps, "resolution": resolution, "precision": plan.precision,
             "learning_rates": {group.name: group.lr for group in groups},
-            "gradient_checkpointing": set_checkpointing(s, groups, plan),
+            "gradient_checkpointing": set_checkpointing(s, models, groups, plan),
             "guidance_scale": guidance_scale(s, models.unet.config)}
-    announce(models, family, plan, used, s, subject, photos, groups)
-
-    pictures, prompts = [(path, 0, False) for path in photos], [subject.instance_prompt]
-    if s.with_prior_preservation:
-        class_images = prepare_class_images(s, models, subject, resolution, plan, accelerator)
-        pictures, prompts = pictures + [(path, 1, True) for path in class_images], prompts + [subject.class_prompt]
-    cache = cache_latents(models, pictures, prompts, resolution, plan.device, s.random_flip)
+    check_length(models.pipeline, cache.prompts)
+    for group in groups:
+        say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
+            f"{-(-group.until * steps // 1):.0f} steps")
     prepared = time.monotonic()
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext() as folder:
         history = optimize(s, models, groups, cache, steps, accelerator, folder and folder / "logs")
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
         if accelerator.is_main_process:
-            save_output(folder, s, models, subject, used, history, seconds)
+            save_output(folder, s, models, subjects, used, history, seconds)
     report_training(s, history, seconds)
     if accelerator.is_main_process:
-        draw_samples(s, models, subject, resolution, plan)
+        draw_samples(s, models, subjects, resolution, plan)
     accelerator.wait_for_everyone()
 
 
-def announce(models, family, plan, used, s, subject, photos, groups):
-    """Say everything that was decided before the long part begins."""
-    check_identifier(models.tokenizers[0], subject.identifier)
-    check_length(models.tokenizers[0], [subject.instance_prompt, subject.class_prompt])
-    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), {used['resolution']} px")
-    say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
-    say(f'Subject: "{subject.instance_prompt}", {len(photos)} photos'
-        + (f'; class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if s.with_prior_preservation else "; no class images"))
-    for group in groups:
-        say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters) / 1e6:.1f} M weights, "
-            f"learning rate {group.lr:g}, {used['steps']} steps")
+def captioned(concept, subject):
+    """A subject's photos as (path, caption): its own caption, or the instance prompt."""
+    return [(path, fill_identifier(caption, [subject], "the caption") if caption else subject.instance_prompt)
+            for path, caption in concept.photos]
 
 
 def default_model():
@@ -1157,12 +1643,13 @@ def default_model():
     return short_path(BUNDLED_MODEL)
 
 
-def set_checkpointing(s, groups, plan):
-    """Turn on activation checkpointing in every module that trains, if it is wanted; says and returns whether it is."""
-    wanted = wants_checkpointing(s, sum(p.numel() for g in groups for p in g.parameters), plan)
+def set_checkpointing(s, models, groups, plan):
+    """Turn on activation checkpointing in whatever gradients pass, if it is wanted; says and returns whether it is."""
+    trained = sum(p.numel() for g in groups for p in g.parameters)
+    wanted = wants_checkpointing(s, trained, models.unet.num_parameters(), plan)
     if wanted:
         say("Gradient checkpointing: on (less memory, but slower).")
-        for module in (module for group in groups for module in group.modules):
+        for module in {models.unet, *(module for group in groups for module in group.modules)}:
             enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
             enable()
     return wanted
@@ -1244,20 +1731,22 @@ def short_path(path):
         return str(path)
 
 
-def save_output(folder, s, models, subject, used, history, seconds):
-    """Write the pipeline, which plain diffusers loads, and dreambooth.json beside it."""
+def save_output(folder, s, models, subjects, used, history, seconds):
+    """Write what the method saves, which plain diffusers loads, and dreambooth.json beside it."""
     from importlib.metadata import version
 
     models.pipeline.to("cpu")
-    models.pipeline.save_pretrained(folder, safe_serialization=True)
+    for save in METHODS[s.method].saves:
+        save(folder, models, subjects)
     record = {
+        "method": s.method,
         "base_model": models.name,
-        "subjects": [dataclasses.asdict(subject)],
+        "subjects": [dataclasses.asdict(subject) for subject in subjects],
         "used": used,
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
         "settings": dataclasses.asdict(s),
-        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate")},
+        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
     (folder / "dreambooth.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -1355,15 +1844,15 @@ def image_grid(pictures, columns):
     return grid
 
 
-def draw_samples(s, models, subject, resolution, plan):
-    """The sample grid of a finished training: the subject, the subject elsewhere, and the class without it.
+def draw_samples(s, models, subjects, resolution, plan):
+    """The sample grid of a finished training: each subject, the subject elsewhere, and the class without it.
 
     The model is safe by then: whatever goes wrong here is only said.
     """
-    prompts = s.validation_prompt or [subject.instance_prompt, f"{subject.instance_prompt} on the moon",
-                                      *([subject.class_prompt] if subject.class_prompt else [])]
-    prompts = [prompt.replace("[identifier]", subject.identifier) for prompt in prompts]
+    prompts = [prompt for x in subjects for prompt in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt)]
+    prompts = s.validation_prompt or [prompt for prompt in dict.fromkeys(prompts) if prompt]
     try:
+        prompts = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in prompts]
         models.pipeline.to(plan.device, plan.dtype)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, prompts, range(s.seed, s.seed + 4),
                              {"Model": s.output_dir}, (resolution, resolution))
@@ -1372,28 +1861,170 @@ def draw_samples(s, models, subject, resolution, plan):
         say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
 
 
+def read_record(model):
+    """dreambooth.json of a trained model, a folder or hub id, as a dict; {} where there is none.
+
+    Raises UserError if it is damaged.
+    """
+    path = Path(model) / "dreambooth.json"
+    if not Path(model).is_dir():
+        try:
+            path = hub_file(model, "dreambooth.json")
+        except Exception:  # it has no record, or the machine is offline; whoever needs more of it will say so
+            return {}
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        METHODS[record.get("method", "full")], [Subject(**subject) for subject in record["subjects"]][0]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(f"{path}: cannot be read; it is damaged, train the model again") from None
+    return record
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What --train, or another trainer, made: a whole model, or files to add to one."""
+
+    source: str
+    record: dict  # dreambooth.json, or {}
+    subjects: list
+    lora: Path | None
+    words: dict  # {word: file}
+
+    @property
+    def is_adapter(self):
+        return bool(self.lora or self.words)
+
+
+def find_trained(source, flag):
+    """What is at `source`: a folder, a hub id or a .safetensors file. UserError if it is damaged or nothing of the kind."""
+    if source.endswith(".safetensors"):
+        return find_adapter_file(Path(source), flag)
+    record = read_record(source)
+    subjects = [Subject(**subject) for subject in record.get("subjects", [])]
+    method = METHODS[record.get("method", "full")]
+
+    def part(file):
+        path = Path(source) / file if Path(source).is_dir() else hub_file(source, file)
+        if not path.is_file():
+            raise UserError(f"{flag} {source}: {file} is missing; train it again")
+        return path
+    lora = part(LORA_FILE) if save_lora in method.saves else None
+    words = {x.identifier: part(embedding_file(x, subjects)) for x in subjects if save_words in method.saves}
+    return Trained(source, record, subjects, lora, words)
+
+
+def find_adapter_file(path, flag):
+    """A LoRA or an embedding in one .safetensors file, whoever made it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+    if any("lora" in name for name in names):
+        return Trained(str(path), {}, [], path, {})
+    word = path.stem if names == ["emb_params"] or set(names) == {"clip_l", "clip_g"} else names[0] if len(names) == 1 else None
+    if word is None:
+        raise UserError(f"{flag} {path}: neither a LoRA nor an embedding")
+    return Trained(str(path), {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
+
+
+def find_adapters(s):
+    """[(Trained, strength)] of --adapter."""
+    adapters = []
+    for text in s.adapter or []:
+        source, strength = text, 1.0
+        if not Path(text).exists() and (match := re.fullmatch(r"(.+)=(\d*\.?\d+)", text)):
+            source, strength = match[1], float(match[2])
+        trained = find_trained(source, "--adapter")
+        if not trained.is_adapter:
+            raise UserError(f"--adapter {source}: not a LoRA or embedding made by --train, nor a .safetensors file of one")
+        adapters.append((trained, strength))
+    return adapters
+
+
+def find_base(s, trained):
+    """The model that what is at --model_path belongs to: itself, or the base that its record names, wherever it is now."""
+    if not trained.is_adapter:
+        return find_model(s.model_path, "--model_path")
+    recorded = trained.record.get("base_model")
+    if recorded is None and s.model_name is None:
+        raise UserError(f"--model_path {s.model_path}: a file for some model; name the model with --model_name")
+    places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
+    found = next((place for place in places if Path(place).is_dir()), places[0])
+    try:
+        return find_model(found, "--model_name")
+    except UserError as problem:
+        if s.model_name is not None:
+            raise
+        raise UserError(f"--model_path {s.model_path}: it belongs to the model {recorded}, which cannot be found here "
+                        f"({problem}); give its place with --model_name") from None
+
+
+def add_trained(pipeline, trained, strength, flag):
+    """Add words and LoRA to a loaded pipeline. Raises UserError if they are not of this model."""
+    from safetensors.torch import load_file
+
+    models = Models(trained.source, pipeline, tokenizers_of(pipeline), list(text_encoders_of(pipeline).values()), None, None, None)
+    for word, path in trained.words.items():
+        tensors = load_file(path)
+        keys = embedding_keys(models, word) if set(tensors) & {word, "clip_l"} else list(tensors)
+        for key, tokenizer, text_encoder in zip(keys, models.tokenizers, models.text_encoders):
+            width = text_encoder.get_input_embeddings().weight.shape[1]
+            vectors = tensors.get(key)
+            if vectors is None or len(keys) != len(models.text_encoders) or vectors.shape[-1] != width:
+                raise UserError(f"{flag} {path}: this embedding is for another model; its vectors do not fit {pipeline.name_or_path}")
+            add_word(tokenizer, text_encoder, word, vectors.reshape(-1, width))
+    if trained.lora:
+        name = f"lora_{len(pipeline.get_list_adapters().get('unet', []))}"
+        try:
+            pipeline.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name, adapter_name=name)
+        except (RuntimeError, ValueError, KeyError, OSError) as problem:
+            reason = " ".join(str(problem).split())[:200]
+            raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
+    return {name: strength} if trained.lora else {}
+
+
+def load_trained(s, trained, adapters, dtype):
+    """The pipeline of --model_path with everything of --adapter in it."""
+    pipeline = load_pipeline(find_base(s, trained), dtype, "--model_path")
+    strengths = {}
+    for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
+        strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")
+    if strengths:
+        pipeline.set_adapters(list(strengths), list(strengths.values()))
+    return pipeline
+
+
 def infer(s):
-    """Draw --prompt with a trained model into --image_dir."""
+    """Draw --prompt with what was trained into --image_dir."""
     if s.model_path == "./output" and not Path(s.model_path).exists():
         raise UserError("--model_path ./output: no such folder; make a model with --train first, or give another path")
     check_writable(s.image_dir, "--image_dir")
-    name = find_model(s.model_path, "--model_path")
-    record = read_record(name)
-    if not s.prompt and not record:
+    trained, adapters = find_trained(s.model_path, "--model_path"), find_adapters(s)
+    record, subjects = trained.record, [x for each in (trained, *(a for a, _ in adapters)) for x in each.subjects]
+    if not s.prompt and not subjects:
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
-    prompts = s.prompt or [f"{record['subjects'][0]['instance_prompt']} on the moon"]
-    prompts = [fill_identifier(prompt, record, s.model_path) for prompt in prompts]
-    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, record, s.model_path))
+    prompts = s.prompt or [f"{x.instance_prompt} on the moon" for x in subjects]
+    prompts = [fill_identifier(prompt, subjects, s.model_path) for prompt in prompts]
+    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, subjects, s.model_path))
 
     plan = plan_device(s)
-    pipeline = load_pipeline(name, plan.dtype, "--model_path").to(plan.device)
-    check_length(pipeline.tokenizer, prompts)
+    pipeline = load_trained(s, trained, adapters, plan.dtype).to(plan.device)
+    check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     model = {"Model": s.model_path}
+    if trained.lora:
+        model["LoRA scale"] = f"{s.lora_scale:g}"
+    if adapters:
+        model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
     if record:  # tells pictures of one training from those of the next into the same folder
         model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
-    say(f"Model: {name}; machine: {machine_name(plan.device)}; "
-        f"arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
+    say(f"Model: {s.model_path}" + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
+        + f"; machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,

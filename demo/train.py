@@ -2,6 +2,7 @@
 
     python demo/train.py                    # everything still to do, then demo/model
     python demo/train.py --unet_steps 60000 # train on from where the last run ended
+    python demo/train.py --start demo/model --unet_steps 9000   # train on without demo/work: from a saved model
 
 Stages, each starting from what demo/work/ holds and continuing where it was interrupted:
 
@@ -58,7 +59,7 @@ def learning_rate(step, steps, peak, warmup=200, decay=0.3):
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def fit(name, model, loss_fn, steps, batch_size, lr, examples, device):
+def fit(name, model, loss_fn, steps, batch_size, lr, examples, device, seed=0):
     """Train `model` with `loss_fn(model, indices)` for `steps` steps; returns a copy with the averaged weights.
 
     The checkpoint demo/work/NAME.pt is replaced every few minutes, whole or not at all.
@@ -84,7 +85,7 @@ def fit(name, model, loss_fn, steps, batch_size, lr, examples, device):
     saved = time.monotonic()
     progress = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in progress:
-        torch.manual_seed(step)
+        torch.manual_seed(seed + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         indices = torch.randint(examples, (batch_size,))
@@ -349,6 +350,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vae_steps", type=int, default=20_000)
     parser.add_argument("--unet_steps", type=int, default=40_000)
+    parser.add_argument("--unet_lr", type=float, default=8e-4)
+    parser.add_argument("--start", type=Path, help="a pipeline whose weights to train on; its vae is kept")
     parser.add_argument("--output", type=Path, default=world.DEMO / "model")
     parser.add_argument("--sheet", type=Path, default=world.DEMO / "samples.png")
     args = parser.parse_args()
@@ -357,27 +360,34 @@ def main():
     pictures, rows = load_world()
     captions = [row["caption"] for row in rows[: world.PICTURES]]
 
-    torch.manual_seed(0)
-    vae = fit("vae", new_vae(), vae_loss(pictures, device), args.vae_steps, 8, 5e-4, world.PICTURES, device)
-    standardise_latents(vae, pictures[:2000], device)
+    tokenizer = new_tokenizer(captions)
+    if args.start:
+        start = StableDiffusionPipeline.from_pretrained(args.start, dtype=torch.float32)
+        assert start.tokenizer.get_vocab() == tokenizer.get_vocab(), "its tokens mean other words"
+        vae = start.vae.to(device).requires_grad_(False)
+        model = torch.nn.ModuleDict({"text_encoder": start.text_encoder, "unet": start.unet})
+        latents = world.WORK / "latents-start.pt"
+    else:
+        torch.manual_seed(0)
+        vae = fit("vae", new_vae(), vae_loss(pictures, device), args.vae_steps, 8, 5e-4, world.PICTURES, device)
+        standardise_latents(vae, pictures[:2000], device)
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict(
+            {"text_encoder": new_text_encoder(tokenizer), "unet": new_unet(vae.config.latent_channels)}
+        )
+        latents = world.WORK / f"latents-{args.vae_steps}.pt"  # another autoencoder has other latents
     print(f"vae: {psnr(vae, pictures[world.PICTURES :], device):.2f} dB PSNR on unseen pictures")
 
-    latents = world.WORK / f"latents-{args.vae_steps}.pt"  # another autoencoder has other latents
     if not latents.exists():
         torch.save(encode_moments(vae, pictures[: world.PICTURES], device), latents)
     moments = torch.load(latents)
-
-    tokenizer = new_tokenizer(captions)
     tokens, empty = encode_captions(tokenizer, captions), encode_captions(tokenizer, [""])
-    torch.manual_seed(0)
-    model = torch.nn.ModuleDict(
-        {"text_encoder": new_text_encoder(tokenizer), "unet": new_unet(vae.config.latent_channels)}
-    )
     # For so few tokens plain matrix products beat the fused attention, by a third of the whole step on a CPU.
     model["text_encoder"].set_attn_implementation("eager")
     model["unet"].set_attn_processor(AttnProcessor())
     loss_fn = denoising_loss(moments, tokens, empty, new_scheduler(), device)
-    model = fit("unet", model, loss_fn, args.unet_steps, 32, 8e-4, world.PICTURES, device)
+    seed = 1_000_000 if args.start else 0  # not the same pictures and noise again
+    model = fit("unet", model, loss_fn, args.unet_steps, 32, args.unet_lr, world.PICTURES, device, seed)
     export(vae, tokenizer, model, args.output, args.sheet)
 
 
