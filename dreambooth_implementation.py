@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -759,8 +760,7 @@ def complete_concept(concept, where, needs_class):
         raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
     if not re.fullmatch(r"\S+", concept.identifier):
         raise UserError(f'{flag}identifier "{concept.identifier}": must be one word without spaces')
-    opening, noun = ARTICLE.match(class_prompt).groups() if class_prompt else ("", "subject")
-    instance_prompt = instance_prompt or f"{opening}a [identifier] {noun}"
+    instance_prompt = instance_prompt or default_instance_prompt(class_prompt)
     identifier = concept.identifier
     if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
         own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
@@ -775,7 +775,17 @@ def complete_concept(concept, where, needs_class):
         say(f"Captions: {len(captions)} of {len(photos)} photos in {concept.instance_data_dir} have their own"
             + (f"; {without} of them without [identifier], which they do not teach." if without else "."))
     return dataclasses.replace(concept, photos=tuple(photos), class_prompt=class_prompt, instance_prompt=instance_prompt,
-                               identifier=identifier, name=concept.name or slug(noun))
+                               identifier=identifier, name=concept.name or slug(noun_of(class_prompt or "subject")))
+
+
+def default_instance_prompt(class_prompt):
+    """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]")."""
+    opening, noun = ARTICLE.match(class_prompt).groups()
+    return f"{opening}a [identifier] {noun}"
+
+
+def noun_of(class_prompt):
+    return ARTICLE.match(class_prompt)[2]
 
 
 def mentions(prompt, identifier):
@@ -821,7 +831,7 @@ RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after
 # everybody uses, is a rifle). The last line are such tokens of the bundled model's.
 RARE_WORDS = """
     phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
-    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius ebas achs atis ndi niti oti stis
+    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
     zwx xqr qvk vkz wjq jxv fzw kqx"""
 
 
@@ -1138,7 +1148,7 @@ class ParameterGroup:
     modules: list  # what they live in
     parameters: list
     lr: float
-    until: float = 1.0  # the fraction of the run after which they rest
+    until: float = float("inf")  # the fraction of the run after which they rest
     finish: typing.Callable = lambda: None  # what to do once training is over
 
 
@@ -1210,7 +1220,7 @@ def new_words(s, models, subjects, recipe):
     for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
         first = len(tokenizer)
         for subject in subjects:
-            noun = s.initializer_token or (ARTICLE.match(subject.class_prompt or subject.name)[2])
+            noun = s.initializer_token or noun_of(subject.class_prompt or subject.name)
             ids = tokenizer(noun, add_special_tokens=False).input_ids
             table = text_encoder.get_input_embeddings().weight
             add_word(tokenizer, text_encoder, subject.identifier, table[(ids * s.num_vectors)[-s.num_vectors:]])
@@ -1279,7 +1289,7 @@ def kohya_lora(prefix, tensors, alpha):
         layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name).groups()
         layer = f"{prefix}_{layer.replace('.', '_')}"
         if kind == "lora_magnitude_vector":
-            renamed[f"{layer}.dora_scale"] = tensor.reshape(len(tensor), *[1] * 1)
+            renamed[f"{layer}.dora_scale"] = tensor.reshape(-1, *[1] * max(1, tensor.dim() - 1))  # [out, 1(, 1, 1)]
         else:
             renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
             renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
@@ -1435,30 +1445,29 @@ def optimize(s, models, groups, cache, steps, accelerator, log_dir):
         hidden, pooled = conditioning(batch["prompt"])
         return predict(models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
 
-    history, unread, writer = [], [], loss_writer(log_dir)
-    bar = tqdm(range(steps), desc="training", unit="step", disable=not is_first_process())
-    for step in bar:
-        for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
-            batch = make_batch(cache, s, micro_step, models.noise_scheduler.config.num_train_timesteps,
-                               accelerator.process_index, accelerator.num_processes)
-            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-            with accelerator.accumulate(*modules):
-                loss, losses = diffusion_loss(models.noise_scheduler, batch, denoiser, s.snr_gamma)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and s.max_grad_norm:
-                    accelerator.unscale_gradients(optimizer)
-                    for group in groups:
-                        torch.nn.utils.clip_grad_norm_(group.parameters, s.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            unread.append(split_means(losses.detach(), batch["is_class"]))
-        lr_scheduler.step()
-        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-            read = accelerator.reduce(torch.stack(unread), "mean").view(-1, s.gradient_accumulation_steps, 2).mean(1)
-            report_losses(read.tolist(), history, cache, groups, lr_scheduler, bar, writer)
-            unread = []
-    if writer:
-        writer.close()
+    history, unread = [], []
+    with loss_writer(log_dir) as writer:
+        bar = tqdm(range(steps), desc="training", unit="step", disable=not is_first_process())
+        for step in bar:
+            for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
+                batch = make_batch(cache, s, micro_step, models.noise_scheduler.config.num_train_timesteps,
+                                   accelerator.process_index, accelerator.num_processes)
+                batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+                with accelerator.accumulate(*modules):
+                    loss, losses = diffusion_loss(models.noise_scheduler, batch, denoiser, s.snr_gamma)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and s.max_grad_norm:
+                        accelerator.unscale_gradients(optimizer)
+                        for group in groups:
+                            torch.nn.utils.clip_grad_norm_(group.parameters, s.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                unread.append(split_means(losses.detach(), batch["is_class"]))
+            lr_scheduler.step()
+            if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+                read = accelerator.reduce(torch.stack(unread), "mean").view(-1, s.gradient_accumulation_steps, 2).mean(1)
+                report_losses(read.tolist(), history, cache, groups, lr_scheduler, bar, writer)
+                unread = []
     for module in (models.pipeline.unet, *text_encoders_of(models.pipeline).values()):
         # Take accelerate's autocast off again; its own unwrap_model would strip transformers' wrappers of forward as well.
         module.eval()
@@ -1562,9 +1571,9 @@ def loss_means(history):
 
 
 def loss_writer(log_dir):
-    """A TensorBoard writer, None on all processes but the first."""
+    """A TensorBoard writer to use in a `with`, None on all processes but the first."""
     if not is_first_process():
-        return None
+        return contextlib.nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(log_dir)
@@ -1611,7 +1620,7 @@ def train(s):
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
-            f"{-(-group.until * steps // 1):.0f} steps")
+            f"{math.ceil(min(group.until, 1) * steps)} steps")
     prepared = time.monotonic()
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext() as folder:
         history = optimize(s, models, groups, cache, steps, accelerator, folder and folder / "logs")
@@ -1988,9 +1997,9 @@ def add_trained(pipeline, trained, strength, flag):
     return {name: strength} if trained.lora else {}
 
 
-def load_trained(s, trained, adapters, dtype):
+def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
-    pipeline = load_pipeline(find_base(s, trained), dtype, "--model_path")
+    pipeline = load_pipeline(base, dtype, "--model_path")
     strengths = {}
     for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
         strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")
@@ -2005,6 +2014,7 @@ def infer(s):
         raise UserError("--model_path ./output: no such folder; make a model with --train first, or give another path")
     check_writable(s.image_dir, "--image_dir")
     trained, adapters = find_trained(s.model_path, "--model_path"), find_adapters(s)
+    base = find_base(s, trained)
     record, subjects = trained.record, [x for each in (trained, *(a for a, _ in adapters)) for x in each.subjects]
     if not s.prompt and not subjects:
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
@@ -2013,7 +2023,7 @@ def infer(s):
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, subjects, s.model_path))
 
     plan = plan_device(s)
-    pipeline = load_trained(s, trained, adapters, plan.dtype).to(plan.device)
+    pipeline = load_trained(s, base, trained, adapters, plan.dtype).to(plan.device)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     model = {"Model": s.model_path}

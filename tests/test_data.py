@@ -104,7 +104,7 @@ def test_what_is_left_out_and_doubted_is_named(photos, capsys):
     (photos / "more").mkdir()
     picture(7).save(photos / "more" / "nested.png")
     found, _ = db.find_photos(settings(instance_data_dir=str(photos), class_prompt="a dog"))
-    assert [p.name for p in found] == ["0.png", "1.png", "2.png", "copy.webp"]
+    assert [p.name for p, _ in found] == ["0.png", "1.png", "2.png", "copy.webp"]
     out = capsys.readouterr().out
     assert "notes.txt" in out and "Thumbs.db" in out and f"more{os.sep}" in out and ".DS_Store" not in out
     assert "copy.webp is the same picture as" in out and "0.png" in out
@@ -115,8 +115,8 @@ def test_few_and_small_photos_are_named(photos, tiny_model, capsys):
     found, _ = db.find_photos(settings(instance_data_dir=str(photos), class_prompt="a dog"))
     assert "only 2 photos" in capsys.readouterr().out
     models = db.load_models(str(tiny_model("sd1")), torch.float32)
-    db.cache_latents(models, [(found[0], 0, False)], ["a"], 64, "cpu")
-    assert f"{found[0]} is 48 x 40" in capsys.readouterr().out
+    db.cache_latents(models, [[(found[0][0], "a")]], [], 64, "cpu")
+    assert f"{found[0][0]} is 48 x 40" in capsys.readouterr().out
 
 
 def test_own_photos_replace_the_samples(tmp_path, capsys):
@@ -127,17 +127,17 @@ def test_own_photos_replace_the_samples(tmp_path, capsys):
     (tmp_path / db.SAMPLE_LIST).write_text("".join(f"{db.file_digest(tmp_path / n)}  {n}\n" for n in names))
     s = settings(instance_data_dir=str(tmp_path))
     found, class_prompt = db.find_photos(s)
-    assert [p.name for p in found] == ["0.png", "1.png"] and class_prompt == "a dog"
+    assert [p.name for p, _ in found] == ["0.png", "1.png"] and class_prompt == "a dog"
 
     picture(5).save(tmp_path / "mine.png")
     capsys.readouterr()
     found, class_prompt = db.find_photos(s)
-    assert [p.name for p in found] == ["mine.png"] and class_prompt is None
+    assert [p.name for p, _ in found] == ["mine.png"] and class_prompt is None
     assert "1 photos of your own beside the 2 sample pictures" in capsys.readouterr().out
     picture(6).save(tmp_path / "1.png")  # a sample's name, not its contents
     (tmp_path / "class_prompt.txt").write_text("a cat")
     found, class_prompt = db.find_photos(s)
-    assert [p.name for p in found] == ["1.png", "mine.png"] and class_prompt == "a cat"
+    assert [p.name for p, _ in found] == ["1.png", "mine.png"] and class_prompt == "a cat"
 
 
 @pytest.mark.parametrize("text, expected", [(b"a dog\n", "a dog"), (b" a\n dog \n", "a dog"), (b"\xef\xbb\xbfa dog", "a dog"),
@@ -166,10 +166,9 @@ class Process:
 
 
 def class_images(tmp_path, model, prompt="a dog", resolution=32, count=4, process=Process(), **options):
-    s = settings(class_data_dir=str(tmp_path / "class"), num_class_images=count, **options)
+    s = settings(class_data_dir=str(tmp_path / "class"), **options)
     models = db.load_models(str(model), torch.float32)
-    subject = db.make_subject(s, prompt)
-    return db.prepare_class_images(s, models, subject, resolution, db.plan_device(s), process)
+    return db.prepare_class_images(s, models, prompt, s.class_data_dir, count, resolution, db.plan_device(s), process)
 
 
 def contents(paths):
@@ -307,20 +306,20 @@ def make_cache(tmp_path, tiny_model, random_flip=False):
     pictures = []
     for i in range(7):
         picture(i, size=(32 + 8 * i, 32)).save(tmp_path / f"{i}.png")
-        pictures.append((tmp_path / f"{i}.png", int(i >= 3), i >= 3))
-    return models, pictures, db.cache_latents(models, pictures, ["a sks dog", "a dog"], 32, "cpu", random_flip)
+        pictures.append((tmp_path / f"{i}.png", "a dog" if i >= 3 else "a sks dog"))
+    return models, pictures, db.cache_latents(models, [pictures[:3]], [pictures[3:]], 32, "cpu", random_flip)
 
 
 def test_batches_keep_latents_prompt_and_size_together(tmp_path, tiny_model):
     models, pictures, cache = make_cache(tmp_path, tiny_model)
     s, scale = settings(train_batch_size=2, prior_loss_weight=0.5), models.vae.config.scaling_factor
-    own = {}  # size record -> (mean, deviation, prompt, class) as encoded here, one by one; widths tell pictures apart
-    for path, prompt, is_class in pictures:
+    own = {}  # size record -> (mean, deviation, prompt) as encoded here, one by one; widths tell pictures apart
+    for path, prompt in pictures:
         image, sizes = db.square(Image.open(path), 32)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
             moments = models.vae.encode(pixels).latent_dist
-        own[tuple(sizes)] = moments.mean[0] * scale, moments.std[0] * scale, prompt, is_class
+        own[tuple(sizes)] = moments.mean[0] * scale, moments.std[0] * scale, prompt
     assert len(own) == 7
     seen = set()
     for step in range(12):
@@ -329,9 +328,9 @@ def test_batches_keep_latents_prompt_and_size_together(tmp_path, tiny_model):
         assert batch["weight"].tolist() == [0.5, 0.5, 0.25, 0.25]
         drawn = torch.randn(batch["latents"].shape, generator=db.random_source("noise", s.seed, step, 0))
         for row in range(4):
-            mean, std, prompt, is_class = own[tuple(batch["time_ids"][row].int().tolist())]
+            mean, std, prompt = own[tuple(batch["time_ids"][row].int().tolist())]
             torch.testing.assert_close(batch["latents"][row], mean + std * drawn[row], atol=1e-5, rtol=1e-4)
-            assert (batch["prompt"][row], batch["is_class"][row]) == (prompt, is_class)
+            assert (cache.prompts[batch["prompt"][row]], bool(batch["is_class"][row])) == (prompt, prompt == "a dog")
             seen.add(tuple(batch["time_ids"][row].int().tolist()))
     assert len(seen) == 7
 

@@ -55,8 +55,8 @@ def test_conditioning_equals_the_pipelines_own(family, tiny_model):
 def test_accumulated_steps_equal_one_large_batch(tiny_model, photos, run, tmp_path):
     """Two micro-batches of one photo and one class image make the gradient of one batch of the four."""
     models = db.load_models(str(tiny_model("sd1")), torch.float32)
-    pictures = [(photos / f"{i}.png", i // 2, i >= 2) for i in range(3)] + [(photos / "0.png", 1, True)]
-    cache = db.cache_latents(models, pictures, ["a sks dog", "a dog"], 32, "cpu")
+    dogs = [[(photos / "0.png", "a dog"), (photos / "2.png", "a dog")]]
+    cache = db.cache_latents(models, [[(photos / f"{i}.png", "a sks dog") for i in range(2)]], dogs, 32, "cpu")
     s = db.Settings("train", gradient_accumulation_steps=2)
     conditioning = db.prompt_conditioning(models, cache.prompts, False, "cpu")
 

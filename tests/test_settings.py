@@ -15,9 +15,9 @@ def test_command_line_makes_settings():
     s = db.parse_settings(["--train", "--max_train_steps", "7", "--learning_rate", "2e-5", "--no-with_prior_preservation",
                            "--train_text_encoder", "--validation_prompt", "a", "--validation_prompt", "b"])
     assert (s.mode, s.steps, s.learning_rate) == ("train", 7, 2e-5)
-    assert not s.with_prior_preservation and s.train_text_encoder
+    assert s.with_prior_preservation is False and s.train_text_encoder
     assert s.validation_prompt == ["a", "b"]
-    assert s.prior_loss_weight == 1.0 and s.num_class_images == 200 and not s.random_flip
+    assert s.method == "full" and s.prior_loss_weight == 1.0 and s.num_class_images == 200 and not s.random_flip
 
 
 def test_settings_cannot_change():
@@ -103,33 +103,24 @@ def test_moved_models_are_found_under_their_new_id(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("class_prompt, expected", [
-    ("a dog", "a sks dog"),
-    ("an apple", "a sks apple"),
-    ("the dog", "a sks dog"),
-    ("dog", "a sks dog"),
-    ("a teddy bear", "a sks teddy bear"),
-    ("a photo of a dog", "a photo of a sks dog"),
-    ("a dog on the grass", "a sks dog on the grass"),
+    ("a dog", "a [identifier] dog"),
+    ("an apple", "a [identifier] apple"),
+    ("the dog", "a [identifier] dog"),
+    ("dog", "a [identifier] dog"),
+    ("a teddy bear", "a [identifier] teddy bear"),
+    ("a photo of a dog", "a photo of a [identifier] dog"),
+    ("a dog on the grass", "a [identifier] dog on the grass"),
 ])
 def test_instance_prompt_follows_from_class_prompt(class_prompt, expected):
-    assert db.make_subject(db.Settings("train"), class_prompt).instance_prompt == expected
+    assert db.default_instance_prompt(class_prompt) == expected
 
 
-def test_identifier_of_several_tokens_and_long_prompts_are_said(tiny_model, capsys):
-    tokenizer = db.load_models(str(tiny_model("sd1")), torch.float32).tokenizers[0]
-    db.check_identifier(tokenizer, "dog")
-    db.check_length(tokenizer, ["a dog"])
+def test_long_prompts_are_said(tiny_model, capsys):
+    pipeline = db.load_pipeline(str(tiny_model("sd1")), torch.float32)
+    db.check_length(pipeline, ["a dog"])
     assert capsys.readouterr().out == ""
-    db.check_identifier(tokenizer, "zqzq")
-    assert '"zqzq" into' in capsys.readouterr().out
-    db.check_length(tokenizer, ["a dog " * 60])
+    db.check_length(pipeline, ["a dog " * 60])
     assert "reads only the first" in capsys.readouterr().out
-
-
-def test_instance_prompt_without_identifier_is_said(capsys):
-    db.make_subject(db.Settings("train", instance_prompt="my dog"), "a dog")
-    assert "does not contain the identifier" in capsys.readouterr().out
-    assert db.make_subject(db.Settings("train", instance_prompt="my [identifier] dog"), "a dog").instance_prompt == "my sks dog"
 
 
 def test_an_unreachable_hub_is_said_at_once(tmp_path):
