@@ -263,17 +263,15 @@ class Recipe:
     embedding_lr: float | None = None
 
 
+# diffusers' guides: LoRA 1e-4; textual inversion 5e-4, 3000 steps; pivotal tuning 1e-4 and 3e-4, 1000 steps.
+ADAPTER_RECIPES = {"lora": Recipe(800, 1e-4, 1e-4, 5e-5), "textual_inversion": Recipe(3000, embedding_lr=5e-4),
+                   "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)}
 GUIDANCE = {"stable-diffusion": 7.5, "stable-diffusion-xl": 5.0, "small": 4.0}
 RECIPES = {
-    # Paper: 5e-6. diffusers' guides: 800 steps, 2e-6 for both parts when the text encoder trains; LoRA 1e-4;
-    # textual inversion 5e-4, 3000 steps; its pivotal tuning guide: 1e-4 and 3e-4, 1000 steps.
-    "stable-diffusion": {
-        "full": Recipe(800, 5e-6, 2e-6, 2e-6), "lora": Recipe(800, 1e-4, 1e-4, 5e-5),
-        "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)},
+    # Paper: 5e-6. diffusers' DreamBooth guide: 800 steps, and 2e-6 for both parts when the text encoder trains.
+    "stable-diffusion": {"full": Recipe(800, 5e-6, 2e-6, 2e-6), **ADAPTER_RECIPES},
     # Three times the UNet: gentler, as is usual for fine-tuning it whole.
-    "stable-diffusion-xl": {
-        "full": Recipe(1000, 2e-6, 2e-6, 1e-6), "lora": Recipe(800, 1e-4, 1e-4, 5e-5),
-        "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)},
+    "stable-diffusion-xl": {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES},
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
         "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(1600, 2e-3, 2e-3, 5e-4),

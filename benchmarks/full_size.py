@@ -69,7 +69,7 @@ def random_cache(models, resolution):
     side, rows = resolution // models.latent_scale, 12
     return db.LatentCache(torch.randn(rows, 4, side, side), torch.full((rows, 4, side, side), 0.1),
                           torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * rows).float(),
-                          (torch.arange(rows) >= 4).long(), torch.arange(rows) >= 4, ["a sks dog", "a dog"])
+                          (torch.arange(rows) >= 4).long(), ["a phol dog", "a dog"], [list(range(4))], [list(range(4, rows))])
 
 
 def main():
@@ -78,6 +78,7 @@ def main():
     parser.add_argument("--steps", type=int, default=50, help="timed steps")
     parser.add_argument("--resolution", type=int, help="default: the model's own, 512 or 1024")
     parser.add_argument("--mixed_precision", default="auto")
+    parser.add_argument("--method", choices=list(db.METHODS), default="full")
     parser.add_argument("--train_text_encoder", action="store_true")
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
     args = parser.parse_args()
@@ -85,13 +86,16 @@ def main():
     from accelerate import Accelerator
 
     s = db.Settings("train", mixed_precision=args.mixed_precision, gradient_checkpointing=args.gradient_checkpointing,
-                    train_text_encoder=args.train_text_encoder)
+                    method=args.method, train_text_encoder=args.train_text_encoder)
     plan = db.plan_device(s)
     accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu")
     models = random_models(args.family, plan.device)
     resolution = args.resolution or models.resolution
-    groups = db.full_fine_tuning(s, models)
-    checkpointing = db.set_checkpointing(s, groups, plan)
+    recipe = db.RECIPES[db.family_of(models.unet.config)][args.method]
+    if db.METHODS[args.method].is_adapter:
+        models.unet.to(plan.dtype)
+    groups = db.parameter_groups(s, models, [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")], recipe)
+    checkpointing = db.set_checkpointing(s, models, groups, plan)
     stamps, report = [], db.report_losses
 
     def timed_report(*arguments):
@@ -106,7 +110,7 @@ def main():
         db.optimize(s, models, groups, random_cache(models, resolution), steps, accelerator, logs)
     result = {
         "date": datetime.date.today().isoformat(), "device": db.machine_name(plan.device), "torch": torch.__version__,
-        "family": args.family, "resolution": resolution, "precision": plan.precision, "batch": "1 photo + 1 class image",
+        "family": args.family, "method": args.method, "resolution": resolution, "precision": plan.precision, "batch": "1 photo + 1 class image",
         "trains": {group.name: sum(p.numel() for p in group.parameters) for group in groups},
         "gradient_checkpointing": checkpointing,
         "steps": steps - WARM_UP, "steps_per_second": round((steps - WARM_UP) / (stamps[-1] - stamps[0]), 3),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, REPOSITORY
+from conftest import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 import dreambooth_implementation as db
 
-QUICK = ["--class_prompt", "a dog", "--num_class_images", "2", "--num_inference_steps", "2", "--steps", "2"]
+QUICK = ["--class_prompt", "a dog", "--num_class_images", "2", "--num_inference_steps", "2", "--steps", "2",
+         "--identifier", "sks"]
 
 
 @pytest.fixture
@@ -81,10 +82,10 @@ def test_output_is_complete(train, run, tmp_path):
     status, out, _ = train("sd2", "--identifier", "zqq", "--validation_prompt", "a [identifier] dog in the snow")
     assert status == 0
     record = json.loads((tmp_path / "output" / "dreambooth.json").read_text())
-    assert record["subjects"] == [{"identifier": "zqq", "class_prompt": "a dog", "instance_prompt": "a zqq dog"}]
+    assert record["subjects"] == [{"identifier": "zqq", "class_prompt": "a dog", "instance_prompt": "a zqq dog", "name": "dog"}]
     assert record["settings"]["steps"] == 2 and record["settings"]["identifier"] == "zqq"
     assert record["used"] == {"steps": 2, "resolution": 32, "precision": "no", "gradient_checkpointing": False,
-                              "learning_rates": {"unet": db.RECIPES["small"].learning_rate},
+                              "learning_rates": {"unet": db.RECIPES["small"]["full"].learning_rate},
                               "guidance_scale": db.RECIPES["small"].guidance_scale}
     assert set(record["loss"]["first_100_steps"]) == {"instance", "prior"} and record["versions"]["torch"]
     assert len(list((tmp_path / "output" / "samples").glob("a-zqq-dog-in-the-snow-*.png"))) == 4
