@@ -1220,6 +1220,8 @@ def new_words(s, models, subjects, recipe):
         for subject in subjects:
             noun = s.initializer_token or noun_of(subject.class_prompt or subject.name)
             ids = tokenizer(noun, add_special_tokens=False).input_ids
+            if not ids:
+                raise UserError(f'--initializer_token "{noun}": no word; give one that says what the subject is, such as "dog"')
             table = text_encoder.get_input_embeddings().weight
             add_word(tokenizer, text_encoder, subject.identifier, table[(ids * s.num_vectors)[-s.num_vectors:]])
         table = text_encoder.get_input_embeddings()
@@ -1450,7 +1452,7 @@ def optimize(s, models, groups, cache, steps, accelerator, log_dir):
             for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
                 batch = make_batch(cache, s, micro_step, models.noise_scheduler.config.num_train_timesteps,
                                    accelerator.process_index, accelerator.num_processes)
-                batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+                batch = {key: value if key == "prompt" else value.to(accelerator.device) for key, value in batch.items()}
                 with accelerator.accumulate(*modules):
                     loss, losses = diffusion_loss(models.noise_scheduler, batch, denoiser, s.snr_gamma)
                     accelerator.backward(loss)
@@ -1521,23 +1523,21 @@ def prompt_conditioning(models, prompts, trains, device):
     """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
 
     Every distinct prompt is encoded once: for good when no text encoder trains, which then leaves the GPU, else once
-    per call.
+    per call. The numbers stay on the CPU, where counting them does not wait for the GPU.
     """
     import torch
-
-    def encode():
-        return encode_prompts(models, prompts)
 
     if not trains:
         with torch.no_grad():
             for text_encoder in models.text_encoders:
                 text_encoder.to(device)
-            frozen = encode()
+            frozen = encode_prompts(models, prompts)
             for text_encoder in models.text_encoders:
                 text_encoder.to("cpu")
 
     def conditioning(numbers):
-        hidden, pooled = encode() if trains else frozen
+        distinct, numbers = numbers.unique(return_inverse=True) if trains else (None, numbers)
+        hidden, pooled = encode_prompts(models, [prompts[i] for i in distinct]) if trains else frozen
         return hidden[numbers], None if pooled is None else pooled[numbers]
 
     return conditioning
@@ -1603,6 +1603,8 @@ def train(s):
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), {resolution} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
+    if preserves_prior(s) and not METHODS[s.method].changes_class:
+        say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
     class_images = class_pools(s, models, concepts, resolution, plan, accelerator) if preserves_prior(s) else []
     torch.manual_seed(s.seed)
@@ -1913,7 +1915,10 @@ def find_trained(source, flag):
     method = METHODS[record.get("method", "full")]
 
     def part(file):
-        path = Path(source) / file if Path(source).is_dir() else hub_file(source, file)
+        try:
+            path = Path(source) / file if Path(source).is_dir() else hub_file(source, file)
+        except Exception as problem:  # whatever the hub's client raises
+            raise UserError(f"{flag} {source}: {file} cannot be had from the hub ({str(problem).splitlines()[0][:100]})") from None
         if not path.is_file():
             raise UserError(f"{flag} {source}: {file} is missing; train it again")
         return path
@@ -1956,6 +1961,8 @@ def find_adapters(s):
 def find_base(s, trained):
     """The model that what is at --model_path belongs to: itself, or the base that its record names, wherever it is now."""
     if not trained.is_adapter:
+        if s.model_name is not None:
+            raise UserError(f"--model_name {s.model_name}: {s.model_path} is a whole model and needs no base; leave it out")
         return find_model(s.model_path, "--model_path")
     recorded = trained.record.get("base_model")
     if recorded is None and s.model_name is None:

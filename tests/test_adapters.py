@@ -301,3 +301,24 @@ def test_adapters_train_in_bf16_beside_a_bf16_base(train, run, tmp_path):
         assert tensors and all(t.dtype == torch.float32 for t in tensors)
         assert any(not torch.equal(t, t.bfloat16().float()) for t in tensors)
         assert run("--infer", "--num_images", 1, "--num_inference_steps", 1, "--mixed_precision", "bf16")[0] == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "textual_inversion", "pivotal"])
+def test_options_of_the_loop_work_with_every_method(method, train, tmp_path):
+    """Checkpointed activations change nothing; min-SNR weights do; a run repeats itself."""
+    text = [] if method == "textual_inversion" else ["--train_text_encoder"]
+    results = {}
+    for name, flags in {"plain": [], "again": [], "checkpointed": ["--gradient_checkpointing"], "snr": ["--snr_gamma", "5"],
+                        "prior": ["--with_prior_preservation"],
+                        "strong prior": ["--with_prior_preservation", "--prior_loss_weight", "3"]}.items():
+        out = train("sdxl", method, "--output_dir", name, *text, *flags)
+        assert ("change nothing" in out) == ("prior" in name and method == "textual_inversion")
+        results[name] = {f"{path.name}/{key}": tensor for path in sorted((tmp_path / name).glob("*.safetensors"))
+                         for key, tensor in load_file(path).items()}
+    plain = results.pop("plain")
+    assert all(torch.equal(plain[key], results["again"][key]) for key in plain)
+    for key in plain:
+        torch.testing.assert_close(plain[key], results["checkpointed"][key])
+    assert any(not torch.allclose(plain[key], results["snr"][key]) for key in plain)
+    a, b = results["prior"], results["strong prior"]
+    assert all(torch.equal(a[key], b[key]) for key in a) == (method == "textual_inversion")
