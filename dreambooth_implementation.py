@@ -121,8 +121,8 @@ class Settings:
     rank: int = _field("train", 16, "rank of the LoRA", minimum=1, methods=("lora", "pivotal"))
     lora_alpha: int | None = _field("train", None, "the LoRA is scaled by alpha / rank", minimum=1, shown="the rank",
                                     methods=("lora", "pivotal"))
-    lora_target: str = _field("train", "attention", "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
-                              choices=["attention", "attention+ff", "all"])
+    lora_target: str | None = _field("train", None, "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
+                                     choices=["attention", "attention+ff", "all"], shown="attention; all in small models")
     use_dora: bool = _field("train", False, "LoRA of the UNet with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
     num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
     initializer_token: str | None = _field("train", None, "word whose vector a new word starts from", shown="the class noun",
@@ -261,6 +261,7 @@ class Recipe:
     learning_rate_with_text_encoder: float | None = None
     text_encoder_lr: float | None = None
     embedding_lr: float | None = None
+    lora_target: str = "attention"
 
 
 # diffusers' guides: LoRA 1e-4; textual inversion 5e-4, 3000 steps; pivotal tuning 1e-4 and 3e-4, 1000 steps.
@@ -274,8 +275,9 @@ RECIPES = {
     "stable-diffusion-xl": {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES},
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
-        "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(1600, 2e-3, 2e-3, 5e-4),
-        "textual_inversion": Recipe(1600, embedding_lr=5e-3), "pivotal": Recipe(1600, 2e-3, 2e-3, 5e-4, 5e-3)},
+        "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(1600, 1e-3, 1e-3, 5e-4, lora_target="all"),
+        "textual_inversion": Recipe(1600, embedding_lr=5e-2),
+        "pivotal": Recipe(1600, 1e-3, 1e-3, 5e-4, 1e-2, lora_target="all")},
 }
 
 
@@ -1193,7 +1195,8 @@ def add_lora(s, module, **options):
 
 def unet_lora(s, models, subjects, recipe):
     """Low-rank changes of the UNet's layers."""
-    parameters = add_lora(s, models.unet, target_modules=LORA_TARGETS[s.lora_target], use_dora=s.use_dora)
+    target = s.lora_target or recipe.lora_target
+    parameters = add_lora(s, models.unet, target_modules=LORA_TARGETS[target], use_dora=s.use_dora)
     return ParameterGroup("unet_lora", [models.unet], parameters, default(s.learning_rate, recipe.learning_rate))
 
 

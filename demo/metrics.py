@@ -97,7 +97,8 @@ def vit_loss(pictures, instances, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8_000)
+    parser.add_argument("--clip_steps", type=int, default=8_000)
+    parser.add_argument("--vit_steps", type=int, default=8_000)
     parser.add_argument("--output", type=Path, default=world.DEMO / "metrics")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,10 +110,10 @@ def main():
 
     torch.manual_seed(0)
     loss_fn = clip_loss(pictures, encode_captions(tokenizer, captions), device)
-    clip = fit("clip", new_clip(tokenizer), loss_fn, args.steps, 128, 5e-4, world.PICTURES, device)
+    clip = fit("clip", new_clip(tokenizer), loss_fn, args.clip_steps, 128, 5e-4, world.PICTURES, device)
     torch.manual_seed(0)
     loss_fn = vit_loss(pictures, instances, device)
-    vit = fit("vit", new_vit(), loss_fn, args.steps, 64, 5e-4, world.PICTURES, device)
+    vit = fit("vit", new_vit(), loss_fn, args.vit_steps, 64, 5e-4, world.PICTURES, device)
 
     shutil.rmtree(args.output, ignore_errors=True)
     clip.half().save_pretrained(args.output / "clip")

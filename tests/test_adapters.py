@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import dreambooth_implementation as db
 
 QUICK = ["--class_prompt", "a dog", "--num_class_images", "2", "--num_inference_steps", "2", "--steps", "3"]
-LORA = ["--learning_rate", "1e-2"]
+LORA = ["--learning_rate", "1e-2", "--lora_target", "attention"]
 WORDS = ["--embedding_lr", "1e-1"]
 FLAGS = {"lora": LORA, "textual_inversion": WORDS, "pivotal": LORA + WORDS}
 
