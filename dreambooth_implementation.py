@@ -809,17 +809,21 @@ def settle_subjects(s, models, concepts):
     return subjects
 
 
-def fill_identifier(prompt, subjects, source):
-    """`prompt` with each [identifier] or [identifier:NAME] replaced. `source` is whose subjects they are."""
+def fill_identifier(prompt, subjects, source, others=()):
+    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`.
+
+    Failing that, by that of the subject in `others`. `source`, for complaints, is whose subjects they are.
+    """
     def word(match):
-        named = [subject for subject in subjects if match[1] in (None, subject.name)]
+        named = ([subject for subject in subjects if match[1] in (None, subject.name)]
+                 or [subject for subject in others if match[1] in (None, subject.name)])
         if len(named) == 1:
             return named[0].identifier
-        if not subjects:
+        if not subjects and not others:
             raise UserError(f'"{prompt}": {source} has no dreambooth.json to tell what [identifier] stands for; write the '
                             f"word itself or give a model made by --train")
-        raise UserError(f'"{prompt}": {source} knows {", ".join(f"[identifier:{subject.name}]" for subject in subjects)}; '
-                        f"write one of these for {match[0]}")
+        names = ", ".join(f"[identifier:{subject.name}]" for subject in (*subjects, *others))
+        raise UserError(f'"{prompt}": {source} knows {names}; write one of these for {match[0]}')
     return re.sub(r"\[identifier(?::([^\]]*))?\]", word, prompt)
 
 
@@ -2023,12 +2027,12 @@ def infer(s):
     check_writable(s.image_dir, "--image_dir")
     trained, adapters = find_trained(s.model_path, "--model_path"), find_adapters(s)
     base = find_base(s, trained)
-    record, subjects = trained.record, [x for each in (trained, *(a for a, _ in adapters)) for x in each.subjects]
-    if not s.prompt and not subjects:
+    record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
+    if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
-    prompts = s.prompt or [f"{x.instance_prompt} on the moon" for x in subjects]
-    prompts = [fill_identifier(prompt, subjects, s.model_path) for prompt in prompts]
-    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, subjects, s.model_path))
+    prompts = s.prompt or [f"{subject.instance_prompt} on the moon" for subject in trained.subjects or others]
+    prompts = [fill_identifier(prompt, trained.subjects, s.model_path, others) for prompt in prompts]
+    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, s.model_path, others))
 
     plan = plan_device(s)
     pipeline = load_trained(s, base, trained, adapters, plan.dtype).to(plan.device)

@@ -32,7 +32,7 @@ def program(*flags):
     """Run the program; (its output, seconds, peak resident memory in MB)."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, REPOSITORY / "dreambooth_implementation.py", *map(str, flags)],
-                               stdout=subprocess.PIPE, text=True)
+                               cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -75,9 +75,10 @@ def draw_sheet(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model_name", default=str(REPOSITORY / "demo" / "model"))
+    parser.add_argument("--model_name", default="demo/model")
     parser.add_argument("--output_dir", type=Path, default=Path("output-methods"))
     args, passed_on = parser.parse_known_args()
+    args.output_dir = args.output_dir.resolve()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     common = ["--model_name", args.model_name, *passed_on]
     program("--train", *common, "--instance_data_dir", SUBJECTS / "robot-t", "--steps", 1, "--output_dir",
@@ -86,12 +87,9 @@ def main():
     rows = [measure(name, [*common, "--instance_data_dir", SUBJECTS / "robot-t", *flags],
                     ["a [identifier] robot", "a [identifier] robot on the moon", "a robot"], args.output_dir)
             for name, flags in RUNS.items()]
-    concepts = args.output_dir / "two_dogs.json"
-    concepts.write_text(json.dumps([{"name": name.split("-")[0], "instance_data_dir": str(SUBJECTS / name)}
-                                    for name in ("poodle-b", "service-dog-t")], indent=2))
     for name, flags in (("two dogs, full", []), ("two dogs, lora", RUNS["lora, text encoder"])):
-        rows.append(measure(name, [*common, "--concepts", concepts, *flags],
-                            ["a [identifier:poodle] dog on the beach", "a [identifier:service] dog on the beach", "a dog"],
+        rows.append(measure(name, [*common, "--concepts", "demo/two_dogs.json", *flags],
+                            ["a [identifier:poodle] dog on the beach", "a [identifier:guide] dog on the beach", "a dog"],
                             args.output_dir))
     (args.output_dir / "methods.json").write_text(json.dumps(
         {"date": datetime.date.today().isoformat(), "model": args.model_name, "runs": rows}, indent=2))

@@ -265,7 +265,7 @@ def test_the_base_is_not_forgotten_by_its_adapter(train, run, tiny_model, tmp_pa
         return np.abs(pictures[a] - pictures[b]).max() <= 1
     assert same("base", "off") and same("whole", "little") and same("whole", "file") and same("whole", "kohya")
     assert not any(same(a, b) for a, b in [("whole", "off"), ("half", "whole"), ("half", "off"), ("both", "whole")])
-    status, _, err = run("--infer", *draw[:-1], "a [identifier:dog] dog <paint>", "--adapter", "style/learned_embeds.safetensors")
+    status, _, err = run("--infer", *draw[:-1], "a [identifier:dog] dog [identifier:learned_embeds]", "--adapter", "style/learned_embeds.safetensors")
     assert status == 0, err
 
 

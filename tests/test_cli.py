@@ -203,7 +203,7 @@ def readme_commands():
 
 def test_readme_commands_run(tmp_path):
     """As written, in order, in a copy of the repository; only made short, and with the bundled model for a hub's."""
-    for name in ("dreambooth_implementation.py", "demo/model", "instance_images"):
+    for name in ("dreambooth_implementation.py", "demo/model", "demo/subjects", "demo/two_dogs.json", "instance_images"):
         source, target = REPOSITORY / name, tmp_path / name
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
@@ -224,4 +224,4 @@ def test_readme_commands_run(tmp_path):
             words += ["--num_inference_steps", "2", "--mixed_precision", "no"]
         result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, (command, result.stderr[-2000:])
-    assert (tmp_path / "output" / "model_index.json").exists() and list((tmp_path / "images").glob("*.png"))
+    assert (tmp_path / "output" / "dreambooth.json").exists() and list((tmp_path / "images").glob("*.png"))

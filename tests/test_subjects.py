@@ -262,3 +262,10 @@ def test_flags_of_other_methods_are_refused(run, flags, said):
                                               ("a dog", "a dog"), ("[identify]", "[identify]")])
 def test_prompts_are_filled(prompt, expected):
     assert db.fill_identifier(prompt, [db.Subject("phol", "a dog", "a phol dog", "rex")], "x") == expected
+
+
+def test_the_models_own_subject_comes_before_an_adapters():
+    own, other, same = (db.Subject(word, "", "", name) for word, name in (("phol", "rex"), ("<paint>", "paint"), ("<rex>", "rex")))
+    prompt = "a [identifier] dog like [identifier:rex] in [identifier:paint]"
+    assert db.fill_identifier(prompt, [own], "x", [other, same]) == "a phol dog like phol in <paint>"
+    assert db.fill_identifier("[identifier]", [], "x", [other]) == "<paint>"
