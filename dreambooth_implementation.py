@@ -275,9 +275,9 @@ RECIPES = {
     "stable-diffusion-xl": {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES},
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
-        "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(1600, 1e-3, 1e-3, 5e-4, lora_target="all"),
-        "textual_inversion": Recipe(1600, embedding_lr=5e-2),
-        "pivotal": Recipe(1600, 1e-3, 1e-3, 5e-4, 1e-2, lora_target="all")},
+        "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
+        "textual_inversion": Recipe(800, embedding_lr=5e-2),
+        "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 1e-2, lora_target="all")},
 }
 
 
