@@ -496,9 +496,35 @@ def vectors_of(tokenizer, text_encoder, word):
     return text_encoder.get_input_embeddings().weight[vocabulary[word]:vocabulary[word] + n].detach()
 
 
+XL_EMBEDDING = ["clip_l", "clip_g"]  # a word's tensors in a file for SDXL, one for each text encoder
+
+
 def embedding_keys(models, word):
     """Names of a word's tensors in learned_embeds.safetensors, one for each text encoder, as diffusers' loaders want."""
-    return ["clip_l", "clip_g"] if len(models.text_encoders) > 1 else [word]
+    return XL_EMBEDDING if len(models.text_encoders) > 1 else [word]
+
+
+def word_in(names, otherwise):
+    """The word that an embedding file of these tensors holds; None if it is none. Some tools name the file, not the word."""
+    if sorted(names) == XL_EMBEDDING or names == ["emb_params"]:
+        return otherwise
+    return names[0] if len(names) == 1 else None
+
+
+def embedding_vectors(models, tensors):
+    """A word's vectors [n, channels] for each text encoder. Raises ValueError if the file is for another model."""
+    keys = embedding_keys(models, next(iter(tensors)))
+    widths = [text_encoder.get_input_embeddings().weight.shape[1] for text_encoder in models.text_encoders]
+    if sorted(tensors) != sorted(keys) or [tensors[key].shape[-1] for key in keys] != widths:
+        raise ValueError("its vectors have another size")
+    return [tensors[key].reshape(-1, width) for key, width in zip(keys, widths)]
+
+
+def kohya_prefix(models, part):
+    """What Kohya's tools call a part of a model: lora_unet, lora_te, and for SDXL lora_te1 and lora_te2."""
+    if part == "unet":
+        return "lora_unet"
+    return "lora_te" if len(models.text_encoders) == 1 else {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
 
 
 def fingerprint(models):
@@ -1276,15 +1302,10 @@ def save_lora(folder, models, subjects):
             tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
         config = module.peft_config["default"]
         weights[f"{part}_lora_layers"] = tensors
-        kohya |= kohya_lora(f"lora_{KOHYA_PARTS[len(models.text_encoders)][part]}", tensors, config.lora_alpha)
+        kohya |= kohya_lora(kohya_prefix(models, part), tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
     save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
                                            "ss_network_alpha": str(config.lora_alpha)})
-
-
-# What Kohya's tools call the parts of a model with one text encoder, and with two.
-KOHYA_PARTS = {1: {"unet": "unet", "text_encoder": "te"},
-               2: {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2"}}
 
 
 def kohya_lora(prefix, tensors, alpha):
@@ -1939,14 +1960,13 @@ def find_adapter_file(path, flag):
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             names = list(file.keys())
     except (OSError, SafetensorError) as problem:
         raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
     if any("lora" in name for name in names):
         return Trained(str(path), {}, [], path, {})
-    word = path.stem if names == ["emb_params"] or set(names) == {"clip_l", "clip_g"} else names[0] if len(names) == 1 else None
-    if word is None:
+    if (word := word_in(names, otherwise=path.stem)) is None:
         raise UserError(f"{flag} {path}: neither a LoRA nor an embedding")
     return Trained(str(path), {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
 
@@ -1991,14 +2011,12 @@ def add_trained(pipeline, trained, strength, flag):
 
     models = Models(trained.source, pipeline, tokenizers_of(pipeline), list(text_encoders_of(pipeline).values()), None, None, None)
     for word, path in trained.words.items():
-        tensors = load_file(path)
-        keys = embedding_keys(models, word) if set(tensors) & {word, "clip_l"} else list(tensors)
-        for key, tokenizer, text_encoder in zip(keys, models.tokenizers, models.text_encoders):
-            width = text_encoder.get_input_embeddings().weight.shape[1]
-            vectors = tensors.get(key)
-            if vectors is None or len(keys) != len(models.text_encoders) or vectors.shape[-1] != width:
-                raise UserError(f"{flag} {path}: this embedding is for another model; its vectors do not fit {pipeline.name_or_path}")
-            add_word(tokenizer, text_encoder, word, vectors.reshape(-1, width))
+        try:
+            vectors = embedding_vectors(models, load_file(path))
+        except ValueError as problem:
+            raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
+        for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
+            add_word(tokenizer, text_encoder, word, rows)
     if trained.lora:
         name = f"lora_{len(pipeline.get_list_adapters().get('unet', []))}"
         try:

@@ -49,6 +49,12 @@ def test_settings_cannot_change():
     (["--infer", "--model_path", "text_model"], "StableDiffusion3Pipeline"),
     (["--infer", "--model_path", "{demo}"], "--prompt is missing"),
     (["--infer", "--model_path", "{demo}", "--prompt", "a [identifier] dog"], "dreambooth.json"),
+    (["--infer", "--model_path", "{demo}", "--prompt", "a dog", "--adapter", "nowhere"], "--adapter nowhere"),
+    (["--infer", "--model_path", "{demo}", "--prompt", "a dog", "--adapter", "nowhere.safetensors=0.5"], "nowhere.safetensors"),
+    (["--infer", "--model_path", "{demo}", "--prompt", "a dog", "--adapter", "{demo}"], "not a LoRA"),
+    (["--infer", "--model_path", "{demo}", "--prompt", "a dog", "--model_name", "{demo}"], "needs no base"),
+    (["--infer", "--model_path", "{demo}/unet/diffusion_pytorch_model.safetensors", "--prompt", "a dog"], "neither a LoRA"),
+    (["--infer", "--model_path", "lost_lora", "--prompt", "a dog"], "pytorch_lora_weights.safetensors is missing"),
     (["--train", "--instance_data_dir", "nowhere"], "--instance_data_dir nowhere"),
     (["--train", "--instance_data_dir", "empty"], "no images"),
     (["--train", "--instance_data_dir", "text_as_jpg"], "fake.jpg"),
@@ -74,6 +80,9 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, flags, said):
         picture(i).save(tmp_path / "good" / f"{i}.png")
     (tmp_path / "file").write_text("")
     (tmp_path / "text_model" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    (tmp_path / "lost_lora").mkdir()
+    subject = {"identifier": "phol", "class_prompt": "a dog", "instance_prompt": "a phol dog", "name": "dog"}
+    (tmp_path / "lost_lora" / "dreambooth.json").write_text(json.dumps({"method": "lora", "subjects": [subject]}))
     flags = [flag.format(demo=REPOSITORY / "demo" / "model") for flag in flags]
     script = (f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import dreambooth_implementation as db; "
               f"status = db.main({flags!r}); assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(status)")
