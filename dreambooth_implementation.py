@@ -731,7 +731,7 @@ def read_concepts(s):
     for entry in entries:
         concept = Concept(**{"class_data_dir": s.class_data_dir, "num_class_images": s.num_class_images, **entry})
         where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
-        concepts.append(complete_concept(concept, where, preserves_prior(s)))
+        concepts.append(complete_concept(s, concept, where))
     for field in ("name", "identifier"):
         values = [value for concept in concepts if (value := getattr(concept, field)) not in ("", "auto")]
         for value in values:
@@ -773,12 +773,12 @@ def read_concept_file(path):
     return entries
 
 
-def complete_concept(concept, where, needs_class):
+def complete_concept(s, concept, where):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
     photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
     instance_prompt = concept.instance_prompt
-    if class_prompt is None and (needs_class or instance_prompt is None):
+    if class_prompt is None and (preserves_prior(s) or instance_prompt is None):
         reason = "prior preservation needs it" if instance_prompt else f"say what kind of thing is in {concept.instance_data_dir}"
         raise UserError(f'{flag}class_prompt is missing: {reason}, such as "a dog"'
                         + ("; or give --no-with_prior_preservation" if instance_prompt else ""))
@@ -786,7 +786,7 @@ def complete_concept(concept, where, needs_class):
         raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
     if not re.fullmatch(r"\S+", concept.identifier):
         raise UserError(f'{flag}identifier "{concept.identifier}": must be one word without spaces')
-    instance_prompt = instance_prompt or default_instance_prompt(class_prompt)
+    instance_prompt = instance_prompt or default_instance_prompt(class_prompt, METHODS[s.method].names_class)
     identifier = concept.identifier
     if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
         own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
@@ -804,10 +804,10 @@ def complete_concept(concept, where, needs_class):
                                identifier=identifier, name=concept.name or slug(noun_of(class_prompt or "subject")))
 
 
-def default_instance_prompt(class_prompt):
-    """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]")."""
+def default_instance_prompt(class_prompt, names_class=True):
+    """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]"), or else 'a [identifier]'."""
     opening, noun = ARTICLE.match(class_prompt).groups()
-    return f"{opening}a [identifier] {noun}"
+    return f"{opening}a [identifier]{f' {noun}' if names_class else ''}"
 
 
 def noun_of(class_prompt):
@@ -1192,6 +1192,7 @@ class Method:
     is_adapter: bool = True  # the model's own weights stay as they are
     adds_words: bool = False
     changes_class: bool = True  # else there is no prior to preserve
+    names_class: bool = True  # prompts name the class beside the identifier
 
 
 def full_unet(s, models, subjects, recipe):
@@ -1342,7 +1343,7 @@ def save_words(folder, models, subjects):
 METHODS = {
     "full": Method((full_unet,), (full_text_encoder,), (save_pipeline,), is_adapter=False),
     "lora": Method((unet_lora,), (text_encoder_lora,), (save_lora,)),
-    "textual_inversion": Method((new_words,), (), (save_words,), adds_words=True, changes_class=False),
+    "textual_inversion": Method((new_words,), (), (save_words,), adds_words=True, changes_class=False, names_class=False),
     "pivotal": Method((pivotal_words, unet_lora), (text_encoder_lora,), (save_lora, save_words), adds_words=True),
 }
 

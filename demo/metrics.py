@@ -27,8 +27,9 @@ PREPARE = dict(
 
 
 def augmented(pictures, indices, device):
-    """Pictures as floats, all shifted by up to four pixels."""
+    """Pictures as floats, all shifted by up to four pixels, half of them mirrored."""
     images = F.pad(to_floats(pictures[indices.numpy()], device), [4] * 4, mode="replicate")
+    images = torch.where(torch.rand(len(images), 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
     x, y = torch.randint(9, (2,)).tolist()
     return images[:, :, y : y + world.SIZE, x : x + world.SIZE]
 

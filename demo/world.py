@@ -333,8 +333,11 @@ BACKGROUNDS = {f"on {'an' if name == 'orange' else 'a'} {name} background": name
 # ---- pictures ----------------------------------------------------------------------------------------
 
 
-def compose(rng, drawing, place):
-    """The drawing, posed at random on a canvas, in the scene or before the colour that `place` names."""
+def compose(rng, drawing, place, mirrored=0.5):
+    """The drawing, posed at random on a canvas, in the scene or before the colour that `place` names.
+
+    `mirrored` is how likely it faces the other way.
+    """
     if place in SCENES:
         image = SCENES[place](rng)
     else:
@@ -342,7 +345,7 @@ def compose(rng, drawing, place):
 
     scale = rng.uniform(0.56, 0.84) * CANVAS / max(drawing.size)
     drawing = drawing.resize([round(side * scale) for side in drawing.size], Image.Resampling.LANCZOS)
-    if rng.random() < 0.5:
+    if rng.random() < mirrored:
         drawing = ImageOps.mirror(drawing)
     drawing = drawing.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
 
@@ -376,7 +379,8 @@ def make_picture(index, drawings):
         colour = rng.choice([name for name in COLOURS if name != BACKGROUNDS.get(place)])
         drawing = recolour(drawing, jitter(rng, COLOURS[colour]))
         phrase = f"{colour} {noun}"
-    image = halve(compose(rng, drawing, place))
+    # Emoji animals look to the left. Mirrored half the time, they came out with a head at both ends.
+    image = halve(compose(rng, drawing, place, mirrored=0.1))
 
     # Some captions leave the place out, or every prompt without one would be out of the ordinary.
     said = rng.random() < (0.9 if place in SCENES else 0.7)
