@@ -276,8 +276,8 @@ RECIPES = {
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
         "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
-        "textual_inversion": Recipe(800, embedding_lr=5e-2),
-        "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 1e-2, lora_target="all")},
+        "textual_inversion": Recipe(800, embedding_lr=2e-3),
+        "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")},
 }
 
 
@@ -391,24 +391,24 @@ def text_encoders_of(pipeline):
     return {part: module for part in ("text_encoder", "text_encoder_2") if (module := pipeline.components.get(part)) is not None}
 
 
-def tokenizers_of(pipeline):
-    """The tokenizers of text_encoders_of(), in its order."""
-    return [pipeline.components[part.replace("text_encoder", "tokenizer")] for part in text_encoders_of(pipeline)]
+def take_apart(name, pipeline):
+    """The Models of a loaded pipeline."""
+    from diffusers import DDPMScheduler
+
+    text_encoders = text_encoders_of(pipeline)
+    return Models(
+        name=name,
+        pipeline=pipeline,
+        tokenizers=[pipeline.components[part.replace("text_encoder", "tokenizer")] for part in text_encoders],
+        text_encoders=list(text_encoders.values()),
+        vae=pipeline.vae,
+        unet=pipeline.unet,
+        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
 
 
 def load_models(name, dtype):
     """Load a pipeline for training and take it apart. Raises UserError if it cannot be trained here."""
-    from diffusers import DDPMScheduler
-
-    pipeline = load_pipeline(name, dtype)
-    models = Models(
-        name=name,
-        pipeline=pipeline,
-        tokenizers=tokenizers_of(pipeline),
-        text_encoders=list(text_encoders_of(pipeline).values()),
-        vae=pipeline.vae,
-        unet=pipeline.unet,
-        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
+    models = take_apart(name, load_pipeline(name, dtype))
     if models.unet.config.in_channels != models.vae.config.latent_channels:
         raise UserError(f"--model_name {name}: its UNet takes {models.unet.config.in_channels} channels (an inpainting or "
                         f"depth model?); give a text-to-image model")
@@ -829,8 +829,8 @@ def settle_subjects(s, models, concepts):
     for concept, word in zip(concepts, words):
         bare = Subject(word, concept.class_prompt or "", "", concept.name)
         subject = dataclasses.replace(bare, instance_prompt=fill_identifier(concept.instance_prompt, [bare], "--instance_prompt"))
-        say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos'
-            + (f'; class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "; no class images"))
+        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "no class images"
+        say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos; {prior}')
         subjects.append(subject)
     return subjects
 
@@ -910,8 +910,9 @@ def choose_identifiers(models, concepts, seed):
         random.Random(f"{seed} {concept.name}").shuffle(best)
         words.append(min(best, key=similarity))
         taken.append(words[-1])
-        say(f'Identifier of "{concept.name}": "{words[-1]}", token {tokenizer(words[-1]).input_ids[1]} of {len(tokenizer)}; it moves '
-            f'the embedding of "{concept.class_prompt}" by {shift[words[-1]]:.3f} (of {len(free)} rare words: '
+        token = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(words[-1]))[0]
+        say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
+            f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
             f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
     return words
 
@@ -1134,8 +1135,10 @@ def shuffled(size, start, count, *key):
 
 def balanced(pools, start, count, *key):
     """Draws start .. start + count - 1 of an endless stream: each pool once before any twice, and so each row of a pool."""
-    turns = shuffled(len(pools), start, count, "turn", *key)
-    return [pools[pool][shuffled(len(pools[pool]), draw // len(pools), 1, pool, *key)[0]] for draw, pool in enumerate(turns, start)]
+    rows = []
+    for draw, turn in enumerate(shuffled(len(pools), start, count, "turn", *key), start):
+        rows.append(pools[turn][shuffled(len(pools[turn]), draw // len(pools), 1, turn, *key)[0]])
+    return rows
 
 
 def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_processes=1):
@@ -1298,7 +1301,8 @@ def save_lora(folder, models, subjects):
     parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
     weights, kohya = {}, {}
     for part, module in parts.items():
-        tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module, save_embedding_layers=False).items()}
+        tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if part != "unet":  # transformers 5.6 dropped this prefix; every tool knows it
             tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
         config = module.peft_config["default"]
@@ -1468,7 +1472,8 @@ def optimize(s, models, groups, cache, steps, accelerator, log_dir):
     import torch
     from tqdm import tqdm
 
-    models, modules, conditioning, optimizer, lr_scheduler = prepare_training(s, models, groups, cache.prompts, steps, accelerator)
+    models, modules, conditioning, optimizer, lr_scheduler = prepare_training(
+        s, models, groups, cache.prompts, steps, accelerator)
 
     def denoiser(noisy_latents, batch):
         hidden, pooled = conditioning(batch["prompt"])
@@ -1527,8 +1532,10 @@ def prepare_training(s, models, groups, prompts, steps, accelerator):
     # diffusers' "constant" has no warmup. The schedule stays ours: accelerate would advance it once per process.
     schedule = "constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler
     lr_scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
-    lr_scheduler.lr_lambdas = [functools.partial(lambda factor, last, step: factor(step) if step < last else 0, factor, g.until * steps)
-                               for factor, g in zip(lr_scheduler.lr_lambdas, groups)]
+
+    def until(last, factor):
+        return lambda step: factor(step) if step < last else 0
+    lr_scheduler.lr_lambdas = [until(g.until * steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
 
     def prepared(module):  # what does not train only passes gradients on, and needs no exchange between processes
         return accelerator.prepare_model(module, evaluation_mode=module not in training)
@@ -1947,7 +1954,8 @@ def find_trained(source, flag):
         try:
             path = Path(source) / file if Path(source).is_dir() else hub_file(source, file)
         except Exception as problem:  # whatever the hub's client raises
-            raise UserError(f"{flag} {source}: {file} cannot be had from the hub ({str(problem).splitlines()[0][:100]})") from None
+            reason = str(problem).strip().split("\n")[0][:100]
+            raise UserError(f"{flag} {source}: {file} cannot be had from the hub ({reason})") from None
         if not path.is_file():
             raise UserError(f"{flag} {source}: {file} is missing; train it again")
         return path
@@ -2010,7 +2018,7 @@ def add_trained(pipeline, trained, strength, flag):
     """Add words and LoRA to a loaded pipeline. Raises UserError if they are not of this model."""
     from safetensors.torch import load_file
 
-    models = Models(trained.source, pipeline, tokenizers_of(pipeline), list(text_encoders_of(pipeline).values()), None, None, None)
+    models = take_apart(trained.source, pipeline)
     for word, path in trained.words.items():
         try:
             vectors = embedding_vectors(models, load_file(path))
