@@ -34,6 +34,14 @@ def augmented(pictures, indices, device):
     return images[:, :, y : y + world.SIZE, x : x + world.SIZE]
 
 
+def match(vectors, labels):
+    """Of all other vectors (unit length) in the batch, find those of the same label: a contrastive loss."""
+    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    logits = (vectors @ vectors.T / 0.1).masked_fill(itself, -1e4)
+    same = ((labels[:, None] == labels[None]) & ~itself).float()
+    return F.cross_entropy(logits, same / same.sum(1, keepdim=True))
+
+
 # ---- CLIP --------------------------------------------------------------------------------------------
 
 
@@ -44,17 +52,56 @@ def new_clip(tokenizer):
     return CLIPModel._from_config(config, attn_implementation="eager")
 
 
-def clip_loss(pictures, tokens, device):
-    """CLIP's own loss, but a picture's caption may occur at several others: all of them are right."""
+def clip_loss(pictures, tokens, icons, device):
+    """CLIP's own loss, but a picture's caption may occur at several others: all of them are right.
+
+    The world has too few drawings of each class to know one by another artist, so the image tower also learns, from a
+    thousand other things, to put two artists' drawings of one thing together.
+    """
 
     def loss_fn(clip, indices):
         ids = tokens[indices].to(device)
-        logits = clip(input_ids=ids, pixel_values=augmented(pictures, indices, device)).logits_per_image
+        pairs = icons.pairs(len(indices) // 2)
+        images = torch.cat([augmented(pictures, indices, device), swapped(augmented(icons.pictures, pairs, device))])
+        vision = F.normalize(clip.get_image_features(images).pooler_output.float(), dim=-1)
+        text = F.normalize(clip.get_text_features(ids).pooler_output.float(), dim=-1)
+        vision, things = vision.split([len(ids), len(pairs)])
+
+        logits = clip.logit_scale.exp() * vision @ text.T
         same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
-        return F.cross_entropy(logits.float(), target) + F.cross_entropy(logits.float().T, target)
+        captions = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+        return captions + match(things, torch.arange(len(things) // 2, device=device).repeat(2))
 
     return loss_fn
+
+
+def swapped(images):
+    """Half of the images with their red, green and blue in another order: what a thing is does not hang on its colour."""
+    order = torch.rand(len(images), 3, device=images.device).argsort(1)[:, :, None, None].expand_as(images)
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(chosen, images.gather(1, order), images)
+
+
+class Icons:
+    """The pictures of world.make_icons(), drawn in pairs."""
+
+    def __init__(self):
+        self.pictures, names = world.make_icons()
+        self.rows_of = {}  # icon -> artist -> rows
+        for row, name in enumerate(names):
+            package, icon = name.split(" ")
+            self.rows_of.setdefault(icon, {}).setdefault(package, []).append(row)
+        self.icons = sorted(self.rows_of)
+
+    def pairs(self, count):
+        """Rows of `count` different things by one artist each, then of the same things by others."""
+        rows = []
+        for number in torch.randperm(len(self.icons))[:count].tolist():
+            artists = list(self.rows_of[self.icons[number]].values())
+            first, second = torch.randperm(len(artists))[:2].tolist()
+            rows.append([artists[a][int(torch.randint(len(artists[a]), ()))] for a in (first, second)])
+        return torch.tensor(rows).T.flatten()
 
 
 # ---- ViT ---------------------------------------------------------------------------------------------
@@ -83,12 +130,7 @@ def vit_loss(pictures, instances, device):
         draws = torch.rand(len(indices)).tolist()
         partner = [partners[i][int(draw * len(partners[i]))] for i, draw in zip(indices.tolist(), draws)]
         indices = torch.cat([indices, torch.tensor(partner)])
-        vectors = features(vit, augmented(pictures, indices, device))
-        itself = torch.eye(len(indices), dtype=torch.bool, device=device)
-        logits = (vectors @ vectors.T / 0.1).masked_fill(itself, -1e4)
-        label = labels[indices].to(device)
-        same = ((label[:, None] == label[None]) & ~itself).float()
-        return F.cross_entropy(logits, same / same.sum(1, keepdim=True))
+        return match(features(vit, augmented(pictures, indices, device)), labels[indices].to(device))
 
     return loss_fn
 
@@ -110,8 +152,8 @@ def main():
     instances = [row["drawing"] for row in rows[: world.PICTURES]]
 
     torch.manual_seed(0)
-    loss_fn = clip_loss(pictures, encode_captions(tokenizer, captions), device)
-    clip = fit("clip", new_clip(tokenizer), loss_fn, args.clip_steps, 128, 5e-4, world.PICTURES, device)
+    loss_fn = clip_loss(pictures, encode_captions(tokenizer, captions), Icons(), device)
+    clip = fit("clip", new_clip(tokenizer), loss_fn, args.clip_steps, 96, 1e-3, world.PICTURES, device)
     torch.manual_seed(0)
     loss_fn = vit_loss(pictures, instances, device)
     vit = fit("vit", new_vit(), loss_fn, args.vit_steps, 64, 5e-4, world.PICTURES, device)
