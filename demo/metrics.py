@@ -52,17 +52,21 @@ def new_clip(tokenizer):
     return CLIPModel._from_config(config, attn_implementation="eager")
 
 
-def clip_loss(pictures, tokens, icons, device):
+def clip_loss(pictures, captions, tokens, icons, device):
     """CLIP's own loss, but a picture's caption may occur at several others: all of them are right.
 
     The world has too few drawings of each class to know one by another artist, so the image tower also learns, from a
-    thousand other things, to put two artists' drawings of one thing together.
+    thousand other things, to put two artists' drawings of one thing together. Pictures change their colours where the
+    caption names none, or the class would be known by the colours of its few drawings.
     """
+    colourless = torch.tensor([not any(word in world.COLOURS for word in caption.split()) for caption in captions])
 
     def loss_fn(clip, indices):
         ids = tokens[indices].to(device)
         pairs = icons.pairs(len(indices) // 2)
-        images = torch.cat([augmented(pictures, indices, device), swapped(augmented(icons.pictures, pairs, device))])
+        images = augmented(pictures, indices, device)
+        images = torch.where(colourless[indices].to(device)[:, None, None, None], swapped(images), images)
+        images = torch.cat([images, swapped(augmented(icons.pictures, pairs, device))])
         vision = F.normalize(clip.get_image_features(images).pooler_output.float(), dim=-1)
         text = F.normalize(clip.get_text_features(ids).pooler_output.float(), dim=-1)
         vision, things = vision.split([len(ids), len(pairs)])
@@ -70,8 +74,8 @@ def clip_loss(pictures, tokens, icons, device):
         logits = clip.logit_scale.exp() * vision @ text.T
         same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
-        captions = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
-        return captions + match(things, torch.arange(len(things) // 2, device=device).repeat(2))
+        named = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+        return named + match(things, torch.arange(len(things) // 2, device=device).repeat(2))
 
     return loss_fn
 
@@ -152,7 +156,7 @@ def main():
     instances = [row["drawing"] for row in rows[: world.PICTURES]]
 
     torch.manual_seed(0)
-    loss_fn = clip_loss(pictures, encode_captions(tokenizer, captions), Icons(), device)
+    loss_fn = clip_loss(pictures, captions, encode_captions(tokenizer, captions), Icons(), device)
     clip = fit("clip", new_clip(tokenizer), loss_fn, args.clip_steps, 96, 1e-3, world.PICTURES, device)
     torch.manual_seed(0)
     loss_fn = vit_loss(pictures, instances, device)

@@ -2,7 +2,8 @@
 
     python demo/pictures.py    # -> demo/dreambooth.png, demo/held_out.png
 
-Everything is made by the program's own commands with its defaults, seeds 0 and up; nothing is selected.
+Everything is made by the program's own commands with its defaults (but 100 class images for held-out subjects), seeds 0
+and up; nothing is selected.
 """
 
 import argparse
@@ -23,11 +24,11 @@ def program(*flags):
     subprocess.run([sys.executable, DEMO.parent / "dreambooth_implementation.py", *map(str, flags)], check=True)
 
 
-def teach(photos, folder):
+def teach(photos, folder, *flags):
     """Train on a folder of photos; (identifier, class noun)."""
     if not (folder / "dreambooth.json").exists():
         program("--train", "--model_name", DEMO / "model", "--instance_data_dir", photos, "--output_dir", folder,
-                "--class_data_dir", folder.parent / "class_images", "--overwrite")
+                "--class_data_dir", folder.parent / "class_images", "--overwrite", *flags)
     subject = json.loads((folder / "dreambooth.json").read_text())["subjects"][0]
     return subject["identifier"], subject["class_prompt"].split(maxsplit=1)[1]
 
@@ -82,7 +83,7 @@ def main():
 
     rows = [("one of five; then with the identifier: anywhere, on the moon; then the class without it", [])]
     for name in HELD_OUT:
-        word, noun = teach(DEMO / "subjects" / name, args.work / name)
+        word, noun = teach(DEMO / "subjects" / name, args.work / name, "--num_class_images", 100)
         drawn = draw(args.work / name, [f"a {word} {noun}", f"a {word} {noun} on the moon", f"a {noun}"], 3)
         rows.append(("", [photos_of(DEMO / "subjects" / name)[0], *(p for pictures in drawn.values() for p in pictures)]))
     rows[0] = (rows[0][0], rows[1][1])
