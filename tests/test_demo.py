@@ -32,3 +32,35 @@ def test_the_samples_are_what_their_list_says():
     assert {p.name for p in folder.iterdir()} == {*sums, db.SAMPLE_LIST} and len(sums) == 6
     assert all(db.file_digest(folder / name) == digest for name, digest in sums.items())
     assert all(Image.open(folder / name).size == (128, 128) for name in sums if name.endswith(".png"))
+
+
+def metric_pictures():
+    """(pixels [N, 3, 64, 64] in -1 .. 1, subject number of each) of the held-out subjects."""
+    import numpy as np
+
+    pixels, owner = [], []
+    for number, folder in enumerate(sorted(p for p in (REPOSITORY / "demo" / "subjects").iterdir() if p.is_dir())):
+        for path in sorted(folder.glob("*.png")):
+            pixels.append(np.asarray(Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.BOX)))
+            owner.append(number)
+    return torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(owner)
+
+
+def test_metric_networks_load_and_tell_subjects_apart():
+    from transformers import CLIPModel, ViTModel
+
+    metrics = REPOSITORY / "demo" / "metrics"
+    assert sum(p.stat().st_size for p in metrics.rglob("*") if p.is_file()) < 15e6
+    pixels, owner = metric_pictures()
+    assert len(owner.unique()) == 13 and len(owner) == 65
+    vit = ViTModel.from_pretrained(metrics / "vit", add_pooling_layer=False, dtype=torch.float32).eval()
+    clip = CLIPModel.from_pretrained(metrics / "clip", dtype=torch.float32).eval()
+    with torch.no_grad():
+        vectors = {"vit": vit(pixels).last_hidden_state[:, 0], "clip": clip.get_image_features(pixels).pooler_output}
+    same = owner[:, None] == owner[None]
+    for name, vector in vectors.items():
+        vector = torch.nn.functional.normalize(vector, dim=-1)
+        similarity = vector @ vector.T
+        within, across = similarity[same & ~torch.eye(65, dtype=torch.bool)], similarity[~same]
+        auc = (within[:, None] > across[None]).float().mean()
+        assert auc > {"vit": 0.97, "clip": 0.75}[name], (name, auc)
