@@ -87,12 +87,14 @@ def main():
     rows = [measure(name, [*common, "--instance_data_dir", SUBJECTS / "robot-t", *flags],
                     ["a [identifier] robot", "a [identifier] robot on the moon", "a robot"], args.output_dir)
             for name, flags in RUNS.items()]
-    for name, flags in (("two dogs, full", []), ("two dogs, lora", RUNS["lora, text encoder"])):
+    for name, flags in (("two dogs, full", []), ("two dogs, full, text encoder", ["--train_text_encoder"]),
+                        ("two dogs, lora, text encoder", RUNS["lora, text encoder"])):
         rows.append(measure(name, [*common, "--concepts", "demo/two_dogs.json", *flags],
                             ["a [identifier:poodle] dog on the beach", "a [identifier:guide] dog on the beach", "a dog"],
                             args.output_dir))
     (args.output_dir / "methods.json").write_text(json.dumps(
-        {"date": datetime.date.today().isoformat(), "model": args.model_name, "runs": rows}, indent=2))
+        {"date": datetime.date.today().isoformat(), "model": args.model_name,
+         "runs": [{key: value for key, value in row.items() if key != "grid"} for row in rows]}, indent=2) + "\n")
     table = ["| method | trained weights | file | steps | s / step | training | whole run | peak memory | instance loss, last 100 | prior loss |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
