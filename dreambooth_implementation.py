@@ -984,11 +984,11 @@ def class_image_name(index):
 
 def class_pools(s, models, concepts, resolution, plan, accelerator):
     """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
-    counts = {}
-    for c in concepts:
-        counts[c.class_prompt, c.class_data_dir] = max(c.num_class_images, counts.get((c.class_prompt, c.class_data_dir), 0))
+    counts, keys = {}, [(c.class_prompt, c.class_data_dir) for c in concepts]
+    for key, concept in zip(keys, concepts):
+        counts[key] = max(concept.num_class_images, counts.get(key, 0))
     paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
-    return [[(path, c.class_prompt) for path in paths[c.class_prompt, c.class_data_dir][:c.num_class_images]] for c in concepts]
+    return [[(path, c.class_prompt) for path in paths[key][:c.num_class_images]] for key, c in zip(keys, concepts)]
 
 
 def own_class_images(root):
@@ -1521,8 +1521,8 @@ def prepare_training(s, models, groups, prompts, steps, accelerator):
     from diffusers.optimization import get_scheduler
 
     device, training = accelerator.device, [module for group in groups for module in group.modules]
-    for module in training:
-        module.train()
+    for module in training:  # before the optimizer is made, which looks at where the parameters are
+        module.to(device).train()
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
