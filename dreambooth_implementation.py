@@ -32,8 +32,9 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
-import tempfile
+import threading
 import time
 import typing
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def say(message):
 
 
 def _field(mode, default, help, **options):
-    """One flag. `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default)."""
+    """One flag. `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default), const (if bare)."""
     return dataclasses.field(default=default, metadata={"mode": mode, "help": help, **options})
 
 
@@ -154,6 +155,10 @@ class Settings:
     output_dir: str = _field("train", "./output", "folder for the trained pipeline, LoRA or embeddings")
     overwrite: bool = _field("train", False, "delete an earlier --output_dir once the new one is complete "
                                              "(otherwise it is kept under another name)")
+    checkpointing_steps: int = _field("train", 500, "steps between checkpoints; 0: only when training is interrupted", minimum=0)
+    checkpoints_total_limit: int = _field("train", 1, "checkpoints kept, the newest ones", minimum=1)
+    resume: str | None = _field("train", None, "go on with an interrupted training: latest, or a checkpoint's folder",
+                                aliases=["--resume_from_checkpoint"], const="latest", shown="start anew; latest if given bare")
     validation_prompt: list[str] | None = _field("train", None, "prompt of the sample grid; repeatable",
                                                  shown="subject, subject on the moon, class")
 
@@ -213,6 +218,8 @@ def build_parser():
         else:
             options |= {"type": kind, "choices": meta.get("choices"), "action": "append" if is_list else "store"}
             options["metavar"] = None if meta.get("choices") else kind.__name__.upper()
+            if "const" in meta:
+                options |= {"nargs": "?", "const": meta["const"]}
         groups[meta["mode"]].add_argument(f"--{field.name}", *meta.get("aliases", []), dest=field.name, **options)
     return parser
 
@@ -311,6 +318,17 @@ class Models:
         """The side in pixels that the UNet was trained at."""
         return self.unet.config.sample_size * self.latent_scale
 
+    @functools.cached_property
+    def fingerprint(self):
+        """A hex digest of all weights as they were loaded: tells one model from another wherever it lies."""
+        import torch
+
+        digest = hashlib.sha256()
+        for module in (self.unet, self.vae, *self.text_encoders):
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tuple(tensor.shape)} {torch.hash_tensor(tensor).item()}".encode())
+        return digest.hexdigest()
+
 
 def find_model(name, flag):
     """Folder or hub id of a model, without importing torch. Raises UserError if there is none of a supported kind."""
@@ -321,13 +339,16 @@ def find_model(name, flag):
         index = Path(name) / "model_index.json"
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
+        if not any(Path(name).glob("unet/*.safetensors")) and any(Path(name).glob("unet/*.bin")):
+            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust them, "
+                            f"convert them: StableDiffusionPipeline.from_pretrained(..., use_safetensors=False).save_pretrained(...)")
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         try:
             index = hub_file(name, "model_index.json")
         except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
             reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it "
-                            f"({reason}); check the spelling and the network") from None
+            raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); check "
+                            f"spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}") from None
     else:
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder or a hub id such as {DEFAULT_MODEL}")
     try:
@@ -527,17 +548,6 @@ def kohya_prefix(models, part):
     return "lora_te" if len(models.text_encoders) == 1 else {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
 
 
-def fingerprint(models):
-    """A hex digest of all weights: tells one model from another wherever it was loaded from."""
-    import torch
-
-    digest = hashlib.sha256()
-    for module in (models.unet, models.vae, *models.text_encoders):
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {torch.hash_tensor(tensor).item()}".encode())
-    return digest.hexdigest()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Subjects: photos
 
@@ -558,7 +568,9 @@ def list_images(folder, flag):
             continue
         if path.suffix == ".txt" and path.stem in names:  # a caption
             continue
-        if path.is_dir():
+        if not path.resolve().is_relative_to(folder.resolve()):
+            say(f"Skipped {path}: a link to a file elsewhere; copy that file into {folder} to use it.")
+        elif path.is_dir():
             say(f"Skipped {path}{os.sep}: folders inside {folder} are not searched.")
         elif path.suffix.lower() not in IMAGE_SUFFIXES:
             say(f"Skipped {path}: not an image.")
@@ -679,7 +691,8 @@ def check_photos(photos):
 
 
 def file_digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_sums(path):
@@ -964,7 +977,7 @@ MANIFEST = "MANIFEST.sha256"
 def class_image_settings(s, models, class_prompt, resolution, plan):
     """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
-    return {"prompt": class_prompt, "model": fingerprint(models), "resolution": resolution,
+    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
             "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": CLASS_IMAGE_STEPS,
             "guidance_scale": guidance_scale(s, models.unet.config), "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
@@ -1463,60 +1476,139 @@ def machine_name(device):
 REPORT_EVERY = 10  # optimizer steps between reads of the losses; reading makes the CPU wait for the GPU
 
 
-def optimize(s, models, groups, cache, steps, accelerator, log_dir):
-    """Train `groups` for `steps` optimizer steps. Returns the history: one (instance loss, prior loss) per step.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. Arguments: what to tell, the signal's number."""
 
-    Both losses are means over their own pictures, before lambda; prior is None without class images. A batch depends on
-    the number of its step alone, so nothing has to be remembered from one step to the next but weights and optimizer.
+
+@dataclass(frozen=True)
+class Run:
+    """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
+
+    s: Settings
+    models: Models  # what trains is wrapped for precision and processes
+    groups: list
+    modules: list  # those of `models` that train
+    conditioning: typing.Callable  # prompt numbers [B] -> what the UNet is told
+    cache: LatentCache
+    optimizer: typing.Any
+    lr_scheduler: typing.Any
+    accelerator: typing.Any
+    steps: int
+    origin: dict  # what a resumed training must have in common with this one
+    history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
+
+    def denoiser(self, noisy_latents, batch):
+        hidden, pooled = self.conditioning(batch["prompt"])
+        return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
+
+
+def optimize(run, folder):
+    """Take `run` to its last step, with logs and checkpoints in `folder`.
+
+    Raises Interrupted, once the step is done and a checkpoint written, on Ctrl-C or SIGTERM; UserError on a loss that is
+    not finite.
     """
-    import torch
     from tqdm import tqdm
 
-    models, modules, conditioning, optimizer, lr_scheduler = prepare_training(
-        s, models, groups, cache.prompts, steps, accelerator)
-
-    def denoiser(noisy_latents, batch):
-        hidden, pooled = conditioning(batch["prompt"])
-        return predict(models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
-
-    history, unread = [], []
-    with loss_writer(log_dir) as writer:
-        bar = tqdm(range(steps), desc="training", unit="step", disable=not is_first_process())
-        for step in bar:
-            for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
-                batch = make_batch(cache, s, micro_step, models.noise_scheduler.config.num_train_timesteps,
-                                   accelerator.process_index, accelerator.num_processes)
-                batch = {key: value if key == "prompt" else value.to(accelerator.device) for key, value in batch.items()}
-                with accelerator.accumulate(*modules):
-                    loss, losses = diffusion_loss(models.noise_scheduler, batch, denoiser, s.snr_gamma)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and s.max_grad_norm:
-                        accelerator.unscale_gradients(optimizer)
-                        for group in groups:
-                            torch.nn.utils.clip_grad_norm_(group.parameters, s.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                unread.append(split_means(losses.detach(), batch["is_class"]))
-            lr_scheduler.step()
-            if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-                read = accelerator.reduce(torch.stack(unread), "mean").view(-1, s.gradient_accumulation_steps, 2).mean(1)
-                report_losses(read.tolist(), history, cache, groups, lr_scheduler, bar, writer)
+    s, unread = run.s, []
+    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
+        bar = tqdm(range(len(run.history), run.steps), desc="training", unit="step", disable=not is_first_process(),
+                   initial=len(run.history), total=run.steps)
+        for done in (step + 1 for step in bar):
+            unread += train_step(run, done - 1)
+            stop = stop_agreed(run.accelerator, signals, done)
+            saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < run.steps)
+            if saves or done % REPORT_EVERY == 0 or done == run.steps:
+                report_losses(run, folder, unread, bar, writer)
                 unread = []
-    for module in (models.pipeline.unet, *text_encoders_of(models.pipeline).values()):
-        # Take accelerate's autocast off again; its own unwrap_model would strip transformers' wrappers of forward as well.
+            if saves:
+                write_checkpoint(run, folder)
+            if stop and done < run.steps:
+                raise Interrupted(f"interrupted after step {done} of {run.steps}; go on with the same command and --resume", stop)
+    check_finite(run.groups)
+    unwrap(run)
+
+
+def train_step(run, step):
+    """One optimizer step. Returns for each micro-step a tensor [instance loss, prior loss, gradient norm].
+
+    A batch depends on the number of its step alone, so nothing has to be remembered from one step to the next but weights
+    and optimizer.
+    """
+    import torch
+
+    s, accelerator, noise_scheduler, measured = run.s, run.accelerator, run.models.noise_scheduler, []
+    for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
+        batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
+                           accelerator.process_index, accelerator.num_processes)
+        batch = {key: value if key == "prompt" else value.to(accelerator.device) for key, value in batch.items()}
+        with accelerator.accumulate(*run.modules):
+            loss, losses = diffusion_loss(noise_scheduler, batch, run.denoiser, s.snr_gamma)
+            accelerator.backward(loss)
+            norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+        measured.append(torch.stack([*split_means(losses.detach(), batch["is_class"]), norm]))
+    run.lr_scheduler.step()
+    return measured
+
+
+def clip_gradients(run):
+    """Scale each group's gradients down to --max_grad_norm; returns the norm of all before that."""
+    import torch
+
+    run.accelerator.unscale_gradients(run.optimizer)
+    limit = run.s.max_grad_norm or math.inf
+    return torch.stack([torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]).norm()
+
+
+def unwrap(run):
+    """Make ordinary modules of what trained.
+
+    accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
+    """
+    pipeline = run.models.pipeline
+    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
         module.eval()
         for name in ("forward", "_original_forward"):
             vars(module).pop(name, None)
-    for group in groups:
+    for group in run.groups:
         group.finish()
-    return history
 
 
-def prepare_training(s, models, groups, prompts, steps, accelerator):
-    """Bring what trains to the device, wrapped for precision and processes, and make its optimizer and schedule.
+@contextlib.contextmanager
+def deferred_stop():
+    """A list that receives the number of a first Ctrl-C or SIGTERM; a second one acts at once, as does one outside."""
+    received, handlers = [], {}
 
-    Returns (models with the wrapped modules, wrapped modules, conditioning function, optimizer, learning rate schedule).
-    """
+    def note(number, frame):
+        received.append(number)
+        restore()
+        say("\nStopping: this step is finished and a checkpoint written. Once more stops at once.")
+
+    def restore():
+        while handlers:
+            signal.signal(*handlers.popitem())
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def stop_agreed(accelerator, signals, done):
+    """The signal to stop for, or 0. Several processes must all stop at one step, so they ask each other now and then."""
+    import torch
+
+    if accelerator.num_processes == 1 or done % REPORT_EVERY:
+        return signals[0] if signals and accelerator.num_processes == 1 else 0
+    received = torch.tensor(signals[0] if signals else 0, device=accelerator.device)
+    return int(accelerator.gather(received[None]).max())
+
+
+def prepare_training(s, models, groups, cache, steps, accelerator, origin):
+    """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
     import torch
     from diffusers.optimization import get_scheduler
 
@@ -1544,8 +1636,9 @@ def prepare_training(s, models, groups, prompts, steps, accelerator):
     ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
     modules = [module for module, part in zip(ready, parts) if part in training]
     models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
-    conditioning = prompt_conditioning(models, prompts, trains_text, device)
-    return models, modules, conditioning, accelerator.prepare(optimizer), lr_scheduler
+    conditioning = prompt_conditioning(models, cache.prompts, trains_text, device)
+    return Run(s, models, groups, modules, conditioning, cache, accelerator.prepare(optimizer), lr_scheduler, accelerator,
+               steps, origin)
 
 
 def split_means(losses, is_class):
@@ -1579,38 +1672,50 @@ def prompt_conditioning(models, prompts, trains, device):
     return conditioning
 
 
-def report_losses(read, history, cache, groups, lr_scheduler, bar, writer):
-    """Append the losses just read to `history`, to the progress bar and to TensorBoard. UserError if one is not finite."""
-    has_class = bool(cache.class_images)
-    for instance, prior in read:
-        history.append((instance, prior if has_class else None))
-        if not all(abs(x) < float("inf") for x in history[-1] if x is not None):
-            raise UserError(f"training stopped: the loss is {instance} at step {len(history)}; "
-                            f"give a smaller --learning_rate, or --mixed_precision no")
+def report_losses(run, folder, unread, bar, writer):
+    """Append what train_step() measured to the history, to the progress bar and to TensorBoard.
+
+    Raises UserError if something is not finite: the weights are of no use from that step on.
+    """
+    import torch
+
+    per_step = torch.stack(unread).view(-1, run.s.gradient_accumulation_steps, 3)
+    read = torch.cat([per_step[..., :2].mean(1), per_step[:, -1:, 2]], dim=1)  # [steps, 3]
+    has_class = bool(run.cache.class_images)
+    for instance, prior, norm in run.accelerator.reduce(read, "mean").tolist():
+        done = len(run.history) + 1
+        checked = {"instance loss": instance, "prior loss": prior if has_class else 0,
+                   "gradient norm": norm if run.accelerator.scaler is None else 0}  # fp16's scaler skips such a step itself
+        if wrong := next((f"the {what} is {value}" for what, value in checked.items() if not math.isfinite(value)), None):
+            saved = next(reversed(checkpoints_in(folder)), None)
+            raise UserError(f"training stopped: {wrong} at step {done}; the learning rate is too high or the arithmetic too "
+                            f"coarse: give a smaller --learning_rate, or --mixed_precision no"
+                            + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
+        run.history.append((instance, prior if has_class else None, norm))
         if writer:
-            writer.add_scalar("loss/instance", instance, len(history))
-            if has_class:
-                writer.add_scalar("loss/prior", prior, len(history))
-    for group, lr in zip(groups, lr_scheduler.get_last_lr()):
-        if writer:
-            writer.add_scalar(f"lr/{group.name}", lr, len(history))
-    means = loss_means(history[-50:])
-    bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if v is not None})
+            values = {"loss/instance": instance, "loss/prior": prior if has_class else None, "gradient_norm": norm}
+            for name, value in values.items():
+                if value is not None:
+                    writer.add_scalar(name, value, done)
+    if writer:
+        for group, lr in zip(run.groups, run.lr_scheduler.get_last_lr()):
+            writer.add_scalar(f"lr/{group.name}", lr, len(run.history))
+    bar.set_postfix({k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None})
 
 
 def loss_means(history):
     """{"instance": mean, "prior": mean or None} of a stretch of history."""
-    columns = zip(("instance", "prior"), zip(*history))
+    columns = zip(("instance", "prior"), zip(*history))  # the gradient norm is left out
     return {name: None if None in column else sum(column) / len(column) for name, column in columns}
 
 
-def loss_writer(log_dir):
-    """A TensorBoard writer to use in a `with`, None on all processes but the first."""
+def loss_writer(log_dir, done):
+    """A TensorBoard writer to use in a `with`, None on all processes but the first. Of earlier logs `done` steps count."""
     if not is_first_process():
         return contextlib.nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir)
+    return SummaryWriter(log_dir, purge_step=done + 1)
 
 
 def train(s):
@@ -1621,15 +1726,41 @@ def train(s):
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
     name = find_model(s.model_name or default_model(), "--model_name")
-
     plan = plan_device(s)
 
-    import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
                               gradient_accumulation_steps=s.gradient_accumulation_steps)
     started = time.monotonic()
+    with accelerator.main_process_first():
+        finish_renaming(s)
+        checkpoint = find_checkpoint(s)
+    if s.resume == "latest" and checkpoint is None and is_complete(s):
+        return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
+    accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
+    with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
+        subjects, run, used = prepare(s, name, concepts, plan, accelerator)
+        if checkpoint:
+            load_checkpoint(run, checkpoint)
+        if accelerator.is_main_process:
+            clear(folder, checkpoint, s.overwrite)
+        prepared = time.monotonic()
+        optimize(run, folder)
+        seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
+        accelerator.free_memory()
+        if accelerator.is_main_process:
+            save_output(folder, s, run.models, subjects, used, run.history, seconds)
+    report_training(s, run.history, seconds)
+    if accelerator.is_main_process:
+        draw_samples(s, run.models, subjects, used["resolution"], plan)
+    accelerator.wait_for_everyone()
+
+
+def prepare(s, name, concepts, plan, accelerator):
+    """(subjects, Run, what was decided for dreambooth.json): model, identifiers, class images, latents and what trains."""
+    import torch
+
     models = load_models(name, torch.float32)
     family = family_of(models.unet.config)
     recipe = RECIPES[family][s.method]
@@ -1643,11 +1774,13 @@ def train(s):
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
     class_images = class_pools(s, models, concepts, resolution, plan, accelerator) if preserves_prior(s) else []
+    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    origin = {"the base model": models.fingerprint, "the photos or class images": pictures_digest(photos, class_images)}
     torch.manual_seed(s.seed)
     if METHODS[s.method].is_adapter:
         models.unet.to(plan.dtype)  # it stays as it is, and is not saved
     groups = parameter_groups(s, models, subjects, recipe)
-    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    check_space(s, models, groups)
     cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
     used = {"steps": steps, "resolution": resolution, "precision": plan.precision,
             "learning_rates": {group.name: group.lr for group in groups},
@@ -1657,17 +1790,11 @@ def train(s):
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * steps)} steps")
-    prepared = time.monotonic()
-    with new_output(s) if accelerator.is_main_process else contextlib.nullcontext() as folder:
-        history = optimize(s, models, groups, cache, steps, accelerator, folder and folder / "logs")
-        seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
-        accelerator.free_memory()
-        if accelerator.is_main_process:
-            save_output(folder, s, models, subjects, used, history, seconds)
-    report_training(s, history, seconds)
-    if accelerator.is_main_process:
-        draw_samples(s, models, subjects, resolution, plan)
-    accelerator.wait_for_everyone()
+    origin |= shaping_flags(s) | {"the number of processes": accelerator.num_processes} | {
+        f"the {key.replace('_', ' ')}": used[key] for key in ("resolution", "precision", "learning_rates")}
+    if s.lr_scheduler in ("linear", "cosine") or any(group.until < 1 for group in groups):
+        origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
+    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, origin), used
 
 
 def captioned(concept, subject):
@@ -1711,6 +1838,174 @@ def report_training(s, history, seconds):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: what an interrupted training goes on from
+
+TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
+# Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see prepare().
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
+              "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "num_inference_steps",
+              "guidance_scale", "sample_batch_size", "mixed_precision", "gradient_checkpointing")
+
+
+def shaping_flags(s):
+    """{"--flag": value} of those flags that the trained weights depend on."""
+    return {f"--{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)
+            if f.name not in FREE_FLAGS and f.metadata["mode"] != "infer"}
+
+
+def pictures_digest(photos, class_images):
+    """A hex digest of everything in these pools of (path, caption)."""
+    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
+    return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
+
+
+def checkpoints_in(folder):
+    """Paths of the checkpoints of a training in `folder`, oldest first."""
+    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def read_state(path):
+    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        known = {"origin", "history", "optimizer", "scaler"}
+        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
+                        f"--resume")
+    return state
+
+
+def find_checkpoint(s):
+    """The checkpoint to go on from, or None to begin at the beginning. Damaged ones are passed over, and that is said.
+
+    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
+    """
+    if s.resume is None:
+        return None
+    if s.resume != "latest":
+        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
+        return Path(s.resume).resolve()
+    if is_complete(s):
+        return None
+    folder = workplace(s) if workplace(s).exists() else Path(s.output_dir).resolve()
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            state = read_state(path)
+        except UserError:
+            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
+        else:
+            check_origin(path, state, shaping_flags(s))
+            return path
+    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
+    return None
+
+
+def is_complete(s):
+    """Whether --output_dir already holds what these settings make, and no interrupted training would replace it."""
+    if workplace(s).exists() or not Path(s.output_dir).is_dir():
+        return False
+    made = read_record(s.output_dir).get("settings", {})
+    ours = json.loads(json.dumps(dataclasses.asdict(s)))
+    return all(made.get(key) == value for key, value in ours.items()
+               if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit"))
+
+
+def check_origin(path, state, origin):
+    """Raises UserError, naming every difference, unless what was trained so far came about as `origin` says."""
+    now = json.loads(json.dumps(origin))
+    if differences := [f"{key} ({state['origin'].get(key)}, now {value})" if len(str(value)) < 40 else key
+                       for key, value in now.items() if state["origin"].get(key) != value]:
+        raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "
+                        f"or start without --resume")
+
+
+def trained_tensors(groups):
+    """{name: tensor} of everything that trains."""
+    return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
+
+
+def check_finite(groups):
+    """Raises UserError if a weight that trains is not finite."""
+    for name, tensor in trained_tensors(groups).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"training stopped: weights of {name.split('.')[0]} are no longer finite, and are not saved; give a "
+                            f"smaller --learning_rate, or --mixed_precision no")
+
+
+def write_checkpoint(run, folder):
+    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
+    from safetensors.torch import save_file
+
+    check_finite(run.groups)
+    if run.accelerator.is_main_process:
+        optimizer = run.optimizer.state_dict()
+        tensors = trained_tensors(run.groups) | {f"optimizer.{i}.{key}": value for i, values in optimizer["state"].items()
+                                                 for key, value in values.items()}
+        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
+        with renamed_when_complete(path) as new:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / TENSORS_FILE)
+            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
+            state = {"origin": run.origin, "history": run.history, "optimizer": optimizer["param_groups"], "scaler": scaler,
+                     "sha256": file_digest(new / TENSORS_FILE)}
+            (new / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+    run.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def renamed_when_complete(path):
+    """A folder to write files into that takes the name `path` once they are safely on the disk."""
+    new = path.with_name(f".{path.name}.new")
+    for leftover in (new, path):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    for place in (*new.iterdir(), new):
+        flush(place)
+    new.rename(path)
+    flush(path.parent)
+
+
+def flush(path):
+    """Have the system write a file, or a folder's list of files, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such thing for folders
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(run, path):
+    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
+    from safetensors.torch import load_file
+
+    state = read_state(path)
+    check_origin(path, state, run.origin)
+    done = len(state["history"])
+    if done > run.steps:
+        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
+    saved, moments = load_file(path / TENSORS_FILE), {}
+    for name, tensor in trained_tensors(run.groups).items():
+        tensor.copy_(saved.pop(name))
+    for name, tensor in saved.items():
+        _, i, key = name.split(".")
+        moments.setdefault(int(i), {})[key] = tensor
+    run.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]})
+    run.lr_scheduler.last_epoch = done
+    if state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.history.extend(state["history"])
+    say(f"Going on after step {done} of {run.steps}, from {short_path(path)}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
 
@@ -1733,19 +2028,74 @@ def check_writable(path, flag):
         raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")
 
 
+def workplace(s):
+    """Where a training writes until its output is complete; an interrupted one leaves its checkpoints there."""
+    target = Path(s.output_dir).resolve()
+    return target.with_name(f"{target.name}.partial")
+
+
 @contextlib.contextmanager
 def new_output(s):
-    """A folder to fill that becomes --output_dir if the block succeeds, and is removed if it fails."""
-    target = Path(s.output_dir).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-    folder.chmod(0o755)
+    """A folder to fill that becomes --output_dir if the block succeeds. If it fails, checkpoints and logs stay in it."""
+    from filelock import FileLock, Timeout
+
+    folder = workplace(s)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however that happens
+    except Timeout:
+        raise UserError(f"--output_dir {s.output_dir}: another training is writing to it; give another folder") from None
     try:
         yield folder
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+        if checkpoints_in(folder):
+            tidy(folder, keep=("checkpoints", "logs"))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    replace_output(folder, target, s.overwrite)
+    lock.release()
+    finish_renaming(s)
+
+
+def finish_renaming(s):
+    """Give a complete output its name, if it still lacks it. dreambooth.json is written last, so it tells."""
+    folder = workplace(s)
+    if is_first_process() and (folder / "dreambooth.json").is_file():
+        (folder / ".lock").unlink(missing_ok=True)
+        replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
+
+
+def clear(folder, checkpoint, overwrite):
+    """Make `folder` ready for a training that goes on from `checkpoint`, or begins if that is None or lies elsewhere.
+
+    An interrupted training that is not gone on with gets another name, or is deleted if `overwrite`.
+    """
+    interrupted = checkpoints_in(folder)
+    if checkpoint in interrupted:
+        return tidy(folder, keep=(".lock", "checkpoints", "logs"))
+    if interrupted and overwrite:
+        say(f"--overwrite: the interrupted training of {interrupted[-1].name} in {short_path(folder)} is deleted; --resume would "
+            f"have gone on with it.")
+    elif interrupted:
+        kept = unused_name(folder)
+        kept.mkdir()
+        (folder / "checkpoints").rename(kept / "checkpoints")
+        say(f"Note: the interrupted training of {interrupted[-1].name} is kept in {short_path(kept)}; --resume would have gone on "
+            f"with it.")
+    tidy(folder, keep=(".lock",))
+
+
+def tidy(folder, keep):
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def unused_name(path):
+    """`path` with the first number that makes it new: output-1, output-2, ..."""
+    return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}-{n}")).exists())
 
 
 def replace_output(folder, target, overwrite):
@@ -1755,7 +2105,7 @@ def replace_output(folder, target, overwrite):
         if target.is_dir() and not any(target.iterdir()):
             target.rmdir()
         if target.exists():
-            earlier = next(p for n in range(1, 10**6) if not (p := target.with_name(f"{target.name}-{n}")).exists())
+            earlier = unused_name(target)
             target.rename(earlier)
         folder.rename(target)
     except OSError as problem:
@@ -1776,8 +2126,20 @@ def short_path(path):
         return str(path)
 
 
+def check_space(s, models, groups):
+    """UserError unless the disk has room for the output and for one checkpoint more than are kept."""
+    trained = sum(p.numel() for group in groups for p in group.parameters)
+    output = 2 * trained if METHODS[s.method].is_adapter else sum(
+        module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders))
+    needed = 4 * (output + 3 * trained * (s.checkpoints_total_limit + 1))  # float32; a checkpoint holds AdamW's moments as well
+    free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
+    if free < needed:
+        raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "
+                        f"{free / 1e9:.1f} GB are free; make room, or give another folder or fewer --checkpoints_total_limit")
+
+
 def save_output(folder, s, models, subjects, used, history, seconds):
-    """Write what the method saves, which plain diffusers loads, and dreambooth.json beside it."""
+    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     from importlib.metadata import version
 
     models.pipeline.to("cpu")
@@ -1793,7 +2155,11 @@ def save_output(folder, s, models, subjects, used, history, seconds):
         "settings": dataclasses.asdict(s),
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
-    (folder / "dreambooth.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    part = folder / "dreambooth.json.part"
+    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for path in folder.rglob("*"):
+        flush(path)
+    os.replace(part, folder / "dreambooth.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1921,9 +2287,14 @@ def read_record(model):
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        METHODS[record.get("method", "full")], [Subject(**subject) for subject in record["subjects"]][0]
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path}: cannot be read; it is damaged, train the model again") from None
+        method, subjects = record.get("method", "full"), [Subject(**subject) for subject in record["subjects"]]
+        texts = [value for subject in subjects for value in dataclasses.astuple(subject)]
+        whole = method in METHODS and subjects and all(isinstance(text, str) for text in (*texts, record.get("base_model", "")))
+        whole = whole and all(re.fullmatch(r"[\w-]*", subject.name) for subject in subjects)  # it becomes part of a file's name
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: cannot be read; it is damaged, train the model again")
     return record
 
 
@@ -2085,27 +2456,50 @@ def infer(s):
 # main
 
 
-REMEDIES = {"train": "try --gradient_checkpointing, --train_batch_size 1, a smaller --resolution or --sample_batch_size 1",
-            "infer": "try --sample_batch_size 1, --mixed_precision fp16, or a smaller --height and --width"}
+REMEDIES = {  # what an exception of any library says -> what to tell
+    "out of memory": "the GPU's memory is full; for --train try --gradient_checkpointing, --train_batch_size 1, a smaller "
+                     "--resolution or --sample_batch_size 1; for --infer --sample_batch_size 1 or --mixed_precision fp16",
+    "No space left on device": "the disk is full; make room and give the same command again (with --resume after training "
+                               "steps); what was complete is still there",
+}
 
 
 def main(argv=None):
-    """Run one command; the exit status is 0, or 2 after one line on standard error if the user can put it right."""
+    """Run one command. The exit status is 0; or 2 after one line on standard error if the user can put it right; or 128 +
+    the signal's number after Ctrl-C or SIGTERM."""
     try:
-        settings = parse_settings(argv)
-        {"train": train, "infer": infer}[settings.mode](settings)
+        with terminable():
+            settings = parse_settings(argv)
+            {"train": train, "infer": infer}[settings.mode](settings)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; pictures drawn so far are kept, and so is an earlier output", file=sys.stderr)
-        return 130
-    except RuntimeError as problem:
-        if "out of memory" not in str(problem):
+    except KeyboardInterrupt as stop:
+        message, number = stop.args or ("interrupted; pictures drawn so far are kept, and so is an earlier output", signal.SIGINT)
+        print(message, file=sys.stderr)
+        return 128 + number
+    except Exception as problem:
+        remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in str(problem)), None)
+        if remedy is None:
             raise
-        print(f"error: the GPU's memory is full; {REMEDIES[settings.mode]}", file=sys.stderr)
+        print(f"error: {remedy}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def terminable():
+    """SIGTERM ends the block as Ctrl-C does."""
+    def stop(number, frame):
+        raise Interrupted("terminated; pictures drawn so far are kept, and so is an earlier output", number)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 if __name__ == "__main__":
