@@ -2128,7 +2128,7 @@ def infer(s):
 # Evaluation: the networks that compare pictures
 
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
-BUNDLED_METRICS = {"dino": short_path(HERE / "demo" / "metrics" / "vit"), "clip": short_path(HERE / "demo" / "metrics" / "clip")}
+BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
 SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 METRIC_BATCH = 50  # pictures that a metric network sees at once
@@ -2174,7 +2174,9 @@ def metric_models(s, bases):
 
     Raises UserError if one is something else, without importing torch.
     """
-    usual = BUNDLED_METRICS if all(map(knows_only_emoji, bases)) else METRIC_MODELS
+    usual = METRIC_MODELS
+    if all(map(knows_only_emoji, bases)):
+        usual = {part: short_path(folder) for part, folder in BUNDLED_METRICS.items()}
     names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
     for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
         try:
@@ -2206,17 +2208,15 @@ def load_metrics(dino, clip, device):
 
     Raises UserError if one cannot be loaded whole.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, CLIPModel, ViTModel
 
     vit, prepare_dino = load_network("--dino_model", dino, ViTModel, AutoImageProcessor, add_pooling_layer=False)
     model, prepare_clip, tokenizer = load_network("--clip_model", clip, CLIPModel, AutoImageProcessor, AutoTokenizer)
-    if dict(prepare_dino.size) | {"mean": list(prepare_dino.image_mean)} == {"height": 224, "width": 224,
-                                                                            "mean": IMAGENET["image_mean"]}:
-        # The hub's copies of DINO would squash a picture to 224 x 224; its authors' own evaluation does this instead.
-        prepare_dino = type(prepare_clip)(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **IMAGENET)
-        look = "scaled to 256, the middle 224 (DINO's own evaluation)"
-    else:
-        look = f"scaled to {' x '.join(str(side) for side in dict(prepare_dino.size).values())} (its folder's preprocessor)"
+    look = "as its own preprocessor says"
+    if dict(prepare_dino.size) == {"height": 224, "width": 224} and list(prepare_dino.image_mean) == IMAGENET["image_mean"]:
+        # The hub's preprocessor for DINO scales to 224 x 224 outright; its authors' evaluation does this instead.
+        prepare_dino = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **IMAGENET)
+        look = "scaled to 256 pixels and cut to the middle 224, as in DINO's own evaluation"
     say(f"DINO: {dino}, pictures {look}. CLIP: {clip}.")
     return Metrics(vit.to(device), model.to(device), prepare_dino, prepare_clip, tokenizer)
 
@@ -2247,18 +2247,20 @@ def load_lpips(device):
 
     None where the package or its weights are missing, which is said.
     """
-    # What the package loads are pickles of tensors: torch shall read them as that, and run no code in them.
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    import torch
+
     try:
         from lpips import LPIPS
 
+        # Its weights come as pickles of tensors: torch shall take nothing else from them, and run no code in them.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         network = LPIPS(net="alex", verbose=False).to(device).eval()
     except Exception as problem:  # not installed, or whatever fetching its weights raises
         reason = str(problem).strip().split("\n")[0][:100]
         say(f"DIV: unavailable ({reason}); it needs `pip install lpips`. DIV_DINO, by DINO instead of LPIPS, is another "
             f"measure.")
         return None
-    return lambda a, b: network(a.to(device), b.to(device)).flatten().cpu()
+    return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
