@@ -2561,17 +2561,15 @@ def measure_trial(s, candidate, trial, metrics, distance):
             "prompts": rows}
 
 
-def contact_sheet(s, candidate):
-    """One image: for every trial the real photos, and below them the pictures of each prompt beside the prompt."""
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
     from PIL import ImageDraw, ImageFont
 
     rows = []
-    for trial in candidate.trials:
-        folder = candidate.folder / trial.subject.name
-        rows.append((f"{trial.subject.name}: the photos", [load_square(path) for path in trial.photos]))
-        files = [folder / name for name, _, _ in picture_jobs(s, trial)]
-        rows += [(prompt, [load_image(path) for path in files[i * s.num_images:(i + 1) * s.num_images]])
-                 for i, (_, prompt, _) in enumerate(trial.prompts)]
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
     side, label, gap = min(160, rows[1][1][0].width), 300, 2
     columns = max(len(pictures) for _, pictures in rows)
     sheet = Image.new("RGB", (label + columns * (side + gap), len(rows) * (side + gap)), "white")
@@ -2620,7 +2618,7 @@ def evaluate(s):
         started = time.monotonic()
         subjects = [measure_trial(s, candidate, trial, metrics, distance) for trial in candidate.trials]
         with whole_file(candidate.folder / "sheet.png") as part:
-            contact_sheet(s, candidate).save(part, format="PNG")
+            contact_sheet(candidate.folder, subjects).save(part, format="PNG")
         results.append({"model_path": candidate.name, "model_hash": model_hash, "record": candidate.trained.record,
                         "scores": mean_scores([subject["scores"] for subject in subjects]), "subjects": subjects,
                         "pictures_drawn": drawn, "seconds": {"drawing": round(drawing, 1),
