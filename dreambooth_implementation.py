@@ -2284,8 +2284,7 @@ def mean_of_pairs(similarity):
 def real_row(real):
     """(mean cosine of different photos, the same with each photo also paired with itself) of embeddings [M, d].
 
-    The second is the first plus (1 - first) / M. The paper does not say which one it prints; its figures are nearer to the
-    second.
+    The second is the first plus (1 - first) / M. The paper does not say which of the two its "Real Images" are.
     """
     return mean_of_pairs(real @ real.T), mean_similarity(real, real)
 

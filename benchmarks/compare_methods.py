@@ -92,13 +92,12 @@ def by_variant(runs):
 def table(runs):
     """A Markdown table: mean +- standard deviation of every variant, and the real photos above."""
     lines = [f"| method | runs | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    subjects = list({run["subject"]: run for run in runs}.values())
-    real = [mean_and_deviation(subjects, f"real_{column}") if f"real_{column}" in subjects[0] else None for column in COLUMNS]
-    rows = {"real photos": (subjects, real)} | {
-        variant: (group, [mean_and_deviation(group, column) for column in COLUMNS]) for variant, group in by_variant(runs).items()}
-    for name, (group, values) in rows.items():
+    photos = list({run["subject"]: run for run in runs}.values())
+    rows = [("real photos", photos, "real_")] + [(variant, group, "") for variant, group in by_variant(runs).items()]
+    for name, group, prefix in rows:
         cells = []
-        for column, value in zip(COLUMNS, values):
+        for column in COLUMNS:
+            value = mean_and_deviation(group, prefix + column) if prefix + column in group[0] else None
             form = DIGITS.get(column, "{:.3f}")
             cells.append("" if value is None else f"{form.format(value[0])} ± {form.format(value[1])}")
         lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
@@ -106,7 +105,7 @@ def table(runs):
 
 
 def draw_plot(runs, path):
-    """Bars of the mean with a line for the deviation, a panel for each score; the real photos are a dotted line."""
+    """Bars of the mean with a line for the deviation, a panel for each score; a dotted line for the real photos."""
     groups = by_variant(runs)
     scores = [score for score in COLUMNS if all(mean_and_deviation(group, score) for group in groups.values())]
     label, width, bar, head = 150, 200, 22, 26
@@ -118,12 +117,13 @@ def draw_plot(runs, path):
         left = label + panel * (width + 20)
         values = [mean_and_deviation(group, score) for group in groups.values()]
         real = mean_and_deviation(runs, f"real_{score}") if f"real_{score}" in runs[0] else None
-        scale = (width - 44) / max([mean + deviation for mean, deviation in values] + ([real[0]] if real else []))
+        scale = (width - 44) / max(0.01, *(mean + deviation for mean, deviation in values), real[0] if real else 0)
         pen.text((left, 6), COLUMNS[score], "black", font)
         for row, (mean, deviation) in enumerate(values):
             top, end = head + row * bar, left + max(mean, 0) * scale
             pen.rectangle((left, top + 2, end, top + bar - 6), "#7aa6d8")
-            pen.line((end - deviation * scale, top + bar // 2 - 2, end + deviation * scale, top + bar // 2 - 2), "#224466", 2)
+            middle = top + bar // 2 - 2
+            pen.line((end - deviation * scale, middle, end + deviation * scale, middle), "#224466", 2)
             pen.text((left + width - 36, top + 2), f"{mean:.2f}", "black", font)
         if real:
             for y in range(head, head + len(groups) * bar, 6):
