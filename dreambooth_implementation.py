@@ -2194,8 +2194,11 @@ def metric_models(s, bases):
 def knows_only_emoji(base):
     """Whether a model's words are those of the bundled model, which has seen no photograph: it needs metrics of its own."""
     def vocabulary(folder):
-        path = Path(folder) / "tokenizer" / "tokenizer.json"
-        return json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"] if path.is_file() else None
+        try:
+            path = Path(folder) / "tokenizer" / "tokenizer.json"
+            return json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
+            return None
     return vocabulary(base) == vocabulary(BUNDLED_MODEL) is not None
 
 
@@ -2208,12 +2211,14 @@ def load_metrics(dino, clip, device):
 
     Raises UserError if one cannot be loaded whole.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, CLIPModel, ViTModel
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
     vit, prepare_dino = load_network("--dino_model", dino, ViTModel, AutoImageProcessor, add_pooling_layer=False)
     model, prepare_clip, tokenizer = load_network("--clip_model", clip, CLIPModel, AutoImageProcessor, AutoTokenizer)
     look = "as its own preprocessor says"
     if dict(prepare_dino.size) == {"height": 224, "width": 224} and list(prepare_dino.image_mean) == IMAGENET["image_mean"]:
+        from transformers import CLIPImageProcessor  # here, where transformers no longer remarks on a missing torchvision
+
         # The hub's preprocessor for DINO scales to 224 x 224 outright; its authors' evaluation does this instead.
         prepare_dino = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **IMAGENET)
         look = "scaled to 256 pixels and cut to the middle 224, as in DINO's own evaluation"
@@ -2523,14 +2528,20 @@ def draw_candidate(s, candidate, plan):
     total = sum(len(picture_jobs(s, trial)) for trial in candidate.trials)
     say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
         + (f"; drawing {len(missing)}." if missing else "."))
-    drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps,
-                 guidance_scale=look["CFG scale"], height=side, width=side, batch_size=s.sample_batch_size)
+    if missing:
+        draw_missing(s, pipeline, missing, side)
+    return model_hash, len(missing), time.monotonic() - started
+
+
+def draw_missing(s, pipeline, missing, side):
+    """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
+    drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
+                 width=side, guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)
         with whole_file(path) as part:
             picture.save(part, format="PNG", pnginfo=chunk)
-    return model_hash, len(missing), time.monotonic() - started
 
 
 def load_square(path):
@@ -2607,8 +2618,8 @@ def evaluate(s):
     names = metric_models(s, [candidate.base for candidate in candidates])
     plan = plan_device(s)
     metrics, distance = load_metrics(*names, plan.device), load_lpips(plan.device)
-    if s.num_images < 4:
-        say(f"Note: the paper's protocol has 4 pictures of a prompt, and so 100 of the class; these are {s.num_images}.")
+    if (count := min(len(trial.prompts) for candidate in candidates for trial in candidate.trials) * s.num_images) < 100:
+        say(f"Note: {count} pictures of a subject, and as many of its class; the paper's protocol has 100.")
     if len({tuple(trial.photos for trial in candidate.trials) for candidate in candidates}) > 1:
         say("Note: these models have different subjects; each row of the table is the mean over its own.")
     results = []
