@@ -2115,7 +2115,8 @@ def infer(s):
         model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
     if record:  # tells pictures of one training from those of the next into the same folder
         model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
-    say(f"Model: {trained.source}" + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
+    say(f"Model: {trained.source}"
+        + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
         + f"; machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
