@@ -3,6 +3,7 @@
 
     python dreambooth_implementation.py --train --instance_data_dir ./instance_images --class_prompt "a dog"
     python dreambooth_implementation.py --infer --prompt "a [identifier] dog on the moon"
+    python dreambooth_implementation.py --evaluate
     python dreambooth_implementation.py --help
 
 Three to five photos of one subject fine-tune every layer of the UNet (and, with --train_text_encoder, of the text
@@ -19,6 +20,7 @@ Where to change what:
     Subjects       photos, prompts, the rare word in them     Training      optimizer, schedule, logs
     Data           class images, the latent cache             Saving        what ./output holds
     Methods        which weights train                        Inference     pictures and their metadata
+    Evaluation     metrics, their prompts and networks
 """
 
 import argparse
@@ -34,6 +36,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import typing
@@ -70,9 +73,17 @@ def say(message):
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 
+MODES = {"train": ("train",), "infer": ("infer",), "evaluate": ("evaluate",), "train+evaluate": ("train", "evaluate"),
+         "infer+evaluate": ("infer", "evaluate"), "all": ("train", "infer", "evaluate")}  # the commands that know a flag
+SAMPLE_PHOTOS = "./instance_images"
+DEFAULT_OUTPUT = "./output"
+
 
 def _field(mode, default, help, **options):
-    """One flag. `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default), const (if bare)."""
+    """One flag of the commands in `mode`: a key of MODES.
+
+    `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default), const (if given bare).
+    """
     return dataclasses.field(default=default, metadata={"mode": mode, "help": help, **options})
 
 
@@ -84,25 +95,27 @@ class Settings:
     used and printed there. Settings are never changed after parsing.
     """
 
-    mode: typing.Literal["train", "infer"]
+    mode: typing.Literal["train", "infer", "evaluate"]
 
     # Model
     model_name: str | None = _field(
-        "both", None, "model to start from: a hub id or a diffusers folder; with --infer: where the base model of a LoRA "
+        "all", None, "model to start from: a hub id or a diffusers folder; otherwise: where the base model of a LoRA "
         "or an embedding is now", aliases=["--pretrained_model_name_or_path"],
-        shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; with --infer: what training recorded")
+        shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; otherwise: what training recorded")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
 
     # Subject and class
-    instance_data_dir: str = _field("train", "./instance_images", "folder with 3-5 photos of the subject")
-    class_prompt: str | None = _field("train", None, 'what kind of thing the subject is: "a dog"',
+    instance_data_dir: str | None = _field("train+evaluate", None, "folder with 3-5 photos of the subject",
+                                           shown=f"{SAMPLE_PHOTOS}; with --evaluate: what training recorded")
+    class_prompt: str | None = _field("train+evaluate", None, 'what kind of thing the subject is: "a dog"',
                                       shown="what class_prompt.txt in the photo folder says")
-    identifier: str = _field("train", "auto", "rare word that will stand for the subject; auto: chosen from the tokenizer")
+    identifier: str = _field("train+evaluate", "auto", "rare word that stands for the subject; auto: chosen from the "
+                                                       "tokenizer, with --evaluate what training recorded")
     instance_prompt: str | None = _field("train", None, "caption of every photo; may hold [identifier]",
                                          shown='the class prompt with the identifier: "a sks dog"')
-    concepts: str | None = _field("train", None, "JSON list of several subjects to learn together, instead of the flags above",
-                                  shown="none")
+    concepts: str | None = _field("train+evaluate", None, "JSON list of several subjects to learn together, instead of the "
+                                                          "flags above", shown="none")
     random_flip: bool = _field("train", False, "also train on mirrored photos (not for subjects with a left and a right)")
 
     # Prior preservation
@@ -152,7 +165,7 @@ class Settings:
                                                  shown="on where the GPU needs it")
 
     # Output of training
-    output_dir: str = _field("train", "./output", "folder for the trained pipeline, LoRA or embeddings")
+    output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
     overwrite: bool = _field("train", False, "delete an earlier --output_dir once the new one is complete "
                                              "(otherwise it is kept under another name)")
     checkpointing_steps: int = _field("train", 500, "steps between checkpoints; 0: only when training is interrupted", minimum=0)
@@ -163,26 +176,38 @@ class Settings:
                                                  shown="subject, subject on the moon, class")
 
     # Inference
-    model_path: str = _field("infer", "./output", "what was trained: a folder or hub id")
+    model_path: list[str] | None = _field("infer+evaluate", None, "what was trained: a folder or hub id; with --evaluate "
+                                          "repeatable, to compare", shown=DEFAULT_OUTPUT)
     prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
                                                      "for one of several; repeatable", shown="the subject on the moon")
     lora_scale: float = _field("infer", 1.0, "strength of the LoRA in --model_path", minimum=0)
     adapter: list[str] | None = _field("infer", None, "another LoRA or embedding to add, as PATH or PATH=STRENGTH: an "
                                                       "output of --train or a .safetensors file; repeatable", shown="none")
     negative_prompt: str = _field("infer", "", "what not to draw")
-    num_images: int = _field("infer", 4, "pictures per prompt, with seeds --seed, --seed + 1, ...", minimum=1)
+    num_images: int = _field("infer+evaluate", 4, "pictures per prompt, with seeds --seed, --seed + 1, ...", minimum=1)
     height: int | None = _field("infer", None, "height in pixels", minimum=8, shown="the model's own")
     width: int | None = _field("infer", None, "width in pixels", minimum=8, shown="the model's own")
     image_dir: str = _field("infer", "./images", "folder for the pictures")
 
-    # Both
-    num_inference_steps: int = _field("both", 30, "denoising steps of a picture", minimum=1)
-    guidance_scale: float | None = _field("both", None, "classifier-free guidance", minimum=0,
+    # Evaluation
+    subject_type: str = _field("evaluate", "auto", "which of the paper's two lists of 25 prompts; auto: by the class noun, "
+                               "and for the bundled model a list of its own", choices=["auto", "object", "live"])
+    prompts_file: str | None = _field("evaluate", None, "text file with a prompt a line, such as "
+                                      '"a red [identifier] [class]", to use instead', shown="none")
+    dino_model: str | None = _field("evaluate", None, "ViT that compares pictures: a folder or hub id",
+                                    shown="facebook/dino-vits16; for the bundled model demo/metrics/vit")
+    clip_model: str | None = _field("evaluate", None, "CLIP that compares pictures, and prompts with them",
+                                    shown="openai/clip-vit-base-patch32; for the bundled model demo/metrics/clip")
+    eval_dir: str = _field("evaluate", "./evaluation", "folder for the pictures, the scores and the contact sheets")
+
+    # All
+    num_inference_steps: int = _field("all", 30, "denoising steps of a picture", minimum=1)
+    guidance_scale: float | None = _field("all", None, "classifier-free guidance", minimum=0,
                                           shown="depends on the model")
-    sample_batch_size: int = _field("both", 4, "pictures drawn at once", minimum=1)
-    mixed_precision: str = _field("both", "auto", "bf16 or fp16 arithmetic; auto: bf16 where the GPU has it, else fp16, "
+    sample_batch_size: int = _field("all", 4, "pictures drawn at once", minimum=1)
+    mixed_precision: str = _field("all", "auto", "bf16 or fp16 arithmetic; auto: bf16 where the GPU has it, else fp16, "
                                                   "and none without a CUDA GPU", choices=["auto", "no", "fp16", "bf16"])
-    seed: int = _field("both", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
+    seed: int = _field("all", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
 
 
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
@@ -203,12 +228,14 @@ def _value_type(annotation):
 def build_parser():
     """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
     parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     usage="%(prog)s (--train | --infer) [flags]")
+                     usage="%(prog)s (--train | --infer | --evaluate) [flags]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
     what.add_argument("--infer", dest="mode", action="store_const", const="infer", help="draw with a trained model")
-    titles = {"train": "with --train", "infer": "with --infer", "both": "with both"}
-    groups = {mode: parser.add_argument_group(title) for mode, title in titles.items()}
+    what.add_argument("--evaluate", dest="mode", action="store_const", const="evaluate",
+                      help="measure a trained model with the paper's metrics")
+    groups = {name: parser.add_argument_group("with " + " and ".join(f"--{mode}" for mode in modes))
+              for name, modes in MODES.items()}
     for field in dataclasses.fields(Settings)[1:]:
         meta, (kind, is_list) = field.metadata, _value_type(field.type)
         default = meta.get("shown", "off" if field.default is False else "on" if field.default is True else field.default)
@@ -230,8 +257,9 @@ def parse_settings(argv=None):
     settings = Settings(**given)
     for field in dataclasses.fields(Settings)[1:]:
         value, meta = getattr(settings, field.name), field.metadata
-        if field.name in given and meta["mode"] not in ("both", settings.mode):
-            raise UserError(f"--{field.name} belongs to --{meta['mode']} and has no meaning with --{settings.mode}")
+        if field.name in given and settings.mode not in MODES[meta["mode"]]:
+            raise UserError(f"--{field.name} belongs to --{' and --'.join(MODES[meta['mode']])} and has no meaning with "
+                            f"--{settings.mode}")
         if field.name in given and settings.mode == "train" and settings.method not in meta.get("methods", [settings.method]):
             raise UserError(f"--{field.name} has no meaning with --method {settings.method}; it belongs to "
                             + " and ".join(meta["methods"]))
@@ -360,14 +388,14 @@ def find_model(name, flag):
     return name
 
 
-def hub_file(name, file):
+def hub_file(name, file, **revision):
     """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
     from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, file)
+    cached = try_to_load_from_cache(name, file, **revision)
     if not isinstance(cached, str):
         model_info(name)  # fails at once without a network or such a model, where a download would try again and again
-        cached = hf_hub_download(name, file)
+        cached = hf_hub_download(name, file, **revision)
     return Path(cached)
 
 
@@ -739,10 +767,12 @@ def read_concepts(s):
 
     Raises UserError for anything in photos, prompts or the JSON file that cannot be trained on.
     """
-    entries = read_concept_file(s.concepts) if s.concepts else [{flag: getattr(s, flag) for flag in CONCEPT_FLAGS}]
+    entries = read_concept_file(s.concepts) if s.concepts else [
+        {flag: value for flag in CONCEPT_FLAGS if (value := getattr(s, flag)) is not None}]
     concepts = []
     for entry in entries:
-        concept = Concept(**{"class_data_dir": s.class_data_dir, "num_class_images": s.num_class_images, **entry})
+        concept = Concept(**{"instance_data_dir": SAMPLE_PHOTOS, "class_data_dir": s.class_data_dir,
+                             "num_class_images": s.num_class_images, **entry})
         where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
         concepts.append(complete_concept(s, concept, where))
     for field in ("name", "identifier"):
@@ -1850,7 +1880,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
 def shaping_flags(s):
     """{"--flag": value} of those flags that the trained weights depend on."""
     return {f"--{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)
-            if f.name not in FREE_FLAGS and f.metadata["mode"] != "infer"}
+            if f.name not in FREE_FLAGS and "train" in MODES[f.metadata["mode"]]}
 
 
 def pictures_digest(photos, class_images):
@@ -2201,9 +2231,7 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    guidance, pictures = guidance_scale(s, pipeline.unet.config), []
-    common = {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-              "CFG scale": guidance}
+    guidance, pictures, common = guidance_scale(s, pipeline.unet.config), [], sampling_settings(s, pipeline)
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
                  batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt)
@@ -2214,6 +2242,12 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
         pictures.append(picture)
     return save_picture(folder, f"grid-{slug(prompts[0])}-{seeds[0]}", image_grid(pictures, columns=len(seeds)),
                         "\n".join([*prompts, *negative, f"Seeds: {seeds[0]} to {seeds[-1]}, {common | model}"]))
+
+
+def sampling_settings(s, pipeline):
+    """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
+    return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
+            "CFG scale": guidance_scale(s, pipeline.unet.config)}
 
 
 def save_picture(folder, name, picture, parameters):
@@ -2369,11 +2403,11 @@ def find_base(s, trained):
     """The model that what is at --model_path belongs to: itself, or the base that its record names, wherever it is now."""
     if not trained.is_adapter:
         if s.model_name is not None:
-            raise UserError(f"--model_name {s.model_name}: {s.model_path} is a whole model and needs no base; leave it out")
-        return find_model(s.model_path, "--model_path")
+            raise UserError(f"--model_name {s.model_name}: {trained.source} is a whole model and needs no base; leave it out")
+        return find_model(trained.source, "--model_path")
     recorded = trained.record.get("base_model")
     if recorded is None and s.model_name is None:
-        raise UserError(f"--model_path {s.model_path}: a file for some model; name the model with --model_name")
+        raise UserError(f"--model_path {trained.source}: a file for some model; name the model with --model_name")
     places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
     found = next((place for place in places if Path(place).is_dir()), places[0])
     try:
@@ -2381,7 +2415,7 @@ def find_base(s, trained):
     except UserError as problem:
         if s.model_name is not None:
             raise
-        raise UserError(f"--model_path {s.model_path}: it belongs to the model {recorded}, which cannot be found here "
+        raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
                         f"({problem}); give its place with --model_name") from None
 
 
@@ -2418,32 +2452,42 @@ def load_trained(s, base, trained, adapters, dtype):
     return pipeline
 
 
+def model_paths(s):
+    """What --model_path names. Raises UserError if nothing does and there is no earlier output."""
+    if s.model_path is None and not Path(DEFAULT_OUTPUT).exists():
+        raise UserError(f"--model_path {DEFAULT_OUTPUT}: no such folder; make a model with --train first, or give another "
+                        f"path")
+    return s.model_path or [DEFAULT_OUTPUT]
+
+
 def infer(s):
     """Draw --prompt with what was trained into --image_dir."""
-    if s.model_path == "./output" and not Path(s.model_path).exists():
-        raise UserError("--model_path ./output: no such folder; make a model with --train first, or give another path")
+    paths = model_paths(s)
+    if len(paths) > 1:
+        raise UserError(f"--model_path {paths[1]}: --infer draws with one model; add a LoRA or an embedding with --adapter")
     check_writable(s.image_dir, "--image_dir")
-    trained, adapters = find_trained(s.model_path, "--model_path"), find_adapters(s)
+    trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
     base = find_base(s, trained)
     record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
     if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
     prompts = s.prompt or [f"{subject.instance_prompt} on the moon" for subject in trained.subjects or others]
-    prompts = [fill_identifier(prompt, trained.subjects, s.model_path, others) for prompt in prompts]
-    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, s.model_path, others))
+    prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
+    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
 
     plan = plan_device(s)
     pipeline = load_trained(s, base, trained, adapters, plan.dtype).to(plan.device)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    model = {"Model": s.model_path}
+    model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"
     if adapters:
         model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
     if record:  # tells pictures of one training from those of the next into the same folder
         model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
-    say(f"Model: {s.model_path}" + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
+    say(f"Model: {trained.source}"
+        + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
         + f"; machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
@@ -2453,12 +2497,533 @@ def infer(s):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: the networks that compare pictures
+
+METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
+BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
+SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+METRIC_BATCH = 50  # pictures that a metric network sees at once
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The networks that pictures and prompts are compared with, in float32, and what makes their input."""
+
+    dino: typing.Any
+    clip: typing.Any
+    prepare_dino: typing.Any
+    prepare_clip: typing.Any
+    tokenizer: typing.Any
+
+    def images(self, pictures):
+        """(class tokens of DINO [N, d], image embeddings of CLIP [N, e]) of N PIL pictures: unit length, on the CPU."""
+        import torch
+        from tqdm import tqdm
+
+        rows, hidden = [], not is_first_process() or len(pictures) <= METRIC_BATCH
+        for start in tqdm(range(0, len(pictures), METRIC_BATCH), desc="measuring", unit="batch", disable=hidden):
+            dino_pixels, clip_pixels = (
+                prepare(pictures[start:start + METRIC_BATCH], return_tensors="pt").pixel_values.to(self.clip.device)
+                for prepare in (self.prepare_dino, self.prepare_clip))
+            with torch.no_grad():  # of DINO the class token: the hub's copies have no trained pooler
+                rows.append((self.dino(dino_pixels).last_hidden_state[:, 0],
+                             self.clip.get_image_features(clip_pixels).pooler_output))
+        return tuple(torch.nn.functional.normalize(torch.cat(part), dim=-1).cpu() for part in zip(*rows))
+
+    def texts(self, prompts):
+        """CLIP's text embeddings [P, e] of P prompts: unit length, on the CPU."""
+        import torch
+
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.clip.config.text_config.max_position_embeddings).to(self.clip.device)
+        with torch.no_grad():
+            return torch.nn.functional.normalize(self.clip.get_text_features(**tokens).pooler_output, dim=-1).cpu()
+
+
+def metric_models(s, bases):
+    """(DINO, CLIP) as folder or hub id: the flags', else those that know what the models `bases` draw.
+
+    Raises UserError if one is something else, without importing torch.
+    """
+    usual = METRIC_MODELS
+    if all(map(knows_only_emoji, bases)):
+        usual = {part: short_path(folder) for part, folder in BUNDLED_METRICS.items()}
+    names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
+    for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
+        try:
+            path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
+            found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        except Exception as problem:  # of the file, or whatever the hub's client raises
+            reason = str(problem).strip().split("\n")[0][:100]
+            raise UserError(f"{flag} {name}: neither a folder with a config.json nor on the hub ({reason}); give another "
+                            f"folder or hub id") from None
+        if found != kind:
+            raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
+    return names
+
+
+def knows_only_emoji(base):
+    """Whether a model's words are those of the bundled model, which has seen no photograph: it needs metrics of its own."""
+    def vocabulary(folder):
+        try:
+            path = Path(folder) / "tokenizer" / "tokenizer.json"
+            return json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
+            return None
+    return vocabulary(base) == vocabulary(BUNDLED_MODEL) is not None
+
+
+def revision_of(name):
+    return {"revision": SAFETENSORS_AT[name]} if name in SAFETENSORS_AT and not Path(name).is_dir() else {}
+
+
+def load_metrics(dino, clip, device):
+    """The Metrics of a ViTModel and a CLIPModel, each a folder or a hub id. Says how DINO's pictures are prepared.
+
+    Raises UserError if one cannot be loaded whole.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
+
+    vit, prepare_dino = load_network("--dino_model", dino, ViTModel, AutoImageProcessor, add_pooling_layer=False)
+    model, prepare_clip, tokenizer = load_network("--clip_model", clip, CLIPModel, AutoImageProcessor, AutoTokenizer)
+    look = "as its own preprocessor says"
+    if dict(prepare_dino.size) == {"height": 224, "width": 224} and list(prepare_dino.image_mean) == IMAGENET["image_mean"]:
+        from transformers import CLIPImageProcessor  # here, where transformers no longer remarks on a missing torchvision
+
+        # The hub's preprocessor for DINO scales to 224 x 224 outright; its authors' evaluation does this instead.
+        prepare_dino = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **IMAGENET)
+        look = "scaled to 256 pixels and cut to the middle 224, as in DINO's own evaluation"
+    say(f"DINO: {dino}, pictures {look}. CLIP: {clip}.")
+    return Metrics(vit.to(device), model.to(device), prepare_dino, prepare_clip, tokenizer)
+
+
+def load_network(flag, name, kind, *others, **options):
+    """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
+    transformers.logging.disable_progress_bar()
+    for cached_only in (True,) if Path(name).is_dir() else (True, False):
+        where = {"local_files_only": cached_only, **revision_of(name)}
+        try:
+            model, report = kind.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                                                 **options, **where)
+            if report["missing_keys"]:  # transformers would make them up
+                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+            return [model.eval(), *(other.from_pretrained(name, **where) for other in others)]
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+            reason = " ".join(str(problem).split())[:300]
+    raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
+
+
+def load_lpips(device):
+    """LPIPS (Zhang et al., arXiv 1801.03924) as a function: two batches of pixels [N, 3, H, W] in -1 .. 1 to distances [N].
+
+    None where the package or its weights are missing, which is said.
+    """
+    import torch
+
+    try:
+        from lpips import LPIPS
+
+        # Its weights come as pickles of tensors: torch shall take nothing else from them, and run no code in them.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        network = LPIPS(net="alex", verbose=False).to(device).eval()
+    except Exception as problem:  # not installed, or whatever fetching its weights raises
+        reason = str(problem).strip().split("\n")[0][:100]
+        say(f"DIV: unavailable ({reason}); it needs `pip install lpips`. DIV_DINO, by DINO instead of LPIPS, is another "
+            f"measure.")
+        return None
+    return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: scores
+
+SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_raw": "CLIP-T raw", "pres": "PRES", "div": "DIV",
+          "div_dino": "DIV_DINO"}
+
+
+def mean_similarity(generated, real):
+    """Mean cosine of all pairs of N and M embeddings, [N, d] and [M, d] of unit length (paper section 4.1)."""
+    return (generated.double() @ real.double().T).mean().item()
+
+
+def mean_of_pairs(similarity):
+    """Mean of a matrix [N, N] off its diagonal: over pairs of different pictures. None for a single picture."""
+    n = len(similarity)
+    return None if n < 2 else ((similarity.double().sum() - similarity.double().trace()) / (n * (n - 1))).item()
+
+
+def real_row(real):
+    """(mean cosine of different photos, the same with each photo also paired with itself) of embeddings [M, d].
+
+    The second is the first plus (1 - first) / M. The paper does not say which of the two its "Real Images" are.
+    """
+    return mean_of_pairs(real @ real.T), mean_similarity(real, real)
+
+
+def mean_distance(pictures, distance):
+    """Mean of `distance` over all pairs of one prompt's pictures, N PIL images; None without a distance or a pair."""
+    import numpy as np
+    import torch
+
+    if distance is None or len(pictures) < 2:
+        return None
+    pixels = torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    first, second = torch.triu_indices(len(pixels), len(pixels), offset=1)
+    return distance(pixels[first], pixels[second]).double().mean().item()
+
+
+def prompt_scores(drawn, real, caption, raw_caption):
+    """Scores of one prompt's pictures. `drawn` and `real` are (DINO [N, d], CLIP [N, e]), the captions are [1, e]."""
+    diversity = mean_of_pairs(drawn[0] @ drawn[0].T)
+    return {"dino": mean_similarity(drawn[0], real[0]), "clip_i": mean_similarity(drawn[1], real[1]),
+            "clip_t": mean_similarity(drawn[1], caption), "clip_t_raw": mean_similarity(drawn[1], raw_caption),
+            "div_dino": None if diversity is None else 1 - diversity}
+
+
+def mean_scores(rows):
+    """{score: mean over `rows`}, each row counting once; None for a score that a row lacks."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: None if None in column else sum(column) / len(column) for name, column in columns.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: what is drawn
+
+# The paper's prompts: google/dreambooth, dataset/prompts_and_classes.txt.
+PLACES = (
+    "in the jungle, in the snow, on the beach, on a cobblestone street, on top of pink fabric, on top of a wooden floor, "
+    "with a city in the background, with a mountain in the background, with a blue house in the background, "
+    "on top of a purple rug in a forest")
+OTHER_PLACES = (
+    "with a wheat field in the background, with a tree and autumn leaves in the background, "
+    "with the Eiffel Tower in the background, floating on top of water, floating in an ocean of milk, "
+    "on top of green grass with sunflowers around it, on top of a mirror, on top of the sidewalk in a crowded street, "
+    "on top of a dirt road, on top of a white rug")
+ACCESSORIES = (
+    "wearing a red hat, wearing a santa hat, wearing a rainbow scarf, wearing a black top hat and a monocle, "
+    "in a chef outfit, in a firefighter outfit, in a police outfit, wearing pink glasses, wearing a yellow shirt, "
+    "in a purple wizard outfit")
+PROPERTIES = "red, purple, shiny, wet, cube shaped"
+PROMPTS = {kind: [f"a [identifier] [class] {how}" for how in f"{PLACES}, {more}".split(", ")]
+                 + [f"a {what} [identifier] [class]" for what in PROPERTIES.split(", ")]
+           for kind, more in (("object", OTHER_PLACES), ("live", ACCESSORIES))}
+BUNDLED_PROMPTS = HERE / "demo" / "prompts.txt"  # for the bundled model: of the places and colours that it knows
+LIVE = """dog puppy cat kitten horse pony rabbit bunny hamster mouse fox wolf bear lion tiger elephant monkey cow goat sheep
+    pig bird parrot owl duck penguin chicken fish turtle frog lizard pet person man woman boy girl child""".split()
+NOT_LIVE = re.compile(r"\b(toy|teddy|stuffed|plush|rubber)\b")  # the paper's plushies and its toy duck are objects
+
+
+def is_live(class_prompt):
+    """Whether a class is of living things, by its noun."""
+    noun = noun_of(class_prompt).lower()
+    return noun.split()[-1] in LIVE and not NOT_LIVE.search(noun)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model on one of its subjects."""
+
+    subject: Subject
+    photos: tuple
+    prompts: tuple  # (template, prompt as drawn, the same without identifier) each
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate."""
+
+    trained: Trained
+    base: str
+    folder: Path  # for its pictures
+    trials: tuple
+
+    @property
+    def name(self):
+        return self.trained.source
+
+
+def find_candidates(s):
+    """The Candidates of --model_path. Raises UserError for whatever is missing or wrong, before anything is loaded."""
+    templates = read_prompts(s.prompts_file, "--prompts_file") if s.prompts_file else None
+    candidates = []
+    for path in dict.fromkeys(model_paths(s)):
+        trained = find_trained(path, "--model_path")
+        base, names = find_base(s, trained), {candidate.folder.name for candidate in candidates}
+        name = next(name for n in range(1, 10**6) if (name := f"{slug(path)}{f'-{n}' if n > 1 else ''}") not in names)
+        trials = tuple(find_trial(s, trained, base, subject, templates) for subject in subjects_of(s, trained))
+        candidates.append(Candidate(trained, base, Path(s.eval_dir) / name, trials))
+    return candidates
+
+
+def subjects_of(s, trained):
+    """The Subjects of a model: as recorded, with what the flags say instead; without a record those of the flags alone."""
+    if trained.lora and not trained.record:
+        raise UserError(f"--model_path {trained.source}: no dreambooth.json beside it tells what it was trained on; "
+                        f"--evaluate takes an output folder of --train")
+    subjects = trained.subjects or [Subject("", "", "")]
+    given = {flag: getattr(s, flag) for flag in ("identifier", "class_prompt")} if len(subjects) == 1 else {}
+    return [dataclasses.replace(subject, **{flag: value for flag, value in given.items() if value not in (None, "auto")})
+            for subject in subjects]
+
+
+def photo_folder(s, trained, subject):
+    """(where a subject's photos are, how complaints about it begin): by the flags, else where training found them."""
+    recorded = {} if s.instance_data_dir or s.concepts else trained.record.get("settings", {})
+    if concepts := s.concepts or recorded_place(recorded.get("concepts")):
+        folders = {entry["name"]: entry["instance_data_dir"] for entry in read_concept_file(concepts)}
+        if subject.name not in folders:
+            raise UserError(f'--concepts {concepts}: no entry has the name of {trained.source}\'s subject, "{subject.name}"')
+        return folders[subject.name], f'{concepts}, "{subject.name}": instance_data_dir'
+    if len(trained.subjects) > 1:
+        raise UserError(f"--model_path {trained.source}: it has several subjects; tell their photos with --concepts")
+    if s.instance_data_dir:
+        return s.instance_data_dir, "--instance_data_dir"
+    if not trained.record:
+        raise UserError(f"--model_path {trained.source}: no dreambooth.json tells of its photos; give --instance_data_dir")
+    folder = recorded_place(default(recorded.get("instance_data_dir"), SAMPLE_PHOTOS))
+    if not Path(folder).is_dir():
+        raise UserError(f"--model_path {trained.source}: its photos in {folder} are gone; give --instance_data_dir")
+    return folder, "--instance_data_dir"
+
+
+def recorded_place(path):
+    """A path as training recorded it, from the working folder or else from the program's; None for none."""
+    return path and next((place for place in (path, short_path(HERE / path)) if Path(place).exists()), path)
+
+
+def find_trial(s, trained, base, subject, templates):
+    """The Trial of a model on a subject."""
+    folder, flag = photo_folder(s, trained, subject)
+    photos, class_prompt = find_photos(Concept(folder, "", 0, class_prompt=subject.class_prompt or None), flag)
+    if not class_prompt:
+        raise UserError(f'--class_prompt is missing: say what kind of thing is in {folder}, such as "a dog"')
+    subject = dataclasses.replace(subject, class_prompt=class_prompt, name=subject.name or slug(noun_of(class_prompt)))
+    if not subject.identifier:
+        say(f"{trained.source} has no dreambooth.json: its prompts go without an identifier; --identifier gives it one.")
+    if templates is None:
+        templates = usual_prompts(s, base, subject)
+    method = trained.record.get("method", "textual_inversion" if trained.words else "full")
+    names_class = METHODS[method].names_class
+    return Trial(subject, tuple(path for path, _ in photos),
+                 tuple((template, *fill_template(template, subject, names_class)) for template in templates))
+
+
+def usual_prompts(s, base, subject):
+    """The 25 prompts for a subject; says which."""
+    if s.subject_type == "auto" and knows_only_emoji(base) and BUNDLED_PROMPTS.is_file():
+        say(f'Prompts for "{subject.name}": those of the bundled model\'s world, {short_path(BUNDLED_PROMPTS)}.')
+        return read_prompts(BUNDLED_PROMPTS, "--prompts_file")
+    kind = s.subject_type if s.subject_type != "auto" else "live" if is_live(subject.class_prompt) else "object"
+    say(f'Prompts for "{subject.name}": the paper\'s for {kind} subjects; --subject_type chooses.')
+    return PROMPTS[kind]
+
+
+def read_prompts(path, flag):
+    """The prompts of a text file, one a line. Raises UserError if one has no [identifier]."""
+    try:
+        lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
+    except OSError as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem.strerror})") from None
+    if not lines:
+        raise UserError(f'{flag} {path}: no prompts; write one a line, such as "a [identifier] [class] on the moon"')
+    for number, line in enumerate(lines, 1):
+        if "[identifier]" not in line:
+            raise UserError(f'{flag} {path}: prompt {number}, "{line}", has no [identifier] where the subject belongs')
+    return lines
+
+
+def fill_template(template, subject, names_class):
+    """(the prompt as drawn, the prompt without the identifier, which CLIP compares a picture with).
+
+    'a [identifier] [class] on the moon' gives 'a phol owl on the moon' and 'an owl on the moon'. A word that stands for the
+    noun as well is drawn without it; a model that has no word for the subject draws the second.
+    """
+    noun = noun_of(subject.class_prompt)
+    article = "an" if re.search(rf"\ban {re.escape(noun)}$", subject.class_prompt, re.IGNORECASE) else "a"
+    names_noun = "[class]" in template or mentions(template.replace("[identifier]", ""), noun)
+    caption = template if names_noun else template.replace("[identifier]", "[identifier] [class]")
+    caption = re.sub(r"\ba \[identifier\] \[class\]", f"{article} [class]", caption)
+    caption = re.sub(r"\[identifier\] ?", "", caption).replace("[class]", noun)
+    if not subject.identifier:
+        return caption, caption
+    drawn = template.replace("[class]", noun) if names_class else template.replace(" [class]", "")
+    return fill_identifier(drawn, [subject], "--prompts_file"), caption
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: drawing, measuring, reporting
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A name beside `path` to write to, which becomes `path` if the block succeeds."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def picture_jobs(s, trial):
+    """[(file, prompt, seed)] of a trial: --num_images of every prompt, then as many class pictures as those together."""
+    jobs = [(f"{number:02d}-{slug(prompt)[:80]}-{seed}.png", prompt, seed)
+            for number, (_, prompt, _) in enumerate(trial.prompts) for seed in range(s.seed, s.seed + s.num_images)]
+    return jobs + [(f"class-{seed}.png", trial.subject.class_prompt, seed) for seed in range(s.seed, s.seed + len(jobs))]
+
+
+def draw_candidate(s, candidate, plan):
+    """Draw what a candidate's folder lacks; (model hash, pictures drawn, seconds).
+
+    A picture is there if its text chunk says that these weights drew it in this way.
+    """
+    started = time.monotonic()
+    pipeline = load_trained(s, candidate.base, candidate.trained, [], plan.dtype).to(plan.device)
+    model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
+    side = (candidate.trained.record.get("used", {}).get("resolution")
+            or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
+    missing = []
+    for trial in candidate.trials:
+        folder = candidate.folder / trial.subject.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, prompt, seed in picture_jobs(s, trial):
+            text = f"{prompt}\n" + ", ".join(f"{key}: {value}" for key, value in {**look, "Seed": seed}.items())
+            if png_parameters(folder / name) != text:
+                missing.append((folder / name, prompt, seed, text))
+    total = sum(len(picture_jobs(s, trial)) for trial in candidate.trials)
+    say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
+        + (f"; drawing {len(missing)}." if missing else "."))
+    if missing:
+        draw_missing(s, pipeline, missing, side)
+    return model_hash, len(missing), time.monotonic() - started
+
+
+def draw_missing(s, pipeline, missing, side):
+    """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
+    drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
+                 width=side, guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size)
+    for picture, (path, _, _, text) in zip(drawn, missing):
+        chunk = PngImagePlugin.PngInfo()
+        chunk.add_itxt("parameters", text)
+        with whole_file(path) as part:
+            picture.save(part, format="PNG", pnginfo=chunk)
+
+
+def load_square(path):
+    """The middle of a photo, as training sees it."""
+    image = load_image(path)
+    return square(image, min(image.size))[0]
+
+
+def measure_trial(s, candidate, trial, metrics, distance):
+    """A trial's entry in evaluation.json: its scores, its photos' and those of every prompt."""
+    folder = candidate.folder / trial.subject.name
+    files = [name for name, _, _ in picture_jobs(s, trial)]
+    count = len(trial.prompts) * s.num_images
+    pictures = [load_image(folder / name) for name in files]
+    real, all_drawn = metrics.images([load_square(path) for path in trial.photos]), metrics.images(pictures)
+    captions, raw_captions = (metrics.texts([prompt[i] for prompt in trial.prompts]) for i in (2, 1))
+    rows = []
+    for number, (_, prompt, caption) in enumerate(trial.prompts):
+        mine, row = slice(number * s.num_images, (number + 1) * s.num_images), slice(number, number + 1)
+        scores = prompt_scores([part[mine] for part in all_drawn], real, captions[row], raw_captions[row])
+        rows.append({"prompt": prompt, "caption": caption, "files": files[mine],
+                     "scores": {**scores, "div": mean_distance(pictures[mine], distance)}})
+    scores = {**mean_scores([row["scores"] for row in rows]), "pres": mean_similarity(all_drawn[0][count:], real[0])}
+    (dino, dino_self), (clip, clip_self) = map(real_row, real)
+    return {**dataclasses.asdict(trial.subject), "photos": [str(path) for path in trial.photos], "scores": scores,
+            "real": {"dino": dino, "clip_i": clip}, "real_with_self_pairs": {"dino": dino_self, "clip_i": clip_self},
+            "prompts": rows}
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    from PIL import ImageDraw, ImageFont
+
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    side, label, gap = min(160, rows[1][1][0].width), 300, 2
+    columns = max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (label + columns * (side + gap), len(rows) * (side + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (text, pictures) in enumerate(rows):
+        pen.text((6, row * (side + gap) + 4), textwrap.fill(text, 40), "black", font)
+        for column, picture in enumerate(pictures):
+            picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (label + column * (side + gap), row * (side + gap)))
+    return sheet
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
+
+
+def evaluate(s):
+    """Measure --model_path with the paper's metrics (paper section 4.1 and its ablations).
+
+    Pictures, contact sheets and evaluation.json go to --eval_dir; nothing is drawn twice.
+    """
+    from importlib.metadata import version
+
+    check_writable(s.eval_dir, "--eval_dir")
+    candidates = find_candidates(s)
+    names = metric_models(s, [candidate.base for candidate in candidates])
+    plan = plan_device(s)
+    metrics, distance = load_metrics(*names, plan.device), load_lpips(plan.device)
+    if (count := min(len(trial.prompts) for candidate in candidates for trial in candidate.trials) * s.num_images) < 100:
+        say(f"Note: {count} pictures of a subject, and as many of its class; the paper's protocol has 100.")
+    if len({tuple(trial.photos for trial in candidate.trials) for candidate in candidates}) > 1:
+        say("Note: these models have different subjects; each row of the table is the mean over its own.")
+    results = []
+    for candidate in candidates:
+        model_hash, drawn, drawing = draw_candidate(s, candidate, plan)
+        started = time.monotonic()
+        subjects = [measure_trial(s, candidate, trial, metrics, distance) for trial in candidate.trials]
+        with whole_file(candidate.folder / "sheet.png") as part:
+            contact_sheet(candidate.folder, subjects).save(part, format="PNG")
+        results.append({"model_path": candidate.name, "model_hash": model_hash, "record": candidate.trained.record,
+                        "scores": mean_scores([subject["scores"] for subject in subjects]), "subjects": subjects,
+                        "pictures_drawn": drawn, "seconds": {"drawing": round(drawing, 1),
+                                                             "measuring": round(time.monotonic() - started, 1)}})
+    record = {"dino_model": names[0], "clip_model": names[1], "models": results, "settings": dataclasses.asdict(s),
+              "machine": machine_name(plan.device), "precision": plan.precision,
+              "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")}}
+    with whole_file(Path(s.eval_dir) / "evaluation.json") as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    say("\n".join(["", *score_table(results), ""]))
+    say("DINO, CLIP-I: likeness to the photos; CLIP-T: to the prompt (raw: with its identifier); DIV: how the pictures of a "
+        "prompt differ. More is better. PRES: likeness of the plain class to the photos; less is better.")
+    say(f"Everything is in {Path(s.eval_dir) / 'evaluation.json'}; a look at it: "
+        + ", ".join(str(candidate.folder / "sheet.png") for candidate in candidates))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # main
 
 
 REMEDIES = {  # what an exception of any library says -> what to tell
     "out of memory": "the GPU's memory is full; for --train try --gradient_checkpointing, --train_batch_size 1, a smaller "
-                     "--resolution or --sample_batch_size 1; for --infer --sample_batch_size 1 or --mixed_precision fp16",
+                     "--resolution or --sample_batch_size 1; otherwise --sample_batch_size 1 or --mixed_precision fp16",
     "No space left on device": "the disk is full; make room and give the same command again (with --resume after training "
                                "steps); what was complete is still there",
 }
@@ -2470,7 +3035,7 @@ def main(argv=None):
     try:
         with terminable():
             settings = parse_settings(argv)
-            {"train": train, "infer": infer}[settings.mode](settings)
+            {"train": train, "infer": infer, "evaluate": evaluate}[settings.mode](settings)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

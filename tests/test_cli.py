@@ -203,7 +203,8 @@ def readme_commands():
 
 def test_readme_commands_run(tmp_path):
     """As written, in order, in a copy of the repository; only made short, and with the bundled model for a hub's."""
-    for name in ("dreambooth_implementation.py", "demo/model", "demo/subjects", "demo/two_dogs.json", "instance_images"):
+    for name in ("dreambooth_implementation.py", "demo/model", "demo/subjects", "demo/two_dogs.json", "demo/metrics",
+                 "demo/prompts.txt", "instance_images"):
         source, target = REPOSITORY / name, tmp_path / name
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
@@ -211,7 +212,7 @@ def test_readme_commands_run(tmp_path):
     for i in range(3):
         picture(i, size=(80, 64)).save(tmp_path / "photos" / f"{i}.jpg")
     commands = readme_commands()
-    assert sum("--train" in c for c in commands) >= 2 and sum("--infer" in c for c in commands) >= 2
+    assert all(sum(mode in c for c in commands) >= least for mode, least in (("--train", 2), ("--infer", 2), ("--evaluate", 1)))
     for command in commands:
         words = shlex.split(command)
         assert words[0] == "python"
@@ -220,6 +221,8 @@ def test_readme_commands_run(tmp_path):
             words[words.index("--model_name") + 1] = "demo/model"
         if "--train" in words:
             words += ["--steps", "2", "--num_class_images", "2"]
+        if "--evaluate" in words:
+            words += ["--num_images", "1"]
         if "--help" not in words:
             words += ["--num_inference_steps", "2", "--mixed_precision", "no"]
         result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)

@@ -97,7 +97,7 @@ def test_help_does_not_import_torch():
               "except SystemExit as stop: assert stop.code == 0\nassert 'torch' not in sys.modules")
     result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert all(f"--{flag}" in result.stdout for flag in ("train", "infer", "class_prompt", "num_images"))
+    assert all(f"--{flag}" in result.stdout for flag in ("train", "infer", "evaluate", "class_prompt", "num_images"))
 
 
 def test_moved_models_are_found_under_their_new_id(monkeypatch, capsys):
