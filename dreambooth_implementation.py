@@ -20,7 +20,7 @@ Where to change what:
     Subjects       photos, prompts, the rare word in them     Training      optimizer, schedule, logs
     Data           class images, the latent cache             Saving        what ./output holds
     Methods        which weights train                        Inference     pictures and their metadata
-    Evaluation     metrics, their prompts and networks
+    Evaluation     metrics, their prompts and networks        Validation    samples on the way, --select_best
 """
 
 import argparse
@@ -172,8 +172,12 @@ class Settings:
     checkpoints_total_limit: int = _field("train", 1, "checkpoints kept, the newest ones", minimum=1)
     resume: str | None = _field("train", None, "go on with an interrupted training: latest, or a checkpoint's folder",
                                 aliases=["--resume_from_checkpoint"], const="latest", shown="start anew; latest if given bare")
-    validation_prompt: list[str] | None = _field("train", None, "prompt of the sample grid; repeatable",
+    validation_prompt: list[str] | None = _field("train", None, "prompt of the samples; repeatable",
                                                  shown="subject, subject on the moon, class")
+    validation_steps: int | None = _field("train", None, "steps between samples", minimum=1,
+                                          shown="samples are drawn at the end only; a tenth of the steps with --select_best")
+    select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
+                                               "best instead of the last")
 
     # Inference
     model_path: list[str] | None = _field("infer+evaluate", None, "what was trained: a folder or hub id; with --evaluate "
@@ -190,13 +194,13 @@ class Settings:
     image_dir: str = _field("infer", "./images", "folder for the pictures")
 
     # Evaluation
-    subject_type: str = _field("evaluate", "auto", "which of the paper's two lists of 25 prompts; auto: by the class noun, "
+    subject_type: str = _field("train+evaluate", "auto", "which of the paper's two lists of 25 prompts; auto: by the class noun, "
                                "and for the bundled model a list of its own", choices=["auto", "object", "live"])
-    prompts_file: str | None = _field("evaluate", None, "text file with a prompt a line, such as "
+    prompts_file: str | None = _field("train+evaluate", None, "text file with a prompt a line, such as "
                                       '"a red [identifier] [class]", to use instead', shown="none")
-    dino_model: str | None = _field("evaluate", None, "ViT that compares pictures: a folder or hub id",
+    dino_model: str | None = _field("train+evaluate", None, "ViT that compares pictures: a folder or hub id",
                                     shown="facebook/dino-vits16; for the bundled model demo/metrics/vit")
-    clip_model: str | None = _field("evaluate", None, "CLIP that compares pictures, and prompts with them",
+    clip_model: str | None = _field("train+evaluate", None, "CLIP that compares pictures, and prompts with them",
                                     shown="openai/clip-vit-base-patch32; for the bundled model demo/metrics/clip")
     eval_dir: str = _field("evaluate", "./evaluation", "folder for the pictures, the scores and the contact sheets")
 
@@ -1526,14 +1530,15 @@ class Run:
     steps: int
     origin: dict  # what a resumed training must have in common with this one
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
+    scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 
     def denoiser(self, noisy_latents, batch):
         hidden, pooled = self.conditioning(batch["prompt"])
         return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
 
 
-def optimize(run, folder):
-    """Take `run` to its last step, with logs and checkpoints in `folder`.
+def optimize(run, folder, viewer):
+    """Take `run` to its last step, with logs, checkpoints and what `viewer` draws on the way in `folder`.
 
     Raises Interrupted, once the step is done and a checkpoint written, on Ctrl-C or SIGTERM; UserError on a loss that is
     not finite.
@@ -1547,15 +1552,20 @@ def optimize(run, folder):
         for done in (step + 1 for step in bar):
             unread += train_step(run, done - 1)
             stop = stop_agreed(run.accelerator, signals, done)
+            views = viewer.every and (done % viewer.every == 0 or done == run.steps)
             saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < run.steps)
-            if saves or done % REPORT_EVERY == 0 or done == run.steps:
+            if saves or views or done % REPORT_EVERY == 0 or done == run.steps:
                 report_losses(run, folder, unread, bar, writer)
                 unread = []
+            if views:
+                view(run, folder, viewer, writer)
             if saves:
                 write_checkpoint(run, folder)
             if stop and done < run.steps:
                 raise Interrupted(f"interrupted after step {done} of {run.steps}; go on with the same command and --resume", stop)
     check_finite(run.groups)
+    if run.scores:
+        keep_best(run, folder)
     unwrap(run)
 
 
@@ -1756,6 +1766,7 @@ def train(s):
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
     name = find_model(s.model_name or default_model(), "--model_name")
+    metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
 
     from accelerate import Accelerator
@@ -1775,15 +1786,17 @@ def train(s):
             load_checkpoint(run, checkpoint)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite)
+        viewer = make_viewer(run, concepts, subjects, metric_names, used["resolution"])
         prepared = time.monotonic()
-        optimize(run, folder)
+        optimize(run, folder, viewer)
+        used["selected_step"] = best_of(run.scores)["step"] if run.scores else None
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
         if accelerator.is_main_process:
             save_output(folder, s, run.models, subjects, used, run.history, seconds)
     report_training(s, run.history, seconds)
     if accelerator.is_main_process:
-        draw_samples(s, run.models, subjects, used["resolution"], plan)
+        draw_samples(s, run.models, viewer, plan)
     accelerator.wait_for_everyone()
 
 
@@ -1873,8 +1886,9 @@ def report_training(s, history, seconds):
 TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
 # Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see prepare().
 FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
-              "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "num_inference_steps",
-              "guidance_scale", "sample_batch_size", "mixed_precision", "gradient_checkpointing")
+              "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
+              "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
+              "sample_batch_size", "mixed_precision", "gradient_checkpointing")
 
 
 def shaping_flags(s):
@@ -1899,7 +1913,7 @@ def read_state(path):
     """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        known = {"origin", "history", "optimizer", "scaler"}
+        known = {"origin", "history", "scores", "optimizer", "scaler"}
         whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
@@ -1966,10 +1980,14 @@ def check_finite(groups):
                             f"smaller --learning_rate, or --mixed_precision no")
 
 
-def write_checkpoint(run, folder):
-    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
+def save_tensors(tensors, path):
     from safetensors.torch import save_file
 
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_checkpoint(run, folder):
+    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
     check_finite(run.groups)
     if run.accelerator.is_main_process:
         optimizer = run.optimizer.state_dict()
@@ -1977,9 +1995,10 @@ def write_checkpoint(run, folder):
                                                  for key, value in values.items()}
         path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
         with renamed_when_complete(path) as new:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / TENSORS_FILE)
+            save_tensors(tensors, new / TENSORS_FILE)
             scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-            state = {"origin": run.origin, "history": run.history, "optimizer": optimizer["param_groups"], "scaler": scaler,
+            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
+                     "optimizer": optimizer["param_groups"], "scaler": scaler,
                      "sha256": file_digest(new / TENSORS_FILE)}
             (new / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
@@ -2032,6 +2051,10 @@ def load_checkpoint(run, path):
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history.extend(state["history"])
+    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
+        run.scores.extend(state["scores"])
+    elif state["scores"]:
+        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
     say(f"Going on after step {done} of {run.steps}, from {short_path(path)}.")
 
 
@@ -2081,7 +2104,7 @@ def new_output(s):
     except BaseException:
         lock.release()
         if checkpoints_in(folder):
-            tidy(folder, keep=("checkpoints", "logs"))
+            tidy(folder, keep=("checkpoints", "logs", "samples"))
         else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -2104,7 +2127,7 @@ def clear(folder, checkpoint, overwrite):
     """
     interrupted = checkpoints_in(folder)
     if checkpoint in interrupted:
-        return tidy(folder, keep=(".lock", "checkpoints", "logs"))
+        return tidy(folder, keep=(".lock", "checkpoints", "logs", "samples"))
     if interrupted and overwrite:
         say(f"--overwrite: the interrupted training of {interrupted[-1].name} in {short_path(folder)} is deleted; --resume would "
             f"have gone on with it.")
@@ -2161,7 +2184,8 @@ def check_space(s, models, groups):
     trained = sum(p.numel() for group in groups for p in group.parameters)
     output = 2 * trained if METHODS[s.method].is_adapter else sum(
         module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders))
-    needed = 4 * (output + 3 * trained * (s.checkpoints_total_limit + 1))  # float32; a checkpoint holds AdamW's moments as well
+    # float32; a checkpoint holds AdamW's moments as well
+    needed = 4 * (output + trained * (3 * (s.checkpoints_total_limit + 1) + 2 * s.select_best))
     free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
     if free < needed:
         raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "
@@ -2287,23 +2311,6 @@ def image_grid(pictures, columns):
     for i, picture in enumerate(pictures):
         grid.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
     return grid
-
-
-def draw_samples(s, models, subjects, resolution, plan):
-    """The sample grid of a finished training: each subject, the subject elsewhere, and the class without it.
-
-    The model is safe by then: whatever goes wrong here is only said.
-    """
-    prompts = [prompt for x in subjects for prompt in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt)]
-    prompts = s.validation_prompt or [prompt for prompt in dict.fromkeys(prompts) if prompt]
-    try:
-        prompts = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in prompts]
-        models.pipeline.to(plan.device, plan.dtype)
-        grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, prompts, range(s.seed, s.seed + 4),
-                             {"Model": s.output_dir}, (resolution, resolution))
-        say(f"A look at it is in {grid}.")
-    except (UserError, RuntimeError, OSError) as problem:
-        say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
 
 
 def read_record(model):
@@ -3015,6 +3022,184 @@ def evaluate(s):
         "prompt differ. More is better. PRES: likeness of the plain class to the photos; less is better.")
     say(f"Everything is in {Path(s.eval_dir) / 'evaluation.json'}; a look at it: "
         + ", ".join(str(candidate.folder / "sheet.png") for candidate in candidates))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation: samples of a training under way, and which of its checkpoints was the best
+
+SCORED_PROMPTS = slice(0, None, 7)  # of the 25: four, from all parts of the list
+SEEDS_SEEN = 4  # pictures of each prompt
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """What is drawn during and after a training, and with what it is scored."""
+
+    prompts: tuple
+    side: int  # pixels
+    every: int | None  # steps; None: only at the end
+    metrics: Metrics | None = None  # from here on for --select_best alone
+    real: tuple = ()  # for each subject the DINO embeddings [M, d] of its photos
+    scored: tuple = ()  # (number of the subject, prompt, caption for CLIP)
+
+
+def make_viewer(run, concepts, subjects, metric_names, side):
+    """The Viewer of a run. `metric_names` as metric_models() gives them, or None. UserError for an unusable prompt."""
+    s = run.s
+    if not s.select_best:
+        own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
+        usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
+        return Viewer(tuple(dict.fromkeys(own or usual)), side, s.validation_steps)
+    templates = s.validation_prompt
+    if templates is None and s.prompts_file:
+        templates = read_prompts(s.prompts_file, "--prompts_file")[SCORED_PROMPTS]
+    scored, names_class = [], METHODS[s.method].names_class
+    for number, subject in enumerate(subjects):
+        for template in templates or usual_prompts(s, run.models.name, subject)[SCORED_PROMPTS]:
+            if re.search(rf"\[identifier(:{re.escape(subject.name)})?\]", template):
+                template = template.replace(f"[identifier:{subject.name}]", "[identifier]")
+                scored.append((number, *fill_template(template, subject, names_class)))
+    if not scored:
+        raise UserError("--validation_prompt: --select_best scores prompts with [identifier], and none has it")
+    metrics = load_metrics(*metric_names, run.accelerator.device)
+    real = tuple(metrics.images([load_square(path) for path, _ in concept.photos])[0] for concept in concepts)
+    prompts = dict.fromkeys([*(prompt for _, prompt, _ in scored), *(subject.class_prompt for subject in subjects)])
+    every = default(s.validation_steps, math.ceil(run.steps / 10))
+    times = -(-run.steps // every)
+    say(f"Choosing the best of {times} checkpoints, one every {every} steps, by {len(scored) * SEEDS_SEEN} pictures each.")
+    return Viewer(tuple(prompt for prompt in prompts if prompt), side, every, metrics, real, tuple(scored))
+
+
+@contextlib.contextmanager
+def ready_to_draw(run):
+    """The pipeline of a training under way, with all its parts on the device; afterwards everything is as it was."""
+    pipeline, device = run.models.pipeline, run.accelerator.device
+    parts = [pipeline.vae, pipeline.unet, *text_encoders_of(pipeline).values()]
+    before = [(part, part.device, part.training) for part in parts]
+    for part in parts:
+        part.to(device).eval()
+    try:
+        yield pipeline
+    finally:
+        for part, place, training in before:
+            part.to(place).train(training)
+
+
+def view(run, folder, viewer, writer):
+    """Draw the viewer's prompts into folder/samples/step-N and the timeline beside it, and score them for --select_best.
+
+    Only the first process does; the others wait.
+    """
+    s, done, started = run.s, len(run.history), time.monotonic()
+    if run.accelerator.is_main_process:
+        jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + SEEDS_SEEN)]
+        with ready_to_draw(run) as pipeline:
+            pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
+                                 guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
+                                 title=f"samples of step {done}"))
+        place = folder / "samples" / f"step-{done:06d}"
+        place.mkdir(parents=True, exist_ok=True)
+        for (prompt, seed), picture in zip(jobs, pictures):
+            picture.save(place / f"{viewer.prompts.index(prompt):02d}-{slug(prompt)[:80]}-{seed}.png")
+        timeline(folder / "samples").save(folder / "samples" / "timeline.png")
+        if writer:
+            import numpy as np
+
+            writer.add_image("samples", np.asarray(image_grid(pictures, columns=SEEDS_SEEN)), done, dataformats="HWC")
+        if viewer.scored:
+            run.scores.append({"step": done, **score_samples(viewer, dict(zip(jobs, pictures)), s.seed)})
+            save_best(run, folder)
+        if done == viewer.every:
+            say(f"Drawing{' and scoring' * bool(viewer.scored)} {len(pictures)} samples took {time.monotonic() - started:.0f} s.")
+    run.accelerator.wait_for_everyone()
+
+
+def timeline(folder):
+    """One image of all the samples in `folder`: a row for each step, its number before it."""
+    from PIL import ImageDraw, ImageFont
+
+    steps = sorted(folder.glob("step-*"))
+    rows = [[Image.open(path) for path in sorted(step.glob("*.png"))] for step in steps]
+    side, label = min(128, rows[0][0].width), 60
+    sheet = Image.new("RGB", (label + max(map(len, rows)) * (side + 2), len(rows) * (side + 2)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for y, (step, pictures) in enumerate(zip(steps, rows)):
+        pen.text((6, y * (side + 2) + side // 2 - 8), step.name.removeprefix("step-").lstrip("0"), "black", font)
+        for x, picture in enumerate(pictures):
+            picture = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (label + x * (side + 2), y * (side + 2)))
+    return sheet
+
+
+def score_samples(viewer, pictures, seed):
+    """{"dino", "clip_t", "score"} of {(prompt, seed): picture}: means over subjects, and their harmonic mean."""
+    rows = {}
+    for number, prompt, caption in viewer.scored:
+        dino, clip = viewer.metrics.images([pictures[prompt, seed + i] for i in range(SEEDS_SEEN)])
+        rows.setdefault(number, []).append({"dino": mean_similarity(dino, viewer.real[number]),
+                                            "clip_t": mean_similarity(clip, viewer.metrics.texts([caption]))})
+    means = mean_scores([mean_scores(of_subject) for of_subject in rows.values()])
+    return {**means, "score": harmonic_mean(**means)}
+
+
+def harmonic_mean(dino, clip_t):
+    """High only if both are; 0 if one is not positive."""
+    return 2 * dino * clip_t / (dino + clip_t) if min(dino, clip_t) > 0 else 0.0
+
+
+def best_of(scores):
+    """The best of them, and the earliest of equals."""
+    return max(scores, key=lambda row: row["score"])
+
+
+def best_file(folder, step):
+    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
+
+
+def best_files(folder):
+    return list((folder / "checkpoints").glob("best-*.safetensors"))
+
+
+def save_best(run, folder):
+    """Save the weights if they scored best, and delete what is best neither now nor for a training resumed from here."""
+    saved = int(checkpoints_in(folder)[-1].name.removeprefix("step-")) if checkpoints_in(folder) else 0
+    needed = {best_of(scores)["step"] for scores in (run.scores, [r for r in run.scores if r["step"] <= saved]) if scores}
+    if run.scores[-1]["step"] in needed:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        with whole_file(best_file(folder, run.scores[-1]["step"])) as part:
+            save_tensors(trained_tensors(run.groups), part)
+    for path in best_files(folder):
+        if path not in [best_file(folder, step) for step in needed]:
+            path.unlink()
+
+
+def keep_best(run, folder):
+    """Put the best weights back into what trained, and say how the scores went."""
+    from safetensors.torch import load_file
+
+    best = best_of(run.scores)
+    say(f"{'step':>6}{'DINO':>8}{'CLIP-T':>8}{'mean':>8}")
+    for row in run.scores:
+        near = row["score"] >= 0.97 * best["score"]
+        word = "good" if near else "too few steps" if row["step"] < best["step"] else "overfitted"
+        say(f"{row['step']:>6}{row['dino']:>8.3f}{row['clip_t']:>8.3f}{row['score']:>8.3f}  {'best, kept' if row is best else word}")
+    if run.accelerator.is_main_process:
+        saved = load_file(best_file(folder, best["step"]))
+        for name, tensor in trained_tensors(run.groups).items():
+            tensor.copy_(saved[name])
+        for path in best_files(folder):
+            path.unlink()
+
+
+def draw_samples(s, models, viewer, plan):
+    """The sample grid of a finished training. The model is safe by then: whatever goes wrong here is only said."""
+    try:
+        models.pipeline.to(plan.device, plan.dtype)
+        grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts, range(s.seed, s.seed + SEEDS_SEEN),
+                             {"Model": s.output_dir}, (viewer.side, viewer.side))
+        say(f"A look at it is in {grid}.")
+    except (UserError, RuntimeError, OSError) as problem:
+        say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
