@@ -216,6 +216,22 @@ def test_dino_sees_what_its_own_evaluation_shows_it(networks, tmp_path, capsys):
     assert "as its own preprocessor says" in capsys.readouterr().out
 
 
+def test_networks_come_from_the_cache_first_and_only_as_safetensors():
+    asked = []
+
+    class Network(torch.nn.Module):
+        @classmethod
+        def from_pretrained(cls, name, **options):
+            asked.append(options)
+            if options["local_files_only"]:
+                raise OSError("not in the cache")
+            return cls(), {"missing_keys": set()}
+
+    db.load_network("--dino_model", "facebook/dino-vits16", Network)
+    assert [options["local_files_only"] for options in asked] == [True, False]
+    assert all(options["use_safetensors"] and options["revision"] == "refs/pr/1" for options in asked)
+
+
 def test_lpips_measures_where_it_is_installed(monkeypatch):
     class Fake(torch.nn.Module):
         def __init__(self, net, verbose):
