@@ -3189,6 +3189,8 @@ def keep_best(run, folder):
             tensor.copy_(saved[name])
         for path in best_files(folder):
             path.unlink()
+        if not checkpoints_in(folder):
+            (folder / "checkpoints").rmdir()
 
 
 def draw_samples(s, models, viewer, plan):

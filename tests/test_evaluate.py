@@ -34,27 +34,6 @@ def trained(tmp_path, tiny_model, photos):
     return make
 
 
-@pytest.fixture(scope="session")
-def networks(tmp_path_factory):
-    """Folders of a random ViTModel and a random CLIPModel that see 16 pixels."""
-    from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
-
-    root = tmp_path_factory.mktemp("networks")
-    torch.manual_seed(0)
-    tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=1.0)
-    pixels = dict(image_size=16, patch_size=8)
-    ViTModel(ViTConfig(**tower, **pixels), add_pooling_layer=False).save_pretrained(root / "vit")
-    look = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (root / "vit" / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor", **look}))
-    text = dict(tower, vocab_size=397, max_position_embeddings=32, bos_token_id=395, eos_token_id=396, pad_token_id=396)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=tower | pixels, projection_dim=8)).save_pretrained(root / "clip")
-    (root / "clip" / "preprocessor_config.json").write_text(json.dumps(
-        {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False, **look}))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REPOSITORY / "demo" / "metrics" / "clip" / name, root / "clip")
-    return root
-
-
 @pytest.fixture
 def evaluate(run, networks, tmp_path):
     """evaluate(*flags) -> (output, evaluation.json) of a short --evaluate with two prompts and the random networks."""
