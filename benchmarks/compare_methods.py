@@ -38,7 +38,8 @@ def train(args, subject, flags, seed, model):
             "--num_class_images", 100, "--class_data_dir", args.output_dir / "class_images", "--output_dir", model,
             "--num_inference_steps", 1, "--overwrite", *flags, *args.passed_on)  # few steps for samples that nobody looks at
     record = json.loads((model / "dreambooth.json").read_text())
-    size = sum(path.stat().st_size for path in model.rglob("*.safetensors") if "kohya" not in path.name)
+    files = [path for path in model.rglob("*.safetensors") if "kohya" not in path.name and "checkpoints" not in path.parts]
+    size = sum(path.stat().st_size for path in files)
     return record["seconds"]["training"], size / 1e6
 
 

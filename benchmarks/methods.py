@@ -50,7 +50,7 @@ def measure(name, flags, prompts, folder):
     model = folder / name.replace(", ", "-").replace(" ", "-")
     output, seconds, memory = program("--train", *flags, "--output_dir", model, "--overwrite")
     record = json.loads((model / "dreambooth.json").read_text())
-    size = sum(p.stat().st_size for p in model.rglob("*.safetensors") if "kohya" not in p.name)
+    size = sum(p.stat().st_size for p in model.rglob("*.safetensors") if "kohya" not in p.name and "checkpoints" not in p.parts)
     program("--infer", "--model_path", model, "--image_dir", model / "images", "--num_images", 3,
             *(flag for prompt in prompts for flag in ("--prompt", prompt)))
     return {"method": name, "weights": trained_weights(output), "MB": size / 1e6, "steps": record["used"]["steps"],
