@@ -41,7 +41,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 # torch, diffusers and transformers take seconds to import: each function that needs one imports it, so that --help
 # and every complaint about the input answer at once.
@@ -1769,12 +1769,14 @@ def train(s):
             f"{math.ceil(min(group.until, 1) * steps)} steps")
     prepared = time.monotonic()
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext() as folder:
+        if accelerator.is_main_process:
+            save_photo_sheet(folder, s, photos, resolution)
         history = optimize(s, models, groups, cache, steps, accelerator, folder and folder / "logs")
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
         if accelerator.is_main_process:
             save_output(folder, s, models, subjects, used, history, seconds)
-    report_training(s, history, seconds)
+    report_training(s, subjects, history, seconds)
     if accelerator.is_main_process:
         if s.export:
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
@@ -1812,14 +1814,18 @@ def set_checkpointing(s, models, groups, plan):
     return wanted
 
 
-def report_training(s, history, seconds):
-    """Say how the losses went and what to do next."""
+def report_training(s, subjects, history, seconds):
+    """Say how the losses went, what was learnt, where it is and what to do next."""
     for when, stretch in (("first", history[:100]), ("last", history[-100:])):
         losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
         say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
-        f"{s.output_dir}.")
-    say(f'Draw with it: python {Path(__file__).name} --infer --model_path "{s.output_dir}" --prompt "a [identifier] ..."')
+        f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
+    for subject in subjects:
+        say(f'Learnt: "{subject.instance_prompt}" is the {noun_of(subject.class_prompt or subject.name)} of the photos'
+            + (f", {subject.name}." if len(subjects) > 1 else "."))
+    say(f'Try next: python "{short_path(__file__)}" --infer --model_path "{s.output_dir}" '
+        f'--prompt "{subjects[0].instance_prompt} on the moon"')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1895,6 +1901,8 @@ def save_output(folder, s, models, subjects, used, history, seconds):
     models.pipeline.to("cpu")
     for save in METHODS[s.method].saves:
         save(folder, models, subjects)
+    loss_plot(history).save(folder / LOSS_PLOT)
+    save_card(folder, s, models, subjects)
     record = {
         "method": s.method,
         "base_model": models.name,
@@ -1906,6 +1914,106 @@ def save_output(folder, s, models, subjects, used, history, seconds):
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
     (folder / "dreambooth.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving: for people to look at
+
+PHOTO_SHEET, LOSS_PLOT, CARD = "photos.png", "losses.png", "README.md"
+COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
+
+
+def save_photo_sheet(folder, s, photos, resolution):
+    """One picture of all `photos`, for each subject a list of (path, caption), cropped as they are trained on."""
+    side = min(256, resolution)
+    crops = [square(load_image(path), resolution)[0].resize((side, side)) for pool in photos for path, _ in pool]
+    image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
+    say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; it goes to {s.output_dir} with the model.")
+
+
+def loss_plot(history, size=(800, 400), margin=50):
+    """A picture of the losses over the steps, each point the mean of a fiftieth of the run, since single steps are noise."""
+    steps, length = len(history), -(-len(history) // 50)
+    ends = [min(start + length, steps) for start in range(0, steps, length)]
+    means = [loss_means(history[max(0, end - length):end]) for end in ends]
+    curves = {name: [mean[name] for mean in means] for name in COLOURS if means[0][name] is not None}
+    top = max(max(curve) for curve in curves.values()) or 1
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
+    paper, (width, height) = ImageDraw.Draw(image), (size[0] - 2 * margin, size[1] - 2 * margin)
+
+    def place(step, loss):
+        return margin + step / steps * width, margin + (1 - loss / top) * height
+    for loss in (0, top / 4, top / 2, top * 3 / 4, top):
+        paper.line([place(0, loss), place(steps, loss)], "#dddddd")
+        paper.text((margin - 5, place(0, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
+    paper.text((margin + width, margin + height + 5), f"step {steps}", "black", font, anchor="ra")
+    for number, (name, curve) in enumerate(curves.items()):
+        paper.line([place(end, loss) for end, loss in zip(ends, curve)], COLOURS[name], width=2)
+        paper.text((margin + 150 * number, margin / 2), f"{name} loss", COLOURS[name], font, anchor="lm")
+    return image
+
+
+def save_card(folder, s, models, subjects, sample=None):
+    """Write the card of an output, README.md: what the hub shows of it and how plain diffusers uses it.
+
+    The header is the hub's; `sample` is a picture in the folder. (huggingface.co/docs/hub/model-cards)
+    """
+    from huggingface_hub import ModelCardData
+
+    saves, family = METHODS[s.method].saves, family_of(models.unet.config)
+    prompts = [subject.instance_prompt for subject in subjects]
+    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
+                                  "textual_inversion": save_words in saves, family: family != "small"}.items() if fits]
+    widget = {"text": f"{prompts[0]} on the moon"}
+    if sample:
+        widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
+    header = ModelCardData(
+        base_model=None if Path(models.name).exists() else models.name, library_name="diffusers", pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
+    words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
+                      for subject in subjects)
+    text = f"""---
+{header.to_yaml().strip()}
+---
+# {", ".join(prompts)}
+
+{f"![samples]({widget['output']['url']})" if sample else ""}
+
+Made from photos by the method `{s.method}` (see DreamBooth, arXiv 2208.12242) on `{models.name}`, whose licence applies.
+Write in the prompt:
+
+{words}
+
+```python
+{usage(s, models, subjects)}
+```
+"""
+    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def usage(s, models, subjects):
+    """Python that draws with an output without this program."""
+    method, kind = METHODS[s.method], type(models.pipeline).__name__
+    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({json.dumps(models.name)})"
+    is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
+    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
+    lines += [f"folder = {json.dumps(s.output_dir)}  # or the id that it has on the hub",
+              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
+    if save_lora in method.saves:
+        lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
+    for subject in subjects if save_words in method.saves else ():
+        file = embedding_file(subject, subjects)
+        if not is_xl_embedding:
+            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
+            continue
+        lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
+        for key, number in zip(XL_EMBEDDING, ("", "_2")):
+            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token="{subject.identifier}", '
+                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
+    scale = guidance_scale(s, models.unet.config)
+    lines += ['# pipe.to("cuda")', f'pipe("{subjects[0].instance_prompt} on the moon", num_inference_steps=30, '
+              f'guidance_scale={scale:g}).images[0].save("subject.png")']
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2107,6 +2215,7 @@ def draw_samples(s, models, subjects, resolution, plan):
         models.pipeline.to(plan.device, plan.dtype)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, prompts, range(s.seed, s.seed + 4),
                              {"Model": s.output_dir}, (resolution, resolution))
+        save_card(Path(s.output_dir), s, models, subjects, grid)
         say(f"A look at it is in {grid}.")
     except (UserError, RuntimeError, OSError) as problem:
         say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
