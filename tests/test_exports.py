@@ -5,6 +5,8 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -461,3 +463,26 @@ def test_plot_and_summary_of_a_run(train, tmp_path):  # noqa: F811
     assert status == 0 and 'Learnt: "a sks dog" is the dog of the photos.' in out
     assert Image.open(tmp_path / "output" / "losses.png").size == (800, 400)
     assert Image.open(tmp_path / "output" / "photos.png").size == (98, 32)
+
+
+# ---- the notebook
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    """As a script, in a copy of the repository; only made short, and without its installation."""
+    notebook = json.loads((REPOSITORY / "dreambooth_colab.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4 and all(cell["outputs"] == [] for cell in cells)
+    installing = [cell for cell in cells if "install" in cell["metadata"].get("tags", [])]
+    assert len(installing) == 1 and installing[0] is cells[0]
+    for name in ("dreambooth_implementation.py", "tools", "demo/model", "instance_images"):
+        source, target = REPOSITORY / name, tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    script = "\n".join("".join(cell["source"]) for cell in cells[1:])
+    assert script.count("STEPS, CLASS_IMAGES = 800, 100") == 1 and script.count('"--num_images", 4') == 1
+    script = script.replace("800, 100", "2, 2").replace('"--num_images", 4', '"--num_images", 1, "--num_inference_steps", 1')
+    script = script.replace('"--overwrite")', '"--overwrite", "--num_inference_steps", 1)', 1)
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(list((tmp_path / "images").glob("*.png"))) == 3 and (tmp_path / "my_dog.safetensors").exists()
