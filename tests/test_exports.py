@@ -290,23 +290,27 @@ def test_a_checkpoint_alone_says_what_is_missing(checkpoint, run, photos, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.safetensors", "photos"]
 
 
-def test_the_hubs_configs_serve_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
+def test_configs_in_the_hubs_cache_serve_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
+    import huggingface_hub.constants
+
     file, folder = checkpoint("sd1")
     shutil.copy(file, tmp_path / "alone.safetensors")
-    asked = []
-    monkeypatch.setattr(db, "hub_configs", lambda name: asked.append(name) or folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    shutil.copytree(folder, cached / "snapshots" / "0123456789abcdef", ignore=shutil.ignore_patterns("*.safetensors"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123456789abcdef")
     pipeline = db.load_pipeline(str(tmp_path / "alone.safetensors"), torch.float32)
-    assert set(asked) == {"stable-diffusion-v1-5/stable-diffusion-v1-5"}
     assert "with the configs of stable-diffusion-v1-5" in capsys.readouterr().out
     assert same(pipeline.unet.state_dict(), db.load_pipeline(str(folder), torch.float32).unet.state_dict())
 
 
 def test_velocity_is_told_from_an_sd2_checkpoint(tmp_path):
-    name = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
     parts = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.model.x")
     others = {part: torch.zeros(1) for part in parts}
     for spread, like in ((0.2, "2-1"), (0.05, "2-1-base")):
-        save_file({**others, name: torch.linspace(-spread, spread, 320) * 3 ** 0.5}, tmp_path / "x.safetensors")
+        bias = torch.linspace(-spread, spread, 320, dtype=torch.bfloat16) * 3 ** 0.5  # its deviation is `spread`
+        save_file({**others, db.SD2_TOLD_BY: bias}, tmp_path / "x.safetensors")
         assert db.hub_model_like(tmp_path / "x.safetensors", "--model_name") == f"sd2-community/stable-diffusion-{like}"
 
 
@@ -460,7 +464,7 @@ def test_the_plot_shows_both_losses():
 
 def test_plot_and_summary_of_a_run(train, tmp_path):  # noqa: F811
     status, out, _ = train()
-    assert status == 0 and 'Learnt: "a sks dog" is the dog of the photos.' in out
+    assert status == 0 and 'Learnt "dog": "a sks dog" is the dog of the photos.' in out
     assert Image.open(tmp_path / "output" / "losses.png").size == (800, 400)
     assert Image.open(tmp_path / "output" / "photos.png").size == (98, 32)
 

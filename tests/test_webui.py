@@ -85,7 +85,7 @@ def browser():
 
 @pytest.fixture
 def served(tmp_path):
-    """Address of webui.py, started as a person would, in an empty working folder."""
+    """(address, process) of webui.py, started as a person would, in an empty working folder."""
     pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-webui.txt")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -93,14 +93,14 @@ def served(tmp_path):
     process = subprocess.Popen([sys.executable, REPOSITORY / "webui.py", "--port", str(port)], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"})
     address = re.search(r"http://127.0.0.1:\d+", process.stdout.readline())[0]
-    yield address
+    yield address, process
     process.terminate()
     process.wait()
 
 
 def test_train_and_draw_on_the_page(served, browser, photos, tiny_model, tmp_path):
     page = browser.new_page()
-    page.goto(served)
+    page.goto(served[0])
 
     def fill(field, value):
         page.fill(f"#{field} input, #{field} textarea", str(value))
@@ -136,9 +136,20 @@ def test_train_and_draw_on_the_page(served, browser, photos, tiny_model, tmp_pat
     drawn = sorted((tmp_path / "webui" / "images").glob("a-*-dog-in-the-snow-*.png"))
     assert len(drawn) == 2 and all(Image.open(path).size == (32, 32) for path in drawn)
 
+    fill("count", 10**6)  # ending the page ends its job
+    page.click("#draw button, button#draw")
+    state("Running.")
+    page.wait_for_function("document.querySelector('#log textarea').value.includes('drawing:')", timeout=90000)
+    served[1].terminate()
+    served[1].wait(20)
+    time.sleep(5)  # for the job's own end
+    count = len(list((tmp_path / "webui" / "images").iterdir()))
+    time.sleep(2)
+    assert len(list((tmp_path / "webui" / "images").iterdir())) == count
+
 
 def test_the_page_answers_this_machine_alone(served):
-    port = int(served.rsplit(":", 1)[1])
+    port = int(served[0].rsplit(":", 1)[1])
     socket.create_connection(("127.0.0.1", port), timeout=2).close()
     own = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
     for address in own | {"127.0.0.2"}:  # on Linux this one is always there

@@ -105,7 +105,7 @@ def original_checkpoint(pipeline):
     """{original name: tensor} of a whole pipeline of SD 1.x, 2.x or XL.
 
     SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows it, SDXL by its second text encoder.
-    The empty tensors v_pred and ztsnr are how ComfyUI and Forge tell such an SDXL model; SD 2.x they tell by its weights.
+    The empty tensors v_pred and ztsnr are how ComfyUI tells such an SDXL model (its supported_models.py).
     """
     import torch
 
