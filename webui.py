@@ -84,17 +84,18 @@ atexit.register(JOB.stop)
 
 
 def training_pictures():
-    """The photos as the model sees them, the samples and the losses, of the output in the making or the finished one."""
+    """The samples, the losses and the photos as the model sees them, of the output in the making or the finished one."""
     folders = [*FOLDER.glob(f"{OUTPUT.name}.partial-*"), OUTPUT]
-    return [path for name in (db.PHOTO_SHEET, "samples/grid*.png", db.LOSS_PLOT) for folder in folders
+    return [path for name in ("samples/grid*.png", db.LOSS_PLOT, db.PHOTO_SHEET) for folder in folders
             for path in sorted(folder.glob(name))]
 
 
 def drawn_pictures():
-    return sorted(IMAGES.glob("*.png"))
+    """The pictures drawn, after the grid of them all."""
+    return sorted(IMAGES.glob("*.png"), key=lambda path: (not path.name.startswith("grid-"), path.name))
 
 
-def train(photos, class_prompt, method, steps, model, class_images):
+def train(photos, class_prompt, method, text_encoder, steps, model, class_images):
     """Start a training with what the page's fields hold; empty ones are left to the program."""
     if JOB.process is None or JOB.process.poll() is not None:
         shutil.rmtree(PHOTOS, ignore_errors=True)
@@ -105,6 +106,7 @@ def train(photos, class_prompt, method, steps, model, class_images):
               "num_class_images": class_images}
     # In one piece, so that no text can pass for a flag of its own.
     flags = [f"--{name}={value}" for name, value in values.items() if value not in (None, "")]
+    flags += ["--train_text_encoder"] if text_encoder else []
     JOB.start(["--train", f"--instance_data_dir={PHOTOS}", f"--output_dir={OUTPUT}", f"--class_data_dir={CLASS_IMAGES}",
                *flags], training_pictures)
 
@@ -148,12 +150,13 @@ def build_page():
                 class_prompt = gr.Textbox(label="What kind of thing is it?", placeholder="a dog", elem_id="class_prompt")
                 with gr.Accordion("Settings; empty means the program's own choice", open=False):
                     method = gr.Dropdown(list(db.METHODS), value="full", label="Method")
+                    text_encoder = gr.Checkbox(label="Train the text encoder as well", value=False)
                     steps = gr.Number(label="Steps", value=None, precision=0, elem_id="steps")
                     model = gr.Textbox(label="Model", placeholder=", ".join(db.SHORT_NAMES) + ", a folder, a hub id",
                                        elem_id="model")
                     class_images = gr.Number(label="Class images", value=None, precision=0, elem_id="class_images")
                 gr.Button("Train", variant="primary", elem_id="train").click(
-                    answered(train), [photos, class_prompt, method, steps, model, class_images])
+                    answered(train), [photos, class_prompt, method, text_encoder, steps, model, class_images])
                 prompt = gr.Textbox(label="Prompt", placeholder="a [identifier] dog on the moon", elem_id="prompt")
                 negative_prompt = gr.Textbox(label="Not in the picture")
                 with gr.Row():
@@ -164,7 +167,7 @@ def build_page():
             with gr.Column():
                 state = gr.Textbox(label="State", elem_id="state", interactive=False)
                 gr.Button("Stop", elem_id="stop").click(JOB.stop)
-                gallery = gr.Gallery(label="Pictures", elem_id="pictures", columns=1, height="auto", object_fit="contain")
+                gallery = gr.Gallery(label="Pictures", elem_id="pictures", columns=2, height=480, object_fit="contain")
                 log = gr.Textbox(label="What the program says", lines=14, max_lines=14, elem_id="log", interactive=False)
         shown = gr.State([])
         gr.Timer(1).tick(look, [shown], [state, log, gallery, shown], show_progress="hidden")

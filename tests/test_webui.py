@@ -33,22 +33,22 @@ def wait(job, seconds=90):
 
 
 def test_a_page_without_photos_shows_the_programs_own_line(job):
-    webui.train(None, "a dog", "full", None, "", None)
+    webui.train(None, "a dog", "full", False, None, "", None)
     assert wait(job).startswith("error: --instance_data_dir webui/photos: no images in this folder")
     assert [line for line in job.lines if "Traceback" in line] == []
 
 
 def test_no_text_passes_for_a_flag(job, photos):
-    webui.train([str(path) for path in photos.iterdir()], "--help", "full", None, "nowhere", None)
+    webui.train([str(path) for path in photos.iterdir()], "--help", "full", False, None, "nowhere", None)
     assert "--model_name nowhere" in wait(job)  # "--help" was the class prompt, not a flag
     webui.draw("--train", "", 1, 0)
     assert "--model_path webui/output" in wait(job)
 
 
-def test_one_job_at_a_time_and_stop(job, photos, tmp_path):
-    webui.train([str(path) for path in photos.iterdir()], "a dog", "full", 10**6, "demo", 4)
+def test_one_job_at_a_time_and_stop(job, photos, tiny_model, tmp_path):
+    webui.train([str(path) for path in photos.iterdir()], "a dog", "full", False, 10**6, str(tiny_model("sd1")), 2)
     with pytest.raises(db.UserError, match="at work already"):
-        webui.train(None, "a cat", "full", None, "", None)
+        webui.train(None, "a cat", "full", False, None, "", None)
     assert len(list((tmp_path / "webui" / "photos").iterdir())) == 3  # the second click did not touch the first's photos
     end = time.monotonic() + 90
     while not any(line.startswith("training:") for line in job.lines) and job.state == "Running." and time.monotonic() < end:
