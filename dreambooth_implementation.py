@@ -2001,10 +2001,11 @@ Write in the prompt:
 def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
-    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({json.dumps(models.name)})"
+    quoted = functools.partial(json.dumps, ensure_ascii=False)
+    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
-    lines += [f"folder = {json.dumps(s.output_dir)}  # or the id that it has on the hub",
+    lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
               f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
@@ -2015,10 +2016,10 @@ def usage(s, models, subjects):
             continue
         lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
         for key, number in zip(XL_EMBEDDING, ("", "_2")):
-            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token="{subject.identifier}", '
+            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
                          f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
     scale = guidance_scale(s, models.unet.config)
-    lines += ['# pipe.to("cuda")', f'pipe("{subjects[0].instance_prompt} on the moon", num_inference_steps=30, '
+    lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
               f'guidance_scale={scale:g}).images[0].save("subject.png")']
     return "\n".join(lines)
 

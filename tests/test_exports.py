@@ -416,12 +416,13 @@ def test_the_cards_snippet_draws_what_infer_draws(family, method, tags, train, r
 
 def test_a_hub_models_card_names_it(tiny_model, tmp_path):
     models = db.take_apart("CompVis/stable-diffusion-v1-4", db.load_pipeline(str(tiny_model("sd1")), torch.float32))
-    subjects = [db.Subject("sks", "a dog", "a sks dog", "rex"), db.Subject("ohwx", "a cat", "a ohwx cat", "tom")]
+    subjects = [db.Subject("sks", "a dog", 'a sks "dog"', "rex"), db.Subject("ohwx", "a cat", "a ohwx cat", "tom")]
     s = db.parse_settings(["--train", "--method", "lora", "--output_dir", "two"])
     db.save_card(tmp_path, s, models, subjects)
     header, snippet = card_of(tmp_path)
     assert header["base_model"] == "CompVis/stable-diffusion-v1-4"
-    assert header["instance_prompt"] == "a sks dog, a ohwx cat" and "output" not in header["widget"][0]
+    assert header["instance_prompt"] == 'a sks "dog", a ohwx cat' and "output" not in header["widget"][0]
+    compile(snippet, "snippet", "exec")
     assert 'from_pretrained("CompVis/stable-diffusion-v1-4")' in snippet and "![" not in (tmp_path / "README.md").read_text()
 
 
