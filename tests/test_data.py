@@ -45,7 +45,8 @@ def test_transparency_becomes_white(tmp_path):
     assert db.load_image(tmp_path / "p.png").getpixel((1, 4)) == (0, 0, 255)
 
 
-@pytest.mark.parametrize("mode, suffix", [("CMYK", "jpg"), ("P", "png"), ("L", "png"), ("1", "png"), ("RGB", "webp")])
+@pytest.mark.parametrize("mode, suffix", [("CMYK", "jpg"), ("P", "png"), ("L", "png"), ("1", "png"), ("RGB", "webp"),
+                                          ("RGB", "avif")])
 def test_colour_modes_become_rgb(tmp_path, mode, suffix):
     Image.new("RGB", (16, 16), (200, 200, 200)).convert(mode).save(tmp_path / f"a.{suffix}")
     loaded = db.load_image(tmp_path / f"a.{suffix}")
