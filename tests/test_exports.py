@@ -195,11 +195,11 @@ def test_a_failed_export_leaves_nothing(run, tiny_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, said", [
     (["--export", "dog.ckpt", "--model_path", "{model}"], "must end in .safetensors"),
     (["--export", "x/dog.safetensors", "--model_path", "nowhere"], "--model_path nowhere"),
-    (["--export", "dog.safetensors", "--steps", "3"], "--steps has no meaning with --export alone"),
+    (["--export", "dog.safetensors", "--steps", "3"], "--steps belongs to --train and has no meaning with --export"),
     (["--infer", "--export", "dog.safetensors", "--model_path", "{model}"], "--export belongs to --train"),
     (["--export", "file/dog.safetensors", "--model_path", "{model}"], "file is a file"),
     (["--train", "--instance_data_dir", "{photos}", "--class_prompt", "a dog", "--export", "dog.bin"], "--export dog.bin"),
-    ([], "--train, --infer or --export"),
+    ([], "--train, --infer, --evaluate or --export"),
 ])
 def test_wrong_exports_are_one_line(flags, said, run, photos, tiny_model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
@@ -436,8 +436,8 @@ def test_samples_that_fail_leave_a_card_without_them(train, tmp_path, monkeypatc
 def test_the_photo_sheet_shows_what_is_trained_on(train, photos, tmp_path, monkeypatch):  # noqa: F811
     seen = []
 
-    def look(s, models, groups, cache, *args):  # before the first step
-        sheet = next(tmp_path.glob("output.partial-*/photos.png"))
+    def look(run, folder, viewer):  # before the first step
+        sheet = folder / "photos.png"
         seen.append(Image.open(sheet).convert("RGB"))
         raise db.UserError("enough")
 
