@@ -3072,7 +3072,7 @@ class Trial:
 
     subject: Subject
     photos: tuple
-    prompts: tuple  # (template, prompt as drawn, the same without identifier) each
+    prompts: tuple  # (prompt as drawn, the same without identifier) each
 
 
 @dataclass(frozen=True)
@@ -3091,6 +3091,9 @@ class Candidate:
 
 def find_candidates(s):
     """The Candidates of --model_path. Raises UserError for whatever is missing or wrong, before anything is loaded."""
+    if s.prompts_file and s.subject_type != "auto":
+        raise UserError(f"--subject_type {s.subject_type}: it chooses the paper's prompts, and --prompts_file gives others; "
+                        f"leave one out")
     templates = read_prompts(s.prompts_file, "--prompts_file") if s.prompts_file else None
     candidates = []
     for path in dict.fromkeys(model_paths(s)):
@@ -3108,9 +3111,10 @@ def subjects_of(s, trained):
         raise UserError(f"--model_path {trained.source}: no dreambooth.json beside it tells what it was trained on; "
                         f"--evaluate takes an output folder of --train")
     subjects = trained.subjects or [Subject("", "", "")]
-    given = {flag: getattr(s, flag) for flag in ("identifier", "class_prompt")} if len(subjects) == 1 else {}
-    return [dataclasses.replace(subject, **{flag: value for flag, value in given.items() if value not in (None, "auto")})
-            for subject in subjects]
+    given = {flag: value for flag in ("identifier", "class_prompt") if (value := getattr(s, flag)) not in (None, "auto")}
+    if given and len(subjects) > 1:
+        raise UserError(f"--{min(given)}: {trained.source} has several subjects, each with its own; leave it out")
+    return [dataclasses.replace(subject, **given) for subject in subjects]
 
 
 def photo_folder(s, trained, subject):
@@ -3152,7 +3156,7 @@ def find_trial(s, trained, base, subject, templates):
     method = trained.record.get("method", "textual_inversion" if trained.words else "full")
     names_class = METHODS[method].names_class
     return Trial(subject, tuple(path for path, _ in photos),
-                 tuple((template, *fill_template(template, subject, names_class)) for template in templates))
+                 tuple(fill_template(template, subject, names_class) for template in templates))
 
 
 def usual_prompts(s, base, subject):
@@ -3204,7 +3208,7 @@ def fill_template(template, subject, names_class):
 def picture_jobs(s, trial):
     """[(file, prompt, seed)] of a trial: --num_images of every prompt, then as many class pictures as those together."""
     jobs = [(f"{number:02d}-{slug(prompt)[:80]}-{seed}.png", prompt, seed)
-            for number, (_, prompt, _) in enumerate(trial.prompts) for seed in range(s.seed, s.seed + s.num_images)]
+            for number, (prompt, _) in enumerate(trial.prompts) for seed in range(s.seed, s.seed + s.num_images)]
     return jobs + [(f"class-{seed}.png", trial.subject.class_prompt, seed) for seed in range(s.seed, s.seed + len(jobs))]
 
 
@@ -3259,9 +3263,9 @@ def measure_trial(s, candidate, trial, metrics, distance):
     count = len(trial.prompts) * s.num_images
     pictures = [load_image(folder / name) for name in files]
     real, all_drawn = metrics.images([load_square(path) for path in trial.photos]), metrics.images(pictures)
-    captions, raw_captions = (metrics.texts([prompt[i] for prompt in trial.prompts]) for i in (2, 1))
+    raw_captions, captions = map(metrics.texts, zip(*trial.prompts))
     rows = []
-    for number, (_, prompt, caption) in enumerate(trial.prompts):
+    for number, (prompt, caption) in enumerate(trial.prompts):
         mine, row = slice(number * s.num_images, (number + 1) * s.num_images), slice(number, number + 1)
         scores = prompt_scores([part[mine] for part in all_drawn], real, captions[row], raw_captions[row])
         rows.append({"prompt": prompt, "caption": caption, "files": files[mine],

@@ -196,15 +196,16 @@ def test_a_damaged_model_is_one_line(run, photos, tmp_path, tiny_model):
 
 def readme_commands():
     """Every `python dreambooth_implementation.py ...` in the README's code blocks, with continued lines joined."""
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(block for language, block in blocks if language in ("", "bash", "sh")).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if "dreambooth_implementation.py --" in line]
 
 
 def test_readme_commands_run(tmp_path):
     """As written, in order, in a copy of the repository; only made short, and with the bundled model for a hub's."""
     for name in ("dreambooth_implementation.py", "tools", "demo/model", "demo/subjects", "demo/two_dogs.json", "demo/metrics",
-                 "demo/prompts.txt", "instance_images"):
+                 "instance_images"):
         source, target = REPOSITORY / name, tmp_path / name
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
@@ -222,7 +223,8 @@ def test_readme_commands_run(tmp_path):
         if "--train" in words:
             words += ["--steps", "2", "--num_class_images", "2"]
         if "--evaluate" in words:
-            words += ["--num_images", "1"]
+            (tmp_path / "prompts.txt").write_text("a [identifier] [class] on the moon\n")
+            words += ["--num_images", "2", "--prompts_file", "prompts.txt"]
         if any(mode in words for mode in ("--train", "--infer", "--evaluate")):
             words += ["--num_inference_steps", "2", "--mixed_precision", "no"]
         result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)

@@ -376,6 +376,8 @@ def test_evaluate_imports_no_torch_to_complain(tmp_path, trained, networks, phot
         (["--prompts_file", "none.txt"], "--prompts_file none.txt"),
         (["--prompts_file", "bad.txt"], 'bad.txt: prompt 2, "a dog"'),
         (["--prompts_file", "empty.txt"], "no prompts"),
+        (["--prompts_file", "bad.txt", "--subject_type", "live"], "leave one out"),
+        (["--model_path", "two", "--identifier", "zqq"], "--identifier"),
         (["--dino_model", str(networks / "clip")], "of type clip; give one of type vit"),
         (["--clip_model", str(networks / "vit")], "of type vit; give one of type clip"),
         (["--dino_model", "photos"], "--dino_model photos"),
