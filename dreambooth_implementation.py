@@ -75,9 +75,10 @@ def say(message):
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 
-MODES = {"train": ("train",), "infer": ("infer",), "evaluate": ("evaluate",), "train+evaluate": ("train", "evaluate"),
-         "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"),
-         "infer+evaluate": ("infer", "evaluate"), "all": ("train", "infer", "evaluate")}  # the commands that know a flag
+MODES = {  # which commands know a flag; --help lists the flags in this order
+    "all": ("train", "infer", "evaluate"), "train+evaluate": ("train", "evaluate"), "train": ("train",),
+    "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"), "infer": ("infer",),
+    "infer+evaluate": ("infer", "evaluate"), "evaluate": ("evaluate",)}
 SAMPLE_PHOTOS = "./instance_images"
 DEFAULT_OUTPUT = "./output"
 
