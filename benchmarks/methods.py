@@ -76,16 +76,18 @@ def draw_sheet(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model_name", default="demo/model")
+    parser.add_argument("--subject", default="black-cat-f", help="folder of demo/subjects")
     parser.add_argument("--output_dir", type=Path, default=Path("output-methods"))
     args, passed_on = parser.parse_known_args()
     args.output_dir = args.output_dir.resolve()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    common = ["--model_name", args.model_name, *passed_on]
-    program("--train", *common, "--instance_data_dir", SUBJECTS / "robot-t", "--steps", 1, "--output_dir",
+    common, photos = ["--model_name", args.model_name, "--checkpointing_steps", 0, *passed_on], SUBJECTS / args.subject
+    program("--train", *common, "--instance_data_dir", photos, "--steps", 1, "--output_dir",
             args.output_dir / "warm-up", "--overwrite")  # the class images, which all methods share
 
-    rows = [measure(name, [*common, "--instance_data_dir", SUBJECTS / "robot-t", *flags],
-                    ["a [identifier] robot", "a [identifier] robot on the moon", "a robot"], args.output_dir)
+    noun = (photos / "class_prompt.txt").read_text().split(maxsplit=1)[1].strip()
+    prompts = [f"a [identifier] {noun}", f"a [identifier] {noun} on the moon", f"a {noun}"]
+    rows = [measure(name, [*common, "--instance_data_dir", photos, *flags], prompts, args.output_dir)
             for name, flags in RUNS.items()]
     for name, flags in (("two dogs, full", []), ("two dogs, full, text encoder", ["--train_text_encoder"]),
                         ("two dogs, lora, text encoder", RUNS["lora, text encoder"])):

@@ -77,8 +77,8 @@ def test_warmup_counts_optimizer_steps(tiny_model, photos, run, monkeypatch):
     rates = []
     report = db.report_losses
     monkeypatch.setattr(db, "REPORT_EVERY", 1)
-    monkeypatch.setattr(db, "report_losses", lambda read, history, cache, groups, schedule, *rest:
-                        rates.append(schedule.get_last_lr()) or report(read, history, cache, groups, schedule, *rest))
+    monkeypatch.setattr(db, "report_losses", lambda state, *rest:
+                        rates.append(state.lr_scheduler.get_last_lr()) or report(state, *rest))
     status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 6, *QUICK,
                          "--gradient_accumulation_steps", 3, "--lr_scheduler", "linear", "--lr_warmup_steps", 2,
                          "--train_text_encoder", "--text_encoder_lr", "1e-4")
