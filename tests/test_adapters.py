@@ -37,14 +37,14 @@ def trained(monkeypatch):
         return {f"{part}/{name}": tensor.detach().clone() for part, module in models.pipeline.components.items()
                 if isinstance(module, torch.nn.Module) for name, tensor in module.named_parameters()}
 
-    def watched(s, models, groups, *rest):
+    def watched(run, *rest):
+        models, groups = run.models, run.groups
         names = {id(parameter): f"{part}/{name}" for part, module in models.pipeline.components.items()
                  if isinstance(module, torch.nn.Module) for name, parameter in module.named_parameters()}
         seen["groups"] = {group.name: {names[id(parameter)] for parameter in group.parameters} for group in groups}
         seen["before"] = weights(models)
-        history = optimize(s, models, groups, *rest)
+        optimize(run, *rest)
         seen["after"] = weights(models)
-        return history
 
     monkeypatch.setattr(db, "optimize", watched)
     return seen
