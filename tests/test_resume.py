@@ -290,3 +290,23 @@ def test_kills_at_any_moment(method, flags, tmp_path):
     assert_same_weights(folder / "output", whole / "output")
     assert reached, "no kill came after a checkpoint"
     assert sorted(path.name for path in folder.iterdir()) == ["class_images", "log.txt", "output"] or method == "textual_inversion"
+
+
+def test_a_loop_of_killed_trainings_needs_no_hand(flags, tmp_path):
+    """30 trainings one after the other in one folder, most of them killed, none of them told that another came before."""
+    chance, kills = random.Random(0), 0
+    options = [*flags("lora"), "--checkpointing_steps", 3]
+    for seed in range(30):
+        process = killed.start(tmp_path, *options, "--seed", seed, *(["--resume"] if seed % 5 == 4 else []),
+                               *(["--overwrite"] if seed % 3 == 2 else []))
+        process.join(chance.uniform(0.1, 4))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:  # --resume of another seed's checkpoint is refused, in one line
+            assert process.exitcode == 0 or seed % 5 == 4, (tmp_path / "log.txt").read_text()[-2000:]
+    assert kills >= 10
+    (last := killed.start(tmp_path, *options)).join()
+    assert last.exitcode == 0 and "Traceback" not in (tmp_path / "log.txt").read_text()
+    assert weights(tmp_path / "output") and not (tmp_path / "output.partial").exists()
