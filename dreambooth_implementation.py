@@ -460,13 +460,7 @@ def checkpoint_configs(name, flag):
 
 def hub_model_like(path, flag):
     """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+    names = tensor_names(path, flag)
     parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
     if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
         raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, 2.x or XL "
@@ -474,6 +468,17 @@ def hub_model_like(path, flag):
     like = next(hub for prefix, hub in CHECKPOINTS.items() if any(name.startswith(prefix) for name in names))
     is_sd2_without_v = like == SHORT_NAMES["sd21"] and SD2_TOLD_BY in names and not predicts_velocity(path)
     return SD2_WITHOUT_V if is_sd2_without_v else like
+
+
+def tensor_names(path, flag):
+    """Names of the tensors in a .safetensors file, without importing torch. Raises UserError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
 
 
 def predicts_velocity(path):
@@ -2711,13 +2716,7 @@ def find_trained(source, flag):
 
 def find_adapter_file(path, flag):
     """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+    names = tensor_names(path, flag)
     if any(name.startswith("model.diffusion_model.") for name in names):
         return Trained(str(path), {}, [], None, {})
     if any("lora" in name for name in names):
