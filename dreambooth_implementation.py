@@ -432,7 +432,7 @@ def hub_file(name, file, **revision):
 
     cached = try_to_load_from_cache(name, file, **revision)
     if not isinstance(cached, str):
-        model_info(name)  # fails at once without a network or such a model, where a download would try again and again
+        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
         cached = hf_hub_download(name, file, **revision)
     return Path(cached)
 
