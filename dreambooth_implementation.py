@@ -1906,10 +1906,10 @@ def train(s):
         subjects, run, used = prepare(s, name, concepts, plan, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
+        viewer = make_viewer(run, concepts, subjects, metric_names, used["resolution"])
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite)
             save_photo_sheet(folder, s, concepts, used["resolution"])
-        viewer = make_viewer(run, concepts, subjects, metric_names, used["resolution"])
         prepared = time.monotonic()
         optimize(run, folder, viewer)
         used["selected_step"] = best_of(run.scores)["step"] if run.scores else None
