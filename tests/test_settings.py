@@ -1,6 +1,7 @@
 """Settings, and that every wrong input is answered with one line and status 2 before torch is imported."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -134,9 +135,33 @@ def test_long_prompts_are_said(tiny_model, capsys):
 
 def test_an_unreachable_hub_is_said_at_once(tmp_path):
     """Without a network the hub's client would try again for half a minute."""
-    import os
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, REPOSITORY / "dreambooth_implementation.py", "--infer", "--model_path", "a/b",
                              "--prompt", "a dog"], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=15)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--model_path a/b" in result.stderr, result.stderr
+
+
+def test_the_readme_has_the_help_of_today():
+    """To renew it: python tests/test_settings.py"""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert help_block(readme)[1] == help_text()
+
+
+def help_block(readme):
+    """(what comes before the help in the README, the help, what comes after it)."""
+    before, rest = readme.split("--help</code></summary>\n\n```text\n")
+    block, after = rest.split("```\n", 1)
+    return before + "--help</code></summary>\n\n```text\n", block, "```\n" + after
+
+
+def help_text():
+    environment = {**os.environ, "COLUMNS": "110", "NO_COLOR": "1"}
+    return subprocess.run([sys.executable, REPOSITORY / "dreambooth_implementation.py", "--help"], env=environment,
+                          capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    path = REPOSITORY / "README.md"
+    before, _, after = help_block(path.read_text(encoding="utf-8"))
+    path.write_text(before + help_text() + after, encoding="utf-8")
