@@ -1915,13 +1915,14 @@ def train(s):
         used["selected_step"] = best_of(run.scores)["step"] if run.scores else None
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
+        models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
         if accelerator.is_main_process:
-            save_output(folder, s, run.models, subjects, used, run.history, seconds)
+            save_output(folder, s, models, subjects, used, run.history, seconds)
     report_training(s, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
-            write_export(s, find_trained(s.output_dir, "--output_dir"), run.models.pipeline)
-        draw_samples(s, run.models, subjects, viewer, plan)
+            write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
+        draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
 
 

@@ -86,7 +86,7 @@ def test_output_is_complete(train, run, tmp_path):
     assert record["settings"]["steps"] == 2 and record["settings"]["identifier"] == "zqq"
     assert record["used"] == {"steps": 2, "resolution": 32, "precision": "no", "gradient_checkpointing": False,
                               "learning_rates": {"unet": db.RECIPES["small"]["full"].learning_rate},
-                              "guidance_scale": db.GUIDANCE["small"]}
+                              "guidance_scale": db.GUIDANCE["small"], "selected_step": None}
     assert set(record["loss"]["first_100_steps"]) == {"instance", "prior"} and record["versions"]["torch"]
     assert len(list((tmp_path / "output" / "samples").glob("a-zqq-dog-in-the-snow-*.png"))) == 4
     assert list((tmp_path / "output" / "logs").glob("events*"))
