@@ -23,7 +23,6 @@ PACKAGES = {
     "hc": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
     "fc": "@iconify-json/flat-color-icons@1.2.3",
     "sc": "@iconify-json/streamline-color@1.2.2",
-    "sx": "@iconify-json/streamline-flex-color@1.2.2",
     "ss": "@iconify-json/streamline-sharp-color@1.2.2",
     "sp": "@iconify-json/streamline-plump-color@1.2.2",
     "sk": "@iconify-json/streamline-kameleon-color@1.2.2",
@@ -48,91 +47,98 @@ PACKAGES = {
 # class noun -> "package: its icons". Fluent's high-contrast glyphs have the outlines of its emoji, so what is held out
 # of the one is not here either.
 DRAWINGS = {
-    "dog": """e1: dog poodle, em: dog poodle, fx: poodle, hc: dog guide-dog poodle service-dog, se: dog poodle,
-        gi: sitting-dog, fa: dog, md: dog-side dog-service, ip: dog-zodiac""",
-    "cat": """e1: cat, em: cat, hc: cat, se: cat, fa: cat, fl: animal-cat-24-regular, su: business-lucky-cat""",
-    "backpack": """e1: backpack, em: backpack, hc: backpack, gi: backpack knapsack light-backpack school-bag,
-        hg: backpack-01 backpack-02 backpack-03, ip: backpack, lu: backpack, mc: backpack-fill backpack-line, ph: backpack-fill
-        backpack, sc: backpack backpack-flat, se: school-backpack, tb: backpack, ms: backpack, ui: backpack, ma: backpack,
-        fl: backpack-24-regular""",
+    "dog": """e1: dog poodle, em: dog poodle, fx: poodle, hc: dog guide-dog poodle service-dog, se: dog poodle, gi:
+        sitting-dog, fa: dog, md: dog-side dog-service, ip: dog-zodiac""",
+    "cat": "e1: cat, em: cat, hc: cat, se: cat, fa: cat, fl: animal-cat-24-regular, su: business-lucky-cat",
+    "backpack": """e1: backpack, em: backpack, hc: backpack, gi: backpack knapsack light-backpack school-bag, hg:
+        backpack-01 backpack-02 backpack-03, ip: backpack, lu: backpack, mc: backpack-fill backpack-line, ph:
+        backpack-fill backpack, sc: backpack backpack-flat, se: school-backpack, tb: backpack, ms: backpack, ui:
+        backpack, ma: backpack, fl: backpack-24-regular""",
     "boot": """e1: womans-boot, em: womans-boot, hc: hiking-boot womans-boot, fx: boot, gi: chelsea-boot cowboy-boot
-        fur-boot leather-boot metal-boot rubber-boot steeltoe-boots ski-boot, ip: boots, ph: boot-fill boot,
-        se: womans-boot, hg: armored-boot""",
-    "sneaker": """e1: running-shoe, em: running-shoe, hc: running-shoe, se: running-shoe, gi: converse-shoe running-shoe
-        sonic-shoes, hg: running-shoes sneaker sport-shoe, lu: sport-shoe, md: shoe-sneaker, mc: shoe-fill shoe-line,
-        ph: sneaker-fill sneaker sneaker-move-fill, sk: sneakers-3, tb: shoe""",
-    "teapot": """hc: teapot, gi: teapot teapot-leaves coffee-pot, hg: kettle kettle-01, ip: kettle kettle-one teapot, md: kettle kettle-pour-over, su: tea-pot, tb: teapot, ms: kettle, ll: kettle""",
-    "clock": """e1: alarm-clock mantelpiece-clock, em: alarm-clock mantelpiece-clock, hc: alarm-clock mantelpiece-clock,
-        fc: alarm-clock clock, gi: alarm-clock, hg: alarm-clock clock-01, ip: alarm-clock
-        big-clock, lu: alarm-clock, md: alarm, mc: alarm-1-fill alarm-1-line alarm-2-fill, ph: alarm-fill
-        alarm clock-fill, sc: alarm-clock alarm-clock-flat circle-clock, tb: alarm alarm-filled, ms: alarm, ui: clock,
-        fl: clock-alarm-24-regular, ma: clock-alt""",
-    "candle": """e1: candle, em: candle, hc: candle, fx: candle, gi: candle-flame candle-holder candles,
-        ip: spa-candle, md: candle, mc: candle-fill candle-line, sp: candle candle-flat, tb: candle candle-filled""",
+        fur-boot leather-boot metal-boot rubber-boot steeltoe-boots ski-boot, ip: boots, ph: boot-fill boot, se:
+        womans-boot, hg: armored-boot""",
+    "sneaker": """e1: running-shoe, em: running-shoe, hc: running-shoe, se: running-shoe, gi: converse-shoe
+        running-shoe sonic-shoes, hg: running-shoes sneaker sport-shoe, lu: sport-shoe, md: shoe-sneaker, mc:
+        shoe-fill shoe-line, ph: sneaker-fill sneaker sneaker-move-fill, sk: sneakers-3, tb: shoe""",
+    "teapot": """hc: teapot, gi: teapot teapot-leaves coffee-pot, hg: kettle kettle-01, ip: kettle kettle-one teapot,
+        md: kettle kettle-pour-over, su: tea-pot, tb: teapot, ms: kettle, ll: kettle""",
+    "clock": """e1: alarm-clock mantelpiece-clock, em: alarm-clock mantelpiece-clock, hc: alarm-clock
+        mantelpiece-clock, fc: alarm-clock clock, gi: alarm-clock, hg: alarm-clock clock-01, ip: alarm-clock
+        big-clock, lu: alarm-clock, md: alarm, mc: alarm-1-fill alarm-1-line alarm-2-fill, ph: alarm-fill alarm
+        clock-fill, sc: alarm-clock alarm-clock-flat circle-clock, tb: alarm alarm-filled, ms: alarm, ui: clock, fl:
+        clock-alarm-24-regular, ma: clock-alt""",
+    "candle": """e1: candle, em: candle, hc: candle, fx: candle, gi: candle-flame candle-holder candles, ip:
+        spa-candle, md: candle, mc: candle-fill candle-line, sp: candle candle-flat, tb: candle candle-filled""",
     "robot": """hc: robot, se: robot-face-1 robot-face-2 robot-face-3, fa: robot, gi: mono-wheel-robot robot-antennas
-        robot-golem tracked-robot vintage-robot, hg: bot robot-01 robot-02 chat-bot,
-        ip: robot robot-one, lu: bot, md: robot robot-happy robot-angry robot-excited robot-dead, mc: robot-fill
-        robot-line, ph: robot-fill robot, sk: robot, tb: robot, ms: robot robot-2, ui: robot, sc: cyborg cyborg-2 cyborg-flat
-        cyborg-2-flat, sp: cyborg-2 cyborg-2-flat, ss: cyborg cyborg-flat""",
-    "teddy bear": """hc: teddy-bear, md: teddy-bear, fl: teddy-24-regular, ip: bear, mc: bear-fill, fx: bear, se: bear-face,
-        e1: bear-face""",
-    "duck": """e1: duck, em: duck, hc: duck, gi: duck plastic-duck, hg: rubber-duck, ip: duck, md: duck""",
-    "car": """e1: automobile oncoming-automobile oncoming-taxi police-car taxi, em: automobile police-car taxi, hc: automobile
-        police-car taxi, fx: automobile taxi, se: automobile taxi, gi: city-car jeep police-car, fa: car-side taxi car, hg:
-        car-01 car-02 car-03 taxi taxi-02, ip: car taxi, lu: car, md: car-side car-hatchback car-estate taxi, mc: car-fill
-        car-2-fill car-3-fill jeep-fill, ph: car-profile-fill car-profile jeep-fill police-car-fill taxi-fill taxi, sc:
-        car-taxi-1-flat, sk: taxi-2, su: car-4 car-retro taxi, tb: car car-filled car-suv-filled""",
-    "vase": """e1: amphora funeral-urn, em: amphora funeral-urn, hc: amphora funeral-urn, gi: amphora column-vase porcelain-vase
-        painted-pottery jug covered-jar cloth-jar, hg: amphora, lu: amphora, te: vase, ma: vase-2, ll: jug""",
+        robot-golem tracked-robot vintage-robot, hg: bot robot-01 robot-02 chat-bot, ip: robot robot-one, lu: bot, md:
+        robot robot-happy robot-angry robot-excited robot-dead, mc: robot-fill robot-line, ph: robot-fill robot, sk:
+        robot, tb: robot, ms: robot robot-2, ui: robot, sc: cyborg cyborg-2 cyborg-flat cyborg-2-flat, sp: cyborg-2
+        cyborg-2-flat, ss: cyborg cyborg-flat""",
+    "teddy bear": """hc: teddy-bear, md: teddy-bear, fl: teddy-24-regular, ip: bear, mc: bear-fill, fx: bear, se:
+        bear-face, e1: bear-face""",
+    "duck": "e1: duck, em: duck, hc: duck, gi: duck plastic-duck, hg: rubber-duck, ip: duck, md: duck",
+    "car": """e1: automobile oncoming-automobile oncoming-taxi police-car taxi, em: automobile police-car taxi, hc:
+        automobile police-car taxi, fx: automobile taxi, se: automobile taxi, gi: city-car jeep police-car, fa:
+        car-side taxi car, hg: car-01 car-02 car-03 taxi taxi-02, ip: car taxi, lu: car, md: car-side car-hatchback
+        car-estate taxi, mc: car-fill car-2-fill car-3-fill jeep-fill, ph: car-profile-fill car-profile jeep-fill
+        police-car-fill taxi-fill taxi, sc: car-taxi-1-flat, sk: taxi-2, su: car-4 car-retro taxi, tb: car car-filled
+        car-suv-filled""",
+    "vase": """e1: amphora funeral-urn, em: amphora funeral-urn, hc: amphora funeral-urn, gi: amphora column-vase
+        porcelain-vase painted-pottery jug covered-jar cloth-jar, hg: amphora, lu: amphora, te: vase, ma: vase-2, ll:
+        jug""",
     "bowl": """e1: steaming-bowl, em: steaming-bowl, hc: bowl-with-spoon steaming-bowl, fa: bowl-food bowl-rice, gi:
-        bowl-of-rice fire-bowl noodles, hg: rice-bowl-01 rice-bowl-02, ip: bowl bowl-one noodles rice, lu: soup, md: bowl-mix
-        noodles rice bowl, mc: bowl-fill bowl-2-fill, ph: bowl-food-fill bowl-steam-fill, tb: bowl-filled bowl-spoon-filled
-        soup""",
-    "can": """hc: canned-food, gi: canned-fish opened-food-can soda-can oil-can, hg: soda-can, ip: canned-fruit, lu: can can-soda,
-        te: can""",
-    "glasses": """e1: glasses sunglasses, em: glasses sunglasses, hc: glasses sunglasses, fx: glasses, fa: glasses, gi:
-        spectacles sunglasses, hg: glasses sunglasses, ip: glasses glasses-one, lu: glasses, md: glasses
-        sunglasses, ph: eyeglasses-fill eyeglasses sunglasses-fill, sc: glasses glasses-flat, se: glasses-1 glasses-2 sunglasses,
-        sk: eyeglasses glasses, tb: sunglasses-filled""",
-    "horse": """e1: horse, em: horse, hc: horse, fx: horse, se: horse, fa: horse, hg: horse, ip: horse-zodiac, md: horse, ph: horse-fill, tb: horse""",
-    "elephant": "e1: elephant, em: elephant, hc: elephant mammoth, fx: elephant, gi: elephant, ip: elephant, md: elephant, se: "
-        "elephant, su: circus-elephant",
-    "pig": """e1: pig boar, em: pig boar, hc: pig boar, fx: pig boar, gi: pig boar, ip: pig pig-zodiac, md: pig, mc: pig-fill,
-        se: pig boar-1 boar-2, tb: pig pig-filled""",
-    "rabbit": """e1: rabbit, em: rabbit, hc: rabbit, fx: bunny, gi: rabbit, hg: rabbit, ip: rabbit rabbit-zodiac, lu: rabbit,
-        md: rabbit, mc: rabbit-fill, ph: rabbit-fill, se: rabbit""",
-    "fish": """e1: fish tropical-fish blowfish, em: fish tropical-fish blowfish, hc: fish tropical-fish blowfish, fx: blowfish
-        fish, fa: fish fish-fins, gi: clownfish piranha salmon tropical-fish, hg: fish, ip: fish fish-one, lu: fish, md: fish,
-        mc: fish-fill, ph: fish-fill fish-simple-fill, se: blowfish tropical-fish, sp: fish fish-flat, tb: fish""",
-    "turtle": """e1: turtle, em: turtle, hc: turtle, fx: turtle, gi: sea-turtle tortoise turtle, hg: turtle, lu: turtle, md:
-        tortoise turtle, se: turtle""",
+        bowl-of-rice fire-bowl noodles, hg: rice-bowl-01 rice-bowl-02, ip: bowl bowl-one noodles rice, lu: soup, md:
+        bowl-mix noodles rice bowl, mc: bowl-fill bowl-2-fill, ph: bowl-food-fill bowl-steam-fill, tb: bowl-filled
+        bowl-spoon-filled soup""",
+    "can": """hc: canned-food, gi: canned-fish opened-food-can soda-can oil-can, hg: soda-can, ip: canned-fruit, lu:
+        can can-soda, te: can""",
+    "glasses": """e1: glasses sunglasses, em: glasses sunglasses, hc: glasses sunglasses, fx: glasses, fa: glasses,
+        gi: spectacles sunglasses, hg: glasses sunglasses, ip: glasses glasses-one, lu: glasses, md: glasses
+        sunglasses, ph: eyeglasses-fill eyeglasses sunglasses-fill, sc: glasses glasses-flat, se: glasses-1 glasses-2
+        sunglasses, sk: eyeglasses glasses, tb: sunglasses-filled""",
+    "horse": """e1: horse, em: horse, hc: horse, fx: horse, se: horse, fa: horse, hg: horse, ip: horse-zodiac, md:
+        horse, ph: horse-fill, tb: horse""",
+    "elephant": """e1: elephant, em: elephant, hc: elephant mammoth, fx: elephant, gi: elephant, ip: elephant, md:
+        elephant, se: elephant, su: circus-elephant""",
+    "pig": """e1: pig boar, em: pig boar, hc: pig boar, fx: pig boar, gi: pig boar, ip: pig pig-zodiac, md: pig, mc:
+        pig-fill, se: pig boar-1 boar-2, tb: pig pig-filled""",
+    "rabbit": """e1: rabbit, em: rabbit, hc: rabbit, fx: bunny, gi: rabbit, hg: rabbit, ip: rabbit rabbit-zodiac, lu:
+        rabbit, md: rabbit, mc: rabbit-fill, ph: rabbit-fill, se: rabbit""",
+    "fish": """e1: fish tropical-fish blowfish, em: fish tropical-fish blowfish, hc: fish tropical-fish blowfish, fx:
+        blowfish fish, fa: fish fish-fins, gi: clownfish piranha salmon tropical-fish, hg: fish, ip: fish fish-one,
+        lu: fish, md: fish, mc: fish-fill, ph: fish-fill fish-simple-fill, se: blowfish tropical-fish, sp: fish
+        fish-flat, tb: fish""",
+    "turtle": """e1: turtle, em: turtle, hc: turtle, fx: turtle, gi: sea-turtle tortoise turtle, hg: turtle, lu:
+        turtle, md: tortoise turtle, se: turtle""",
     "owl": "e1: owl, em: owl, hc: owl, gi: barn-owl owl, ip: owl, md: owl",
     "penguin": "e1: penguin, em: penguin, hc: penguin, fx: penguin, gi: penguin, md: penguin",
-    "bus": """e1: bus, em: bus, hc: bus, fx: bus, gi: bus, fa: bus, hg: bus-01 bus-02 bus-03 school-bus, ip: bus bus-one bus-two
-        tour-bus, lu: bus, md: bus-side bus-school bus, mc: bus-fill bus-2-fill, ph: bus-fill, sc: bus school-bus-side-flat,
-        se: bus, sp: bus, su: bus-1, tb: bus bus-filled, te: school-bus""",
+    "bus": """e1: bus, em: bus, hc: bus, fx: bus, gi: bus, fa: bus, hg: bus-01 bus-02 bus-03 school-bus, ip: bus
+        bus-one bus-two tour-bus, lu: bus, md: bus-side bus-school bus, mc: bus-fill bus-2-fill, ph: bus-fill, sc: bus
+        school-bus-side-flat, se: bus, sp: bus, su: bus-1, tb: bus bus-filled, te: school-bus""",
     "guitar": """e1: guitar, em: guitar, hc: guitar, fx: guitar, fa: guitar, gi: guitar, hg: guitar, lu: guitar, md:
-        guitar-acoustic guitar-electric, mc: guitar-fill, ph: guitar-fill, se: guitar, su: modern-music-electric-guitar""",
-    "umbrella": """e1: umbrella closed-umbrella, em: umbrella, hc: umbrella closed-umbrella, fx: umbrella, fa: umbrella, gi:
-        umbrella, hg: umbrella, ip: umbrella umbrella-one, lu: umbrella, md: umbrella, mc: umbrella-fill umbrella-2-fill, ph:
-        umbrella-fill, sc: open-umbrella, se: umbrella closed-umbrella, sp: open-umbrella, su: rain-umbrella-1, tb:
-        umbrella-filled""",
-    "hat": """e1: top-hat womans-hat, em: top-hat womans-hat, hc: top-hat womans-hat, fa: hat-cowboy hat-cowboy-side, gi:
-        fedora outback-hat pilgrim-hat top-hat western-hat skimmer-hat flower-hat, hg: cowboy-hat hat, ip: magic-hat straw-hat
-        sun-hat hat, mc: hat-fill hat-2-fill magic-hat-fill, ph: cowboy-hat-fill, sc: tall-hat-flat, sk: hat-2,
-        se: womans-hat""",
-    "house": """e1: house house-with-garden derelict-house, em: house, hc: house house-with-garden, fc: home, fa: house
-        house-chimney-window, gi: family-house house wood-cabin, hg: cottage house-01 house-02 home-03, ip: home, lu: house,
-        md: home home-variant, mc: home-1-fill house-fill, ph: house-fill house-line, sc: home-3, se: house-with-garden, su:
-        house-4 house-chimney, tb: home-filled""",
+        guitar-acoustic guitar-electric, mc: guitar-fill, ph: guitar-fill, se: guitar, su:
+        modern-music-electric-guitar""",
+    "umbrella": """e1: umbrella closed-umbrella, em: umbrella, hc: umbrella closed-umbrella, fx: umbrella, fa:
+        umbrella, gi: umbrella, hg: umbrella, ip: umbrella umbrella-one, lu: umbrella, md: umbrella, mc: umbrella-fill
+        umbrella-2-fill, ph: umbrella-fill, sc: open-umbrella, se: umbrella closed-umbrella, sp: open-umbrella, su:
+        rain-umbrella-1, tb: umbrella-filled""",
+    "hat": """e1: top-hat womans-hat, em: top-hat womans-hat, hc: top-hat womans-hat, fa: hat-cowboy hat-cowboy-side,
+        gi: fedora outback-hat pilgrim-hat top-hat western-hat skimmer-hat flower-hat, hg: cowboy-hat hat, ip:
+        magic-hat straw-hat sun-hat hat, mc: hat-fill hat-2-fill magic-hat-fill, ph: cowboy-hat-fill, sc:
+        tall-hat-flat, sk: hat-2, se: womans-hat""",
+    "house": """e1: house house-with-garden derelict-house, em: house, hc: house house-with-garden, fc: home, fa:
+        house house-chimney-window, gi: family-house house wood-cabin, hg: cottage house-01 house-02 home-03, ip:
+        home, lu: house, md: home home-variant, mc: home-1-fill house-fill, ph: house-fill house-line, sc: home-3, se:
+        house-with-garden, su: house-4 house-chimney, tb: home-filled""",
     "rocket": """e1: rocket, em: rocket, hc: rocket, fx: rocket, fa: rocket, gi: rocket, hg: rocket rocket-01
-        rocket-02, ip: rocket rocket-one, lu: rocket, md: rocket rocket-launch, mc: rocket-fill rocket-2-fill, ph: rocket-fill
-        rocket-launch-fill, se: rocket, tb: rocket""",
-    "mushroom": """e1: mushroom, em: mushroom, hc: mushroom brown-mushroom, gi: mushroom spotted-mushroom mushrooms-cluster
-        super-mushroom, hg: mushroom mushroom-01, md: mushroom, mc: mushroom-fill, se: mushroom, tb: mushroom
-        mushroom-filled""",
-    "apple": """e1: red-apple green-apple, em: red-apple, hc: red-apple green-apple, fa: apple-whole, gi: shiny-apple, hg: apple-01, ip: apple-one, lu: apple, md: food-apple, mc: apple-fruit-fill, sc: apple apple-flat, se: red-apple,
-        tb: apple apple-filled""",
+        rocket-02, ip: rocket rocket-one, lu: rocket, md: rocket rocket-launch, mc: rocket-fill rocket-2-fill, ph:
+        rocket-fill rocket-launch-fill, se: rocket, tb: rocket""",
+    "mushroom": """e1: mushroom, em: mushroom, hc: mushroom brown-mushroom, gi: mushroom spotted-mushroom
+        mushrooms-cluster super-mushroom, hg: mushroom mushroom-01, md: mushroom, mc: mushroom-fill, se: mushroom, tb:
+        mushroom mushroom-filled""",
+    "apple": """e1: red-apple green-apple, em: red-apple, hc: red-apple green-apple, fa: apple-whole, gi: shiny-apple,
+        hg: apple-01, ip: apple-one, lu: apple, md: food-apple, mc: apple-fruit-fill, sc: apple apple-flat, se:
+        red-apple, tb: apple apple-filled""",
 }
 
 
@@ -209,9 +215,7 @@ def make_drawn():
     """As many pictures again as the world has for training, and what is known of each, from DRAWINGS."""
     folder = world.WORK / "drawn"
     if not (folder / "captions.json").exists():
-        shown = drawings()
-        made = (world.make_picture(4_000_000 + n, shown, coloured) for n in range(world.PICTURES))
-        world.save_pictures("drawn", made)
+        world.save_pictures("drawn", range(4_000_000, 4_000_000 + world.PICTURES), drawings(), coloured)
     return np.load(folder / "pictures.npy", mmap_mode="r"), json.loads((folder / "captions.json").read_text())
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 DEMO = Path(__file__).resolve().parent
 WORK = DEMO / "work"
+ARCHIVES = WORK / "npm"  # shared by `python demo` and `python demo --quick`
 SUBJECTS = DEMO / "subjects"
 
 PICTURES = 32_000  # for training
@@ -101,7 +102,7 @@ HELD_OUT = [
 @cache
 def icon_set(package):
     """The Iconify JSON of an npm package, downloaded by the npm client the first time it is asked for."""
-    archive = WORK / "npm" / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
+    archive = ARCHIVES / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", "--silent", package], cwd=archive.parent, check=True)
@@ -393,21 +394,22 @@ def make_picture(index, drawings, draw=lambda rng, *drawing: render(*drawing)):
 
 
 def make_world():
-    """Write demo/work/world/: pictures.npy (uint8, N x 64 x 64 x 3; validation last) and captions.json."""
+    """The pictures of demo/work/world/, unless they are there; the validation pictures are last."""
     if not (WORK / "world" / "captions.json").exists():
         drawings = training_drawings()
-        save_pictures("world", (make_picture(index, drawings) for index in range(PICTURES + VALIDATION)))
+        save_pictures("world", range(PICTURES + VALIDATION), drawings)
 
 
-def save_pictures(name, made):
-    """Write demo/work/NAME/: what make_picture() gave, as pictures.npy and captions.json."""
+def save_pictures(name, indices, *drawings):
+    """Write demo/work/NAME/: pictures.npy (uint8, N x 64 x 64 x 3) and captions.json, from make_picture()."""
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, rows = [], []
-    for image, caption, shows in tqdm(made, desc=name, total=PICTURES, mininterval=5):
-        pictures.append(np.asarray(image))
+    pictures, rows = np.empty((len(indices), SIZE, SIZE, 3), np.uint8), []
+    for row, index in enumerate(tqdm(indices, desc=name, mininterval=5)):
+        image, caption, shows = make_picture(index, *drawings)
+        pictures[row] = image
         rows.append({"caption": caption, **shows})
-    np.save(folder / "pictures.npy", np.stack(pictures))
+    np.save(folder / "pictures.npy", pictures)
     (folder / "captions.json").write_text(json.dumps(rows))  # last: its presence means all is there
 
 
@@ -426,6 +428,10 @@ def make_subjects():
         (folder / "class_prompt.txt").write_text(f"{article(noun)}\n")
 
 
-if __name__ == "__main__":
+def main():
     make_subjects()
     make_world()
+
+
+if __name__ == "__main__":
+    main()
