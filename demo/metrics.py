@@ -63,15 +63,16 @@ def clip_loss(pictures, rows, tokenizer, things, device):
     """
     captions = [row["caption"] for row in rows]
     tokens = encode_captions(tokenizer, captions)
-    nouns = encode_captions(tokenizer, [world.article(noun) for noun in world.CLASSES]).to(device)
+    tokens = tokens[:, : 1 + (tokens != tokenizer.pad_token_id).sum(1).max()]  # most of the text tower's work was padding
+    nouns = encode_captions(tokenizer, [world.article(noun) for noun in world.CLASSES])[:, : tokens.shape[1]].to(device)
     number = {noun: index for index, noun in enumerate(world.CLASSES)}
     noun_of = torch.tensor([number[row["noun"]] for row in rows])
-    any_colour = torch.tensor([not any(word in world.COLOURS for word in caption.split()) for caption in captions])
+    colourless = torch.tensor([not any(word in world.COLOURS for word in caption.split()) for caption in captions])
 
     def loss_fn(clip, indices):
-        ids, pairs = tokens[indices].to(device), things.pairs(len(indices) // 2)
+        ids, pairs = tokens[indices].to(device), things.pairs(len(indices) // 6)
         images = np.concatenate([pictures[indices.numpy()], things.pictures[pairs.numpy()]])
-        free = torch.cat([any_colour[indices], torch.ones(len(pairs), dtype=torch.bool)]).to(device)
+        free = torch.cat([colourless[indices], torch.ones(len(pairs), dtype=torch.bool)]).to(device)
         with torch.autocast(device.type, enabled=False):
             images = distorted(to_floats(images, device))
             images = torch.where(free[:, None, None, None], recoloured(images), images)
@@ -96,12 +97,12 @@ def distorted(images):
     What another artist draws differs in proportion and outline before it differs in anything else.
     """
     draw = lambda low, high: low + (high - low) * torch.rand(len(images), device=images.device)  # noqa: E731
-    angle, zoom, shear = draw(-0.35, 0.35), draw(0.7, 1.3), draw(-0.2, 0.2)
+    angle, zoom, shear = draw(-0.3, 0.3), draw(0.8, 1.25), draw(-0.15, 0.15)
     flip = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
-    across = torch.stack([flip * angle.cos(), shear - angle.sin(), draw(-0.15, 0.15)], 1)
-    down = torch.stack([flip * angle.sin(), angle.cos(), draw(-0.15, 0.15)], 1)
+    across = torch.stack([flip * angle.cos(), shear - angle.sin(), draw(-0.12, 0.12)], 1)
+    down = torch.stack([flip * angle.sin(), angle.cos(), draw(-0.12, 0.12)], 1)
     grid = F.affine_grid(torch.stack([across, down], 1) / zoom[:, None, None], images.shape, align_corners=False)
-    bumps = 0.06 * torch.randn(len(images), 2, 5, 5, device=images.device)
+    bumps = 0.04 * torch.randn(len(images), 2, 5, 5, device=images.device)
     bumps = F.interpolate(bumps, images.shape[-2:], mode="bicubic").permute(0, 2, 3, 1)
     return F.grid_sample(images, grid + bumps, padding_mode="reflection", align_corners=False)
 
@@ -187,7 +188,10 @@ def main():
     drawn, drawn_rows = drawings.make_drawn()
     both = np.concatenate([pictures[: world.PICTURES], drawn])  # 0.8 GB
     loss_fn = clip_loss(both, rows[: world.PICTURES] + drawn_rows, tokenizer, Things(), device)
-    clip = fit("clip", new_clip(tokenizer), loss_fn, args.clip_steps, 96, 1e-3, len(both), device)
+    clip = new_clip(tokenizer)
+    # In its first 200 steps Muon lowered the loss three times as much as AdamW.
+    matrices = [weight for name, weight in clip.named_parameters() if weight.ndim == 2 and ".layers." in name]
+    clip = fit("clip", clip, loss_fn, args.clip_steps, 96, 1e-3, len(both), device, matrices=matrices)
     torch.manual_seed(0)
     loss_fn = vit_loss(pictures, instances, device)
     vit = fit("vit", new_vit(), loss_fn, args.vit_steps, 64, 5e-4, world.PICTURES, device)
