@@ -160,9 +160,10 @@ def drawings():
 
 @cache
 def regions(package, icon):
-    """Of a glyph: which region each pixel is in (0 outside, 1 ink, 2 and up the areas that ink encloses), and its ink.
+    """Two gray pictures of a glyph, or None if the drawing has colours of its own.
 
-    Gaps of a few pixels count as closed. None if the drawing has colours of its own.
+    The first numbers the areas that ink encloses, from 2 up, where gaps of a few pixels count as closed; it is 0
+    elsewhere. The second is the ink.
     """
     drawing = world.render(package, icon)
     if any(high for _, high in drawing.convert("RGB").getextrema()):
@@ -172,12 +173,13 @@ def regions(package, icon):
     outside = solid.filter(ImageFilter.MaxFilter(7))
     ImageDraw.floodfill(outside, (0, 0), 128)
     body = outside.point(lambda value: 255 * (value != 128)).filter(ImageFilter.MinFilter(7))
-    areas = ImageChops.subtract(body, solid).point(lambda value: value and 255)
-    region = 2
-    while (ys_xs := np.argwhere(np.asarray(areas) == 255)).size and region < 255:
-        y, x = map(int, ys_xs[0])
-        ImageDraw.floodfill(areas, (x, y), region)
-        region += 1
+    areas = ImageChops.subtract(body, solid)
+    for area in range(2, 255):
+        unnumbered = np.argwhere(np.asarray(areas) == 255)
+        if not len(unnumbered):
+            break
+        y, x = map(int, unnumbered[0])
+        ImageDraw.floodfill(areas, (x, y), area)
     return areas, ink
 
 
@@ -186,17 +188,17 @@ def coloured(rng, package, icon):
     if (glyph := regions(package, icon)) is None:
         return world.render(package, icon)
     areas, ink = glyph
+    # Areas reach under the ink, or its soft edges would let the background through.
+    areas = areas.filter(ImageFilter.MaxFilter(3))
     body, line, *parts = (world.jitter(rng, rng.choice(list(world.COLOURS.values()))) for _ in range(4))
     if rng.random() < 0.6:
         line = tuple(channel // 5 for channel in line)
     palette = [(0, 0, 0), (0, 0, 0)] + [
         body if rng.random() < 0.6 else rng.choice([*parts, line, (250, 250, 250)]) for _ in range(254)
     ]
-    # Areas reach under the ink, or its soft edges would let the background through.
-    under = Image.fromarray(np.asarray(palette, np.uint8)[np.asarray(areas.filter(ImageFilter.MaxFilter(3)))])
-    covered = areas.filter(ImageFilter.MaxFilter(3)).point(lambda value: 255 * (value > 0))
+    under = Image.fromarray(np.asarray(palette, np.uint8)[np.asarray(areas)])
     picture = Image.composite(Image.new("RGB", ink.size, line), under, ink)
-    picture.putalpha(ImageChops.lighter(ink, covered))
+    picture.putalpha(ImageChops.lighter(ink, areas.point(lambda value: 255 * (value > 0))))
     return picture.crop(picture.getbbox())
 
 
