@@ -5,6 +5,9 @@
 CLIP stands in for the paper's CLIP ViT-B/32, and a self-supervised ViT for its DINO ViT-S/16: the paper's
 networks know photographs, not this world. The ViT never hears a class name. It learns to tell one drawing
 from another, whatever the pose and the place, and so keeps what a class-supervised network would discard.
+
+CLIP must know a drawing by an artist it has not seen. It has more drawings of each class than the world (drawings.py),
+bent and recoloured at random.
 """
 
 import argparse
