@@ -59,26 +59,31 @@ def learning_rate(step, steps, peak, warmup=200, decay=0.3):
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def fit(name, model, loss_fn, steps, batch_size, lr, examples, device, seed=0):
+def fit(name, model, loss_fn, steps, batch_size, lr, examples, device, seed=0, matrices=()):
     """Train `model` with `loss_fn(model, indices)` for `steps` steps; returns a copy with the averaged weights.
 
+    AdamW trains all parameters but `matrices`: those Muon trains.
     The checkpoint demo/work/NAME.pt is replaced every few minutes, whole or not at all.
     """
     path = world.WORK / f"{name}.pt"
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    rest = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
+    optimizers = {"optimizer": torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)}
+    if matrices:
+        optimizers["muon"] = torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     average = EMAModel(model.parameters(), decay=0.9995, foreach=True)
     start, losses = 0, []
     if path.exists():
         state = torch.load(path, map_location=device)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for key, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[key])
         average.load_state_dict(state["average"])
         start, losses = state["step"], state["losses"]
 
     def save(step):
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"average": average.state_dict(), "step": step, "losses": losses}
+        state = {key: optimizer.state_dict() for key, optimizer in optimizers.items()}
+        state |= {"model": model.state_dict(), "average": average.state_dict(), "step": step, "losses": losses}
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -86,16 +91,17 @@ def fit(name, model, loss_fn, steps, batch_size, lr, examples, device, seed=0):
     progress = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in progress:
         torch.manual_seed(seed + step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
         indices = torch.randint(examples, (batch_size,))
         # bfloat16 is several times faster on CPUs with AMX or AVX512-BF16, and on any recent GPU.
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_fn(model, indices)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr)
+            optimizer.step()
         average.step(model.parameters())
 
         losses.append(loss.item())

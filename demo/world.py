@@ -13,7 +13,6 @@ Everything random comes from one seed per picture, so picture number n is the sa
 import io
 import json
 import random
-import re
 import subprocess
 import tarfile
 from functools import cache
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 DEMO = Path(__file__).resolve().parent
 WORK = DEMO / "work"
+ARCHIVES = WORK / "npm"  # shared by `python demo` and `python demo --quick`
 SUBJECTS = DEMO / "subjects"
 
 PICTURES = 32_000  # for training
@@ -102,7 +102,7 @@ HELD_OUT = [
 @cache
 def icon_set(package):
     """The Iconify JSON of an npm package, downloaded by the npm client the first time it is asked for."""
-    archive = WORK / "npm" / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
+    archive = ARCHIVES / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", "--silent", package], cwd=archive.parent, check=True)
@@ -367,12 +367,15 @@ def article(phrase):
     return ("an " if phrase[0] in "aeiou" and not phrase.startswith("uni") else "a ") + phrase
 
 
-def make_picture(index, drawings):
-    """Picture number `index` of the world: (image, caption, what it shows)."""
+def make_picture(index, drawings, draw=lambda rng, *drawing: render(*drawing)):
+    """Picture number `index` of the world: (image, caption, what it shows).
+
+    `drawings` are training_drawings() or the like, `draw(rng, package, icon)` gives one of them as an RGBA picture.
+    """
     rng = random.Random(index)
     noun = rng.choice(list(drawings))
     package, icon = rng.choice(drawings[noun])
-    drawing = render(package, icon)
+    drawing = draw(rng, package, icon)
     place = rng.choice(list(SCENES) if rng.random() < 0.6 else list(BACKGROUNDS))
 
     phrase, colour = noun, None
@@ -391,56 +394,23 @@ def make_picture(index, drawings):
 
 
 def make_world():
-    """Write demo/work/world/: pictures.npy (uint8, N x 64 x 64 x 3; validation last) and captions.json."""
-    folder = WORK / "world"
-    if (folder / "captions.json").exists():
-        return
+    """The pictures of demo/work/world/, unless they are there; the validation pictures are last."""
+    if not (WORK / "world" / "captions.json").exists():
+        drawings = training_drawings()
+        save_pictures("world", range(PICTURES + VALIDATION), drawings)
+
+
+def save_pictures(name, indices, *drawings):
+    """Write demo/work/NAME/: pictures.npy (uint8, N x 64 x 64 x 3) and captions.json, from make_picture()."""
+    folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = training_drawings()
-    pictures = np.empty((PICTURES + VALIDATION, SIZE, SIZE, 3), np.uint8)
-    captions = []
-    for index in tqdm(range(len(pictures)), desc="world"):
-        image, caption, shows = make_picture(index, drawings)
-        pictures[index] = image
-        captions.append({"caption": caption, **shows})
+    pictures, rows = np.empty((len(indices), SIZE, SIZE, 3), np.uint8), []
+    for row, index in enumerate(tqdm(indices, desc=name, mininterval=5)):
+        image, caption, shows = make_picture(index, *drawings)
+        pictures[row] = image
+        rows.append({"caption": caption, **shows})
     np.save(folder / "pictures.npy", pictures)
-    (folder / "captions.json").write_text(json.dumps(captions))  # last: its presence means all is there
-
-
-NO_THING = re.compile(
-    r"skin|tone|flag|keycap|oclock|thirty|letter|button|regional|sign|symbol|hand|face|couple|kiss|family"
-    r"|person|people|boy|girl|\bm[ae]n\b|\bwom[ae]n\b"
-)
-POSES = 4
-
-
-def make_icons():
-    """(pictures N x 64 x 64 x 3, icon name of each): about a thousand things that most artists have drawn, posed.
-
-    No class noun goes with them. They show what two artists' drawings of one thing have in common.
-    """
-    folder = WORK / "icons"
-    if not (folder / "names.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        held_out = {(icon, artist) for _, icon, artist in HELD_OUT}
-        drawn_by = {}
-        for package in ARTISTS:
-            for icon in icon_set(package)["icons"]:
-                drawn_by.setdefault(icon, []).append(package)
-        pictures, names = [], []
-        for icon, packages in tqdm(sorted(drawn_by.items()), desc="icons", mininterval=5):
-            packages = [package for package in packages if (icon, ARTISTS[package]) not in held_out]
-            if NO_THING.search(icon) or len(packages) < 4:
-                continue
-            for package in packages:
-                rng = random.Random(f"{package} {icon}")
-                for _ in range(POSES):
-                    place = rng.choice([*SCENES, *BACKGROUNDS])
-                    pictures.append(np.asarray(halve(compose(rng, render(package, icon), place))))
-                    names.append(f"{package} {icon}")
-        np.save(folder / "pictures.npy", np.stack(pictures))
-        (folder / "names.json").write_text(json.dumps(names))  # last: its presence means all is there
-    return np.load(folder / "pictures.npy", mmap_mode="r"), json.loads((folder / "names.json").read_text())
+    (folder / "captions.json").write_text(json.dumps(rows))  # last: its presence means all is there
 
 
 def make_subjects():
@@ -458,6 +428,10 @@ def make_subjects():
         (folder / "class_prompt.txt").write_text(f"{article(noun)}\n")
 
 
-if __name__ == "__main__":
+def main():
     make_subjects()
     make_world()
+
+
+if __name__ == "__main__":
+    main()

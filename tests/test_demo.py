@@ -64,3 +64,19 @@ def test_metric_networks_load_and_tell_subjects_apart():
         within, across = similarity[same & ~torch.eye(65, dtype=torch.bool)], similarity[~same]
         auc = (within[:, None] > across[None]).float().mean()
         assert auc > {"vit": 0.97, "clip": 0.75}[name], (name, auc)
+
+
+def test_metric_clip_names_what_artists_it_has_not_seen_drew():
+    from transformers import CLIPModel, CLIPTokenizer
+
+    metrics, subjects = (REPOSITORY / "demo" / name for name in ("metrics", "subjects"))
+    prompts = [path.read_text().strip() for path in sorted(subjects.glob("*/class_prompt.txt"))]
+    classes = sorted(set(prompts))
+    pixels, owner = metric_pictures()
+    clip = CLIPModel.from_pretrained(metrics / "clip", dtype=torch.float32).eval()
+    tokens = CLIPTokenizer.from_pretrained(metrics / "clip")(classes, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        text = torch.nn.functional.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
+        guess = (clip.get_image_features(pixels).pooler_output @ text.T).argmax(1)
+    right = torch.tensor([classes.index(prompts[number]) for number in owner])
+    assert (guess == right).float().mean() > 0.8
