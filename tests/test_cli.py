@@ -161,7 +161,7 @@ def test_two_processes_train_one_model(tmp_path, tiny_model, photos):
     """Both text encoder and UNet train under DDP, and the class images and the output are made once."""
     from safetensors.torch import load_file
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                REPOSITORY / "dreambooth_implementation.py", "--train", "--model_name", tiny_model("sdxl"), "--instance_data_dir",
                photos, *QUICK, "--train_text_encoder", "--learning_rate", "1e-3", "--text_encoder_lr", "1e-3"]
     result = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True)
