@@ -159,10 +159,20 @@ class Settings:
         "constant", "constant_with_warmup", "linear", "cosine"])
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
-    adam_weight_decay: float = _field("train", 1e-2, "AdamW weight decay", minimum=0)
+    optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs torchao, prodigy prodigyopt",
+                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"], shown="adamw, or as --max_vram needs")
+    adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
-    gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory",
-                                                 shown="on where the GPU needs it")
+    max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is on; "
+                           "auto: what a CUDA GPU has free, without one no limit")
+    gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory", shown="as --max_vram needs")
+    split_batch: bool | None = _field("train", None, "photos and class images one after the other within a step: half the "
+                                      "activations", shown="as --max_vram needs")
+    fused_backward: bool | None = _field("train", None, "step each tensor as soon as its gradient is there and free it; gradients "
+                                         "are then scaled down one by one", shown="as --max_vram needs")
+    weights: str | None = _field("train", None, "precision of the trained weights; bf16, with --optimizer adamw8bit alone, is "
+                                 "rounded stochastically", choices=["fp32", "bf16"], shown="fp32, or as --max_vram needs",
+                                 methods=("full",))
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
@@ -1482,17 +1492,135 @@ def plan_device(s):
     return Plan(device, precision)
 
 
-def wants_checkpointing(s, trained, weights, plan):
-    """Whether to recompute activations. By default only on a CUDA GPU too small for the alternative, by estimate.
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer of some library. All are AdamW's kin: a learning rate means the same to each that takes one."""
 
-    A trained weight takes 16 bytes with its gradient and AdamW's two moments; a photo's and a class image's activations
-    at the model's own resolution take, with the frozen weights, about 18 bytes for each weight of the UNet.
-    """
+    make: typing.Callable  # (torch's parameter groups, weight decay, device) -> torch.optim.Optimizer
+    state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
+    package: str | None = None  # what to install for it
+    lr: float | None = None  # its own learning rate; None: as RECIPES say
+    by_tensor: bool = True  # a tensor's step depends on no other's
+
+
+def make_adamw(groups, weight_decay, device):
     import torch
 
-    if s.gradient_checkpointing is not None or plan.device.type != "cuda":
-        return bool(s.gradient_checkpointing)
-    return torch.cuda.get_device_properties(plan.device).total_memory < 16 * trained + 18 * weights
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None)
+
+
+def make_adamw8bit(groups, weight_decay, device):
+    """AdamW with its moments in 8 bits, block by block (Dettmers et al., arXiv 2110.02861)."""
+    import torch
+    from torchao.optim import AdamW8bit
+
+    if device.type != "cuda":  # compiling a kernel for every shape of tensor would take minutes there
+        torch.compiler.set_stance("force_eager")
+    return AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+
+
+def make_adafactor(groups, weight_decay, device):
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) with the learning rate as it is, as kohya's guide for SDXL has it:
+    torch's own would scale it by the weights, so that AdamW's rates would not do."""
+    from transformers import Adafactor
+
+    return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+
+
+def make_prodigy(groups, weight_decay, device):
+    """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), which finds the learning rate, set as in diffusers' scripts."""
+    from prodigyopt import Prodigy
+
+    with contextlib.redirect_stdout(None):
+        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+
+
+def adamw8bit_bytes(shape, per_weight):
+    """A code per weight, and a scale and a table of codes in float32; small tensors and uneven ones stay as they are."""
+    n = math.prod(shape)
+    return 4 + 2 * (n + n // 256 * 4 + 256 * 4 if n >= 4096 and n % 256 == 0 else n * per_weight)
+
+
+def adafactor_bytes(shape, per_weight):
+    """A mean over the rows and one over the columns, and the weights' own root mean square."""
+    n = math.prod(shape)
+    return 4 + 4 * (n // shape[-1] + n // shape[-2] if len(shape) > 1 else n)
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
+    "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao"),
+    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes),
+    "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
+                             by_tensor=False),
+}
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What saves memory for time or exactness. The names are those of the flags."""
+
+    optimizer: str = "adamw"
+    weights: str = "fp32"
+    gradient_checkpointing: bool = False
+    split_batch: bool = False
+    fused_backward: bool = False
+
+
+def levers_by_hand(s):
+    """{flag: value} of those levers that the user has set."""
+    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
+
+
+def objection(s, levers, precision):
+    """Why these levers cannot be used together, or None."""
+    from importlib.util import find_spec
+
+    optimizer, fused = OPTIMIZERS[levers.optimizer], levers.fused_backward
+    return next((text for wrong, text in (
+        (fused and s.gradient_accumulation_steps > 1, "--fused_backward: it steps and frees gradients at once, so none are left to "
+         "accumulate; leave out --gradient_accumulation_steps"),
+        (fused and levers.split_batch, "--fused_backward: it steps as soon as photos have their gradients, so class images cannot "
+         "follow; leave out --split_batch"),
+        (fused and not optimizer.by_tensor, f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give "
+         "another optimizer"),
+        (fused and precision == "fp16", "--fused_backward: fp16 gradients are checked all together before a step; give "
+         "--mixed_precision bf16 or no"),
+        (fused and int(os.environ.get("WORLD_SIZE", "1")) > 1, "--fused_backward: several processes average their gradients before "
+         "a step; train with one, or without it"),
+        (levers.weights == "bf16" and levers.optimizer != "adamw8bit", "--weights bf16: only --optimizer adamw8bit rounds them "
+         "stochastically; give it too"),
+        (levers.weights == "bf16" and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give "
+         "--mixed_precision bf16"),
+        (levers.weights == "bf16" and METHODS[s.method].is_adapter, f"--weights bf16: --method {s.method} trains too few weights "
+         "to save anything; leave it out"),
+        (levers.optimizer == "prodigy" and s.method == "pivotal", "--optimizer prodigy: the new words of --method pivotal could not "
+         "rest; give another optimizer"),
+        (optimizer.package and find_spec(optimizer.package) is None, f"--optimizer {levers.optimizer} needs {optimizer.package}: "
+         f"pip install {optimizer.package}"),
+    ) if wrong), None)
+
+
+def with_own_rate(recipe, s):
+    """`recipe` with the learning rate of an optimizer that has its own."""
+    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
+    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
+    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
+
+
+def check_rates(s, groups):
+    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
+    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
+        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
+                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
+
+
+def check_levers(s, plan):
+    """UserError unless the levers set by hand work together."""
+    if wrong := objection(s, Levers(**levers_by_hand(s)), plan.precision):
+        raise UserError(wrong)
+    if s.fused_backward and s.max_grad_norm:
+        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
 
 
 def machine_name(device):
@@ -1528,6 +1656,8 @@ class Run:
     lr_scheduler: typing.Any
     accelerator: typing.Any
     steps: int
+    at_once: int  # pictures that pass through the model together
+    spent: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
@@ -1578,17 +1708,22 @@ def train_step(run, step):
     import torch
 
     s, accelerator, noise_scheduler, measured = run.s, run.accelerator, run.models.noise_scheduler, []
+    torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
     for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
         batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
                            accelerator.process_index, accelerator.num_processes)
         batch = {key: value if key == "prompt" else value.to(accelerator.device) for key, value in batch.items()}
         with accelerator.accumulate(*run.modules):
-            loss, losses = diffusion_loss(noise_scheduler, batch, run.denoiser, s.snr_gamma)
-            accelerator.backward(loss)
+            losses = []
+            for start in range(0, len(batch["weight"]), run.at_once):
+                part = {key: value[start:start + run.at_once] for key, value in batch.items()}
+                loss, per_picture = diffusion_loss(noise_scheduler, part, run.denoiser, s.snr_gamma)
+                accelerator.backward(loss)
+                losses.append(per_picture.detach())
             norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-        measured.append(torch.stack([*split_means(losses.detach(), batch["is_class"]), norm]))
+        measured.append(torch.stack([*split_means(torch.cat(losses), batch["is_class"]), norm]))
     run.lr_scheduler.step()
     return measured
 
@@ -1599,7 +1734,29 @@ def clip_gradients(run):
 
     run.accelerator.unscale_gradients(run.optimizer)
     limit = run.s.max_grad_norm or math.inf
-    return torch.stack([torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]).norm()
+    norms = run.spent or [torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]
+    norm = torch.stack(norms).norm()
+    run.spent.clear()
+    return norm
+
+
+def fuse_backward(optimizer, max_norm, spent):
+    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
+
+    Its norm before that goes to `spent`. One optimizer keeps all states, so checkpoints and schedule need know nothing of it.
+    """
+    import torch
+
+    def step(parameter, number):
+        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
+        optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
 
 
 def unwrap(run):
@@ -1647,7 +1804,7 @@ def stop_agreed(accelerator, signals, done):
     return int(accelerator.gather(received[None]).max())
 
 
-def prepare_training(s, models, groups, cache, steps, accelerator, origin):
+def prepare_training(s, models, groups, cache, steps, accelerator, levers, origin):
     """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
     import torch
     from diffusers.optimization import get_scheduler
@@ -1658,9 +1815,9 @@ def prepare_training(s, models, groups, cache, steps, accelerator, origin):
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW([{"params": g.parameters, "lr": g.lr} for g in groups],
-                                  weight_decay=s.adam_weight_decay, fused=device.type in ("cuda", "cpu") or None)
+            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
+                                                  s.adam_weight_decay, device)
     # diffusers' "constant" has no warmup. The schedule stays ours: accelerate would advance it once per process.
     schedule = "constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler
     lr_scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
@@ -1677,8 +1834,11 @@ def prepare_training(s, models, groups, cache, steps, accelerator, origin):
     modules = [module for module, part in zip(ready, parts) if part in training]
     models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
     conditioning = prompt_conditioning(models, cache.prompts, trains_text, device)
-    return Run(s, models, groups, modules, conditioning, cache, accelerator.prepare(optimizer), lr_scheduler, accelerator,
-               steps, origin)
+    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
+    if levers.fused_backward:
+        fuse_backward(optimizer, s.max_grad_norm, spent)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, at_once, spent, origin)
 
 
 def split_means(losses, is_class):
@@ -1768,6 +1928,7 @@ def train(s):
     name = find_model(s.model_name or default_model(), "--model_name")
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
+    check_levers(s, plan)
 
     from accelerate import Accelerator
 
@@ -1806,7 +1967,7 @@ def prepare(s, name, concepts, plan, accelerator):
 
     models = load_models(name, torch.float32)
     family = family_of(models.unet.config)
-    recipe = RECIPES[family][s.method]
+    recipe = with_own_rate(RECIPES[family][s.method], s)
     steps, resolution = default(s.steps, recipe.steps), default(s.resolution, models.resolution)
     if s.lr_warmup_steps >= steps:
         raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {steps} steps of this run")
@@ -1823,21 +1984,24 @@ def prepare(s, name, concepts, plan, accelerator):
     if METHODS[s.method].is_adapter:
         models.unet.to(plan.dtype)  # it stays as it is, and is not saved
     groups = parameter_groups(s, models, subjects, recipe)
+    check_rates(s, groups)
+    levers = Levers(**levers_by_hand(s))
     check_space(s, models, groups)
     cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
     used = {"steps": steps, "resolution": resolution, "precision": plan.precision,
-            "learning_rates": {group.name: group.lr for group in groups},
-            "gradient_checkpointing": set_checkpointing(s, models, groups, plan),
+            "learning_rates": {group.name: group.lr for group in groups}, **dataclasses.asdict(levers),
             "guidance_scale": guidance_scale(s, models.unet.config)}
+    if levers.gradient_checkpointing:
+        set_checkpointing(models, groups)
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * steps)} steps")
     origin |= shaping_flags(s) | {"the number of processes": accelerator.num_processes} | {
-        f"the {key.replace('_', ' ')}": used[key] for key in ("resolution", "precision", "learning_rates")}
+        f"the {key.replace('_', ' ')}": used[key] for key in ("resolution", "precision", "learning_rates", *SHAPING_LEVERS)}
     if s.lr_scheduler in ("linear", "cosine") or any(group.until < 1 for group in groups):
         origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
-    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, origin), used
+    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, levers, origin), used
 
 
 def captioned(concept, subject):
@@ -1858,16 +2022,11 @@ def default_model():
     return short_path(BUNDLED_MODEL)
 
 
-def set_checkpointing(s, models, groups, plan):
-    """Turn on activation checkpointing in whatever gradients pass, if it is wanted; says and returns whether it is."""
-    trained = sum(p.numel() for g in groups for p in g.parameters)
-    wanted = wants_checkpointing(s, trained, models.unet.num_parameters(), plan)
-    if wanted:
-        say("Gradient checkpointing: on (less memory, but slower).")
-        for module in {models.unet, *(module for group in groups for module in group.modules)}:
-            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-            enable()
-    return wanted
+def set_checkpointing(models, groups):
+    """Have activations recomputed in whatever gradients pass."""
+    for module in {models.unet, *(module for group in groups for module in group.modules)}:
+        enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+        enable()
 
 
 def report_training(s, history, seconds):
@@ -1888,7 +2047,9 @@ TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
 FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
-              "sample_batch_size", "mixed_precision", "gradient_checkpointing")
+              "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing", "split_batch",
+              "fused_backward")
+SHAPING_LEVERS = ("optimizer", "weights", "fused_backward")  # compared as they were decided, not as flags
 
 
 def shaping_flags(s):
@@ -1913,7 +2074,7 @@ def read_state(path):
     """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        known = {"origin", "history", "scores", "optimizer", "scaler"}
+        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
         whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
@@ -1991,19 +2152,57 @@ def write_checkpoint(run, folder):
     check_finite(run.groups)
     if run.accelerator.is_main_process:
         optimizer = run.optimizer.state_dict()
-        tensors = trained_tensors(run.groups) | {f"optimizer.{i}.{key}": value for i, values in optimizer["state"].items()
-                                                 for key, value in values.items()}
+        moments, numbers = flatten_state(optimizer["state"])
+        tensors = trained_tensors(run.groups) | moments
         path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
         with renamed_when_complete(path) as new:
             save_tensors(tensors, new / TENSORS_FILE)
             scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
             state = {"origin": run.origin, "history": run.history, "scores": run.scores,
-                     "optimizer": optimizer["param_groups"], "scaler": scaler,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
                      "sha256": file_digest(new / TENSORS_FILE)}
-            (new / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            # torchao keeps its learning rate in a tensor
+            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
         for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
     run.accelerator.wait_for_everyone()
+
+
+def flatten_state(state):
+    """({name: tensor}, {name: number}) of the states {parameter: {key: tensor or number}} of any optimizer.
+
+    A quantized tensor becomes the plain ones it is made of.
+    """
+    tensors, numbers = {}, {}
+    for i, values in state.items():
+        for key, value in values.items():
+            name = f"optimizer.{i}.{key}"
+            if not hasattr(value, "shape"):
+                numbers[name] = value
+            elif hasattr(value, "__tensor_flatten__"):
+                tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+            else:
+                tensors[name] = value
+    return tensors, numbers
+
+
+def restore_state(tensors, numbers):
+    """What flatten_state() was given."""
+    state = {}
+    for name, value in {**tensors, **numbers}.items():
+        _, i, key, *part = name.split(".")
+        values = state.setdefault(int(i), {})
+        if part:
+            values.setdefault(key, {})[part[0]] = value
+        else:
+            values[key] = value
+    for values in state.values():
+        for key, value in values.items():
+            if isinstance(value, dict):
+                from torchao.optim.subclass_8bit import OptimState8bit
+
+                values[key] = OptimState8bit(**value, signed=bool(value["qmap"].min() < 0), dtype=value["scale"].dtype)
+    return state
 
 
 @contextlib.contextmanager
@@ -2033,6 +2232,7 @@ def flush(path):
 
 def load_checkpoint(run, path):
     """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
+    import torch
     from safetensors.torch import load_file
 
     state = read_state(path)
@@ -2040,13 +2240,12 @@ def load_checkpoint(run, path):
     done = len(state["history"])
     if done > run.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
-    saved, moments = load_file(path / TENSORS_FILE), {}
+    saved = load_file(path / TENSORS_FILE)
     for name, tensor in trained_tensors(run.groups).items():
         tensor.copy_(saved.pop(name))
-    for name, tensor in saved.items():
-        _, i, key = name.split(".")
-        moments.setdefault(int(i), {})[key] = tensor
-    run.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]})
+    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
+                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
+    run.optimizer.load_state_dict({"state": restore_state(saved, state["optimizer_numbers"]), "param_groups": param_groups})
     run.lr_scheduler.last_epoch = done
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
