@@ -1574,8 +1574,6 @@ def levers_by_hand(s):
 
 def objection(s, levers, precision):
     """Why these levers cannot be used together, or None."""
-    from importlib.util import find_spec
-
     optimizer, fused = OPTIMIZERS[levers.optimizer], levers.fused_backward
     return next((text for wrong, text in (
         (fused and s.gradient_accumulation_steps > 1, "--fused_backward: it steps and frees gradients at once, so none are left to "
@@ -1596,8 +1594,6 @@ def objection(s, levers, precision):
          "to save anything; leave it out"),
         (levers.optimizer == "prodigy" and s.method == "pivotal", "--optimizer prodigy: the new words of --method pivotal could not "
          "rest; give another optimizer"),
-        (optimizer.package and find_spec(optimizer.package) is None, f"--optimizer {levers.optimizer} needs {optimizer.package}: "
-         f"pip install {optimizer.package}"),
     ) if wrong), None)
 
 
@@ -1616,11 +1612,262 @@ def check_rates(s, groups):
 
 
 def check_levers(s, plan):
-    """UserError unless the levers set by hand work together."""
-    if wrong := objection(s, Levers(**levers_by_hand(s)), plan.precision):
+    """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
+    levers = Levers(**levers_by_hand(s))
+    if wrong := objection(s, levers, plan.precision):
         raise UserError(wrong)
-    if s.fused_backward and s.max_grad_norm:
-        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
+    check_package(levers)
+    memory_limit(s, plan)
+
+
+def check_package(levers):
+    """UserError if the optimizer's library is not installed."""
+    from importlib.util import find_spec
+
+    if (package := OPTIMIZERS[levers.optimizer].package) and find_spec(package) is None:
+        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+
+
+GIB = 2**30
+PLANS = (  # from the fastest to the most frugal
+    Levers(),
+    Levers(split_batch=True),
+    Levers(gradient_checkpointing=True),
+    Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
+    Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
+)
+
+
+def plans(s, precision):
+    """Those of PLANS that can be had, with what was set by hand as it was set."""
+    rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
+    return [row for row in rows if not objection(s, row, precision)]
+
+
+def flags_of(levers):
+    """The flags that set these levers by hand; those of the first plan are the defaults."""
+    changed = {f.name: getattr(levers, f.name) for f in dataclasses.fields(levers) if getattr(levers, f.name) != f.default}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
+
+
+def memory_limit(s, plan):
+    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
+    import torch
+
+    if s.max_vram == "auto":
+        return torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else None
+    try:
+        limit = float(s.max_vram) * GIB
+    except ValueError:
+        limit = 0
+    if not 0 < limit < math.inf:
+        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
+    return limit
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training needs memory for, counted on a copy of the model that has none.
+
+    `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
+    a tensor that the backward pass will need, and "gradient" one that appears there.
+    """
+
+    trained: tuple  # the shapes of the tensors that train
+    frozen: int  # bytes of what lies beside them
+    copies: int  # bytes of the copies that autocast makes of weights and keeps while it passes forward
+    passes: int  # backward passes whose gradients add up to one step
+    events: tuple
+
+
+def survey(s, models, subjects, recipe, resolution, plan, levers):
+    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
+    import copy
+
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    halves = 2 if preserves_prior(s) else 1
+    pictures = s.train_batch_size * (1 if levers.split_batch else halves)
+    passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
+    side = resolution // models.latent_scale
+    with torch.device("meta"):
+        hollow = dataclasses.replace(
+            models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
+            text_encoders=[type(part)(part.config) for part in models.text_encoders])
+        parts = [hollow.unet, *hollow.text_encoders]
+        for part in parts:
+            part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
+        if METHODS[s.method].is_adapter:
+            hollow.unet.to(plan.dtype)
+        groups = parameter_groups(s, hollow, subjects, recipe)
+    check_rates(s, groups)
+    trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(plan.device.type):
+        trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
+        batch = [torch.randn(pictures, models.unet.config.in_channels, side, side), torch.zeros(pictures, dtype=torch.long)]
+        prompts = [subjects[0].instance_prompt] * pictures
+        with torch.autocast(plan.device.type, plan.dtype, plan.precision != "no"), listening(parts, trained) as events:
+            with torch.set_grad_enabled(trains_text):
+                hidden, pooled = encode_prompts(hollow, prompts)
+            predict(hollow.unet, *batch, hidden, pooled, torch.zeros(pictures, 6))
+    beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
+    exchanged = sum(p.nbytes for p in trained) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0  # a second set of gradients
+    copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
+    return Demand(tuple(tuple(p.shape) for p in trained), sum(t.nbytes for t in beside - set(trained)) + exchanged, copies, passes,
+                  tuple(events))
+
+
+def fake_weights(parts, trained):
+    """Give `parts` from the meta device weights that know a device, as attention's choice of a kernel asks; returns those
+    in place of `trained`."""
+    import torch
+
+    fakes = []
+    for module in (module for part in parts for module in part.modules()):
+        for name, meta in list(module.named_parameters(recurse=False)):
+            fake = torch.nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype), requires_grad=meta in trained)
+            module.register_parameter(name, fake)
+            fakes += [fake] if meta in trained else []
+        for name, meta in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(meta.shape, dtype=meta.dtype))
+    return fakes
+
+
+@contextlib.contextmanager
+def listening(parts, trained):
+    """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward."""
+    import torch
+
+    events, seen, stretch, hooks = [], {}, [None], []
+    for part in parts:
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+    waiting = set(trained)
+
+    def keep(tensor, number):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage  # as long as it lives no other can have its number
+            events.append(("kept", storage.nbytes(), number))
+        return tensor
+
+    def note_gradients(module, args, output):
+        events.extend(("gradient", p.nbytes, stretch[0]) for p in module.parameters(recurse=False) if p in waiting)
+        waiting.difference_update(module.parameters(recurse=False))
+
+    def recomputable(function, *args):
+        for arg in args:
+            if torch.is_tensor(arg):
+                keep(arg, None)
+        stretch[0] = len(events)
+        output = function(*args)
+        stretch[0] = None
+        return output
+    parts[0].enable_gradient_checkpointing(recomputable)
+    hooks = [module.register_forward_hook(note_gradients) for part in parts for module in part.modules()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, stretch[0]), lambda tensor: tensor):
+        yield events
+    for hook in hooks:
+        hook.remove()
+    events[:0] = [("gradient", p.nbytes, None) for p in waiting]
+
+
+def peak_of(demand, checkpointing, fused):
+    """(bytes of gradients, of activations) where their sum is largest in the last backward pass of a step.
+
+    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
+    """
+    import itertools
+
+    stretches = [(number, list(events)) for number, events in itertools.groupby(demand.events, lambda e: e[2] if checkpointing else None)]
+    kept = sum(size for number, events in stretches if number is None for what, size, _ in events if what == "kept")
+    total = sum(size for what, size, _ in demand.events if what == "gradient")
+    in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
+    gradients = total if demand.passes > 1 else 0  # those of the passes before
+    peak = (gradients, kept + demand.copies if checkpointing else kept)  # without it, `kept` has the copies
+    for number, events in reversed(stretches):
+        if number is not None:
+            kept += sum(size for what, size, _ in events if what == "kept")
+        for what, size, _ in reversed(events):
+            if what == "gradient" and demand.passes == 1:
+                gradients += size
+            peak = max(peak, (gradients, kept + in_hand), key=sum)
+            if what == "kept":
+                kept -= size
+            elif fused:
+                gradients -= size
+    return peak
+
+
+RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
+SLACK = 0.05  # of all else: what a step needs in passing, and what lies unused between tensors
+
+
+def estimate(demand, levers):
+    """{part: bytes} that a training takes at its peak."""
+    per_weight = {"fp32": 4, "bf16": 2}[levers.weights]
+    gradients, activations = peak_of(demand, levers.gradient_checkpointing, levers.fused_backward)
+    parts = {"weights": per_weight * sum(math.prod(shape) for shape in demand.trained), "gradients": gradients,
+             "optimizer": sum(OPTIMIZERS[levers.optimizer].state_bytes(shape, per_weight) for shape in demand.trained),
+             "activations": activations, "frozen": demand.frozen}
+    return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
+
+
+def choose_levers(s, models, subjects, recipe, resolution, plan):
+    """The first of the plans that fits into --max_vram; says what it is expected to take. UserError if none does."""
+    limit, rows, demands, least = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf
+    if limit is None:
+        return rows[0]
+    for levers in rows:
+        passing = (levers.split_batch, levers.weights)
+        demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+        parts = estimate(demands[passing], levers)
+        needed = sum(parts.values())
+        least = min(least, needed)
+        if needed <= limit:
+            check_package(levers)
+            say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {needed / GIB:.2f} of {limit / GIB:.2f} GiB ("
+                + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items()) + ")")
+            return levers
+    raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, {(least - limit) / GIB:.2f} more "
+                    "than there are; give --method lora, a smaller --resolution or fewer flags that rule plans out")
+
+
+@contextlib.contextmanager
+def naming_next_plan(s, levers, plan, folder):
+    """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
+    import torch
+
+    if plan.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(plan.device)
+    try:
+        yield
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem):
+            raise
+        rows = plans(s, plan.precision)
+        more = rows[rows.index(levers) + 1:]
+        saved = next(reversed(checkpoints_in(folder)), None)
+        raise UserError("the GPU's memory is full; try " + (flags_of(more[0]) if more else "a smaller --resolution, or --method lora")
+                        + (f" (the checkpoint {short_path(saved)} is intact)" if saved else "")) from None
+    say(f"Peak memory of training: {peak_memory(plan.device)}")
+
+
+def peak_memory(device):
+    """What was taken at most, in words: tensors on a CUDA GPU, else the whole process."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB on the GPU"
+    try:
+        import resource
+    except ImportError:
+        return "not measured on this system"
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, but not on a Mac
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB of the whole process"
 
 
 def machine_name(device):
@@ -1942,14 +2189,15 @@ def train(s):
         return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
-        subjects, run, used = prepare(s, name, concepts, plan, accelerator)
+        subjects, run, levers, used = prepare(s, name, concepts, plan, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite)
         viewer = make_viewer(run, concepts, subjects, metric_names, used["resolution"])
         prepared = time.monotonic()
-        optimize(run, folder, viewer)
+        with naming_next_plan(s, levers, plan, folder):
+            optimize(run, folder, viewer)
         used["selected_step"] = best_of(run.scores)["step"] if run.scores else None
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
@@ -1962,7 +2210,7 @@ def train(s):
 
 
 def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run, what was decided for dreambooth.json): model, identifiers, class images, latents and what trains."""
+    """(subjects, Run, Levers, what was decided for dreambooth.json): model, identifiers, class images, latents and what trains."""
     import torch
 
     models = load_models(name, torch.float32)
@@ -1974,6 +2222,9 @@ def prepare(s, name, concepts, plan, accelerator):
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), {resolution} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
+    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
+    if levers.fused_backward and s.max_grad_norm:
+        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
@@ -1985,7 +2236,6 @@ def prepare(s, name, concepts, plan, accelerator):
         models.unet.to(plan.dtype)  # it stays as it is, and is not saved
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
-    levers = Levers(**levers_by_hand(s))
     check_space(s, models, groups)
     cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
     used = {"steps": steps, "resolution": resolution, "precision": plan.precision,
@@ -2001,7 +2251,7 @@ def prepare(s, name, concepts, plan, accelerator):
         f"the {key.replace('_', ' ')}": used[key] for key in ("resolution", "precision", "learning_rates", *SHAPING_LEVERS)}
     if s.lr_scheduler in ("linear", "cosine") or any(group.until < 1 for group in groups):
         origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
-    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, levers, origin), used
+    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, levers, origin), levers, used
 
 
 def captioned(concept, subject):

@@ -206,3 +206,86 @@ def test_another_optimizer_is_not_gone_on_with(flags, run, monkeypatch):  # noqa
     undo()
     status, _, err = run(*flags("lora"), "--resume")
     assert status == 2 and "the optimizer (adafactor, now adamw)" in err, err
+
+
+# The memory plan
+
+
+def tiny_training(tiny_model, method="full", family="sd1", precision="no", resolution=64, **flags):
+    """(settings, models, subjects, recipe, plan) of a training on the CPU, ready to be surveyed."""
+    s = db.Settings("train", method=method, mixed_precision=precision, rank=2, **flags)
+    models = db.load_models(str(tiny_model(family)), torch.float32)
+    recipe = db.RECIPES["small"][method]
+    return s, models, [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")], recipe, db.Plan(torch.device("cpu"), precision)
+
+
+def survey(training, levers=db.Levers(), resolution=64):
+    s, models, subjects, recipe, plan = training
+    return db.survey(s, models, subjects, recipe, resolution, plan, levers)
+
+
+@pytest.mark.parametrize("method, family, optimizer, more", [
+    ("full", "sdxl", "adamw", ["--train_text_encoder"]), ("full", "sd1", "adamw8bit", []),
+    ("full", "sd2", "adafactor", []), ("full", "sd1", "prodigy", []), ("lora", "sd1", "adamw", ["--train_text_encoder"]),
+    ("textual_inversion", "sdxl", "adamw", []),
+    ("full", "sd1", "adamw8bit", ["--weights", "bf16", "--mixed_precision", "bf16"])])
+def test_weights_gradients_and_states_take_what_was_estimated(method, family, optimizer, more, flags, run, monkeypatch,  # noqa: F811
+                                                              tiny_model):
+    """To the byte, against the tensors that a step really leaves."""
+    need(optimizer)
+    surveyed, found = [], {}
+    ask, step = db.survey, db.train_step
+    monkeypatch.setattr(db, "survey", lambda *args: surveyed.append((ask(*args), args[-1])) or surveyed[-1][0])
+
+    def look(state, number):
+        real = state.optimizer.step
+        for parameter in (p for g in state.groups for p in g.parameters):
+            parameter.data += 1e-6  # of tensors that are 0 Prodigy remembers less
+        state.optimizer.step = lambda: (found.update(gradients=sum(p.grad.nbytes for g in state.groups for p in g.parameters)), real())
+        step(state, number)
+        trained = {p for g in state.groups for p in g.parameters}
+        found["weights"] = sum(p.nbytes for p in trained)
+        tensors, numbers = db.flatten_state(state.optimizer.state_dict()["state"])
+        found["optimizer"] = sum(t.nbytes for t in tensors.values())
+        pipeline = state.models.pipeline
+        beside = [pipeline.unet, *db.text_encoders_of(pipeline).values()][:None if "text" in method or more[:1] == [
+            "--train_text_encoder"] else 1]
+        found["frozen"] = sum(t.nbytes for part in beside for t in (*part.parameters(), *part.buffers()) if t not in trained)
+        raise db.UserError("enough")
+    monkeypatch.setattr(db, "train_step", look)
+    options = [flag for flag in flags(method, family) if flag not in ("--train_text_encoder", "--use_dora")]
+    status, _, err = run(*options, "--optimizer", optimizer, *more, *QUICK, "--max_vram", 8)
+    assert status == 2 and err.splitlines()[-1] == "error: enough", err
+    (demand, levers), = surveyed
+    parts = db.estimate(demand, levers)
+    assert sum(size for what, size, _ in demand.events if what == "gradient") == found["gradients"]
+    assert {name: parts[name] for name in ("weights", "optimizer", "frozen")} == {n: found[n] for n in ("weights", "optimizer", "frozen")}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method, family", [("full", "sdxl"), ("full", "sd1")])
+def test_activations_take_what_was_estimated(method, family, checkpointing, precision, tiny_model):
+    """Against torch's own count of the tensors of a real forward and backward pass, at its peak."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    training = s, models, subjects, recipe, plan = tiny_training(tiny_model, method, family, precision, train_batch_size=3)
+    levers = db.Levers(gradient_checkpointing=checkpointing)
+    demand = survey(training, levers, resolution=128)
+    groups = db.parameter_groups(s, models, subjects, recipe)
+    for parameter in groups[0].parameters:
+        parameter.requires_grad_(True)
+    if checkpointing:
+        db.set_checkpointing(models, groups)
+    with torch.no_grad():
+        hidden, pooled = db.encode_prompts(models, ["a dog"] * 6)
+    batch = torch.randn(6, 4, 64, 64), torch.zeros(6, dtype=torch.long)
+    tracker = MemTracker()
+    tracker.track_external(models.unet)
+    with tracker:
+        with torch.autocast("cpu", plan.dtype, precision != "no"):
+            out = db.predict(models.unet, *batch, hidden, pooled, torch.zeros(6, 6))
+        out.float().square().mean().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    real = peak - sum(t.nbytes for t in (*models.unet.parameters(), *models.unet.buffers()))
+    assert sum(db.peak_of(demand, checkpointing, False)) == pytest.approx(real, rel=0.1)
