@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import assert_same_weights, flags, interrupt, weights  # noqa: F401  (`flags` is a fixture)
+from test_resume import flags, interrupt  # noqa: F401  (`flags` is a fixture)
 
 import dreambooth_implementation as db
 
@@ -19,106 +19,128 @@ def need(optimizer):
         pytest.importorskip(OPTIONAL[optimizer])
 
 
-def assert_close_weights(one, other, moved_from, tolerance):
-    """The weights differ by at most `tolerance` of how far training moved the one that moved farthest."""
-    one, other, start = weights(one), weights(other), weights(moved_from)
-    assert one.keys() == other.keys()
-    moved = max((one[name] - start[name]).abs().max() for name in one if name in start)
-    assert moved > 0
-    apart = max((one[name].float() - other[name].float()).abs().max() for name in one)
-    assert apart <= tolerance * moved, (apart, moved)
+def make_run(tiny_model, method="full", family="sd1", precision="no", levers=db.Levers(), **flags):
+    """A Run of 4 steps on the latents of made-up pictures."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    s, models, subjects, recipe, plan = tiny_training(tiny_model, method, family, precision, lr_scheduler="cosine", **flags)
+    torch.manual_seed(0)
+    if db.METHODS[method].is_adapter:
+        models.unet.to(plan.dtype)
+    groups = db.parameter_groups(s, models, subjects, db.with_own_rate(recipe, s))
+    if levers.gradient_checkpointing:
+        db.set_checkpointing(models, groups)
+    latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
+                           ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
+    accelerator = Accelerator(mixed_precision=precision, cpu=True, gradient_accumulation_steps=s.gradient_accumulation_steps)
+    return db.prepare_training(s, models, groups, cache, 4, accelerator, levers, {})
 
 
-@pytest.mark.parametrize("optimizer, more", [
-    ("adamw8bit", []), ("adafactor", []), ("prodigy", []), ("adamw", ["--fused_backward"]),
-    ("adamw8bit", ["--weights", "bf16", "--mixed_precision", "bf16", "--fused_backward"])])
-def test_every_optimizer_resumes_exactly(optimizer, more, flags, run, tmp_path, monkeypatch):  # noqa: F811
-    need(optimizer)
-    options = flags("full", "sd1", "--optimizer", optimizer, "--steps", 4, "--lr_scheduler", "cosine", *QUICK, *more)
-    assert run(*options, "--output_dir", "whole")[0] == 0
-    undo = interrupt(monkeypatch, 2)
-    assert run(*options)[0] == 130
-    undo()
-    status, out, err = run(*options, "--resume")
-    assert status == 0 and "after step 2" in out, err
-    assert_same_weights(tmp_path / "output", tmp_path / "whole")
-    checkpoint = next((tmp_path / "output" / "checkpoints").iterdir())
+def steps(run, first, last):
+    """Take the steps first .. last - 1; returns what train_step() measured of them."""
+    measured = [db.train_step(run, step)[-1] for step in range(first, last)]
+    run.history.extend([row.tolist() for row in measured])
+    return torch.stack(measured)
+
+
+def trained(run):
+    return {name: tensor.clone() for name, tensor in db.trained_tensors(run.groups).items()}
+
+
+@pytest.mark.parametrize("precision, levers", [
+    ("no", db.Levers("adamw8bit")), ("no", db.Levers("adafactor")), ("no", db.Levers("prodigy")),
+    ("no", db.Levers(fused_backward=True)), ("bf16", db.Levers("adamw8bit", "bf16", fused_backward=True))], ids=str)
+def test_every_optimizer_resumes_exactly(precision, levers, tiny_model, tmp_path):
+    need(levers.optimizer)
+    options = dict(precision=precision, levers=levers, optimizer=levers.optimizer, train_text_encoder=True)
+    whole = make_run(tiny_model, **options)
+    steps(whole, 0, 4)
+    first = make_run(tiny_model, **options)
+    steps(first, 0, 2)
+    db.write_checkpoint(first, tmp_path)
+    checkpoint, = (tmp_path / "checkpoints").iterdir()
     assert {p.suffix for p in checkpoint.iterdir()} == {".safetensors", ".json"}
+    second = make_run(tiny_model, **options)
+    db.load_checkpoint(second, checkpoint)
+    half = trained(second)
+    steps(second, 2, 4)
+    expected = trained(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(second).items())
+    assert not any(torch.equal(tensor, half[name]) for name, tensor in expected.items() if tensor.ndim > 1)
     codes = [t for name, t in load_file(checkpoint / db.TENSORS_FILE).items() if name.endswith(".codes")]
-    assert (optimizer == "adamw8bit") == bool(codes) and all(t.dtype == torch.uint8 and t.any() for t in codes)
+    assert (levers.optimizer == "adamw8bit") == bool(codes) and all(t.dtype == torch.uint8 and t.any() for t in codes)
 
 
-def test_optimizers_differ_and_are_recorded(flags, run, tmp_path, tiny_model):  # noqa: F811
-    outputs = {}
+def test_optimizers_differ(tiny_model):
+    results = []
     for optimizer in db.OPTIMIZERS:
         need(optimizer)
-        assert run(*flags("lora"), "--optimizer", optimizer, "--steps", 2, *QUICK, "--output_dir", optimizer)[0] == 0
-        record = json.loads((tmp_path / optimizer / "dreambooth.json").read_text())["used"]
-        assert record["optimizer"] == optimizer
-        assert (set(record["learning_rates"].values()) == {1.0}) == (optimizer == "prodigy")
-        outputs[optimizer] = torch.cat([t.flatten() for t in weights(tmp_path / optimizer).values()])
-    assert len({tuple(output.tolist()) for output in outputs.values()}) == len(outputs)
+        run = make_run(tiny_model, "lora", levers=db.Levers(optimizer), optimizer=optimizer)
+        assert (run.groups[0].lr == 1.0) == (optimizer == "prodigy")
+        steps(run, 0, 2)
+        results.append(torch.cat([tensor.flatten() for tensor in trained(run).values()]))
+    assert len({tuple(result.tolist()) for result in results}) == 4
 
 
-@pytest.mark.parametrize("lever", ["--fused_backward", "--split_batch", "--gradient_checkpointing"])
+@pytest.mark.parametrize("levers", [db.Levers(fused_backward=True), db.Levers(split_batch=True),
+                                    db.Levers(gradient_checkpointing=True)], ids=db.flags_of)
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_levers_change_nothing_but_memory(lever, method, flags, run, tmp_path, tiny_model):  # noqa: F811
-    """Same weights after several steps of two photos and two class images; fused backward does even the same sums."""
-    options = [*flags(method, "sdxl"), "--max_grad_norm", 0, "--train_batch_size", 2, "--steps", 4, "--validation_prompt", "a dog"]
-    assert run(*options, "--output_dir", "plain")[0] == 0
-    status, _, err = run(*options, lever, "--output_dir", "saving")
-    assert status == 0, err
-    if lever == "--fused_backward":
-        assert_same_weights(tmp_path / "plain", tmp_path / "saving")
-    else:
-        start = tiny_model("sdxl") if method == "full" else None
-        if start is None:  # a LoRA starts from the seed
-            assert run(*options, "--learning_rate", 1e-30, "--text_encoder_lr", 1e-30, "--output_dir", "start")[0] == 0
-        # AdamW's first steps follow signs: where a gradient is rounding error, a weight may go the other way
-        assert_close_weights(tmp_path / "plain", tmp_path / "saving", start or tmp_path / "start", 0.05)
-    plain, saving = (json.loads((tmp_path / name / "dreambooth.json").read_text())["loss"] for name in ("plain", "saving"))
-    assert plain["last_100_steps"] == pytest.approx(saving["last_100_steps"], rel=1e-4)
+def test_levers_change_nothing_but_memory(levers, method, tiny_model):
+    """Same weights after 4 steps of two photos and two class images; with a fused backward pass to the last bit."""
+    options = dict(train_batch_size=2, max_grad_norm=0, train_text_encoder=True, prior_loss_weight=0.7)
+    plain, saving = (make_run(tiny_model, method, "sdxl", levers=row, **options) for row in (db.Levers(), levers))
+    start = trained(plain)
+    measured, saved = steps(plain, 0, 4), steps(saving, 0, 4)
+    torch.testing.assert_close(saved, measured, rtol=1e-4, atol=1e-6)
+    plain, saving = trained(plain), trained(saving)
+    if levers.fused_backward:
+        assert all(torch.equal(plain[name], saving[name]) for name in plain)
+    # AdamW's first steps follow signs: where a gradient is but a rounding error, a weight may go the other way
+    moved, apart = (torch.cat([(plain[n] - other[n]).flatten() for n in plain]).norm() for other in (start, saving))
+    assert 0 < moved and apart < 0.02 * moved
 
 
-def gradients(tiny_model, photos, monkeypatch, tmp_path, run, flags, *more):  # noqa: F811
-    """The gradients of a first step and the norm that it reports."""
-    seen = {}
-
-    def stop(state, *args):
-        step = state.optimizer.step
-        state.optimizer.step = lambda: (seen.update({name: p.grad.clone() for g in state.groups for name, p in zip(
-            range(10**6), g.parameters)}), step())
-        seen["norm"] = db_train_step(state, 0)[0][2]
-        raise db.UserError("enough")
-    db_train_step = db.train_step
-    monkeypatch.setattr(db, "train_step", stop)
-    assert run(*flags("full"), "--no-train_text_encoder", "--max_grad_norm", 0, *more)[0] == 2
-    monkeypatch.setattr(db, "train_step", db_train_step)
-    return seen
+def gradients(run):
+    """{tensor: gradient} of the first step, and the norm that the program measures."""
+    seen, step = {}, run.optimizer.step
+    run.optimizer.step = lambda: (seen.update((f"{g.name}.{i}", p.grad.clone()) for g in run.groups
+                                              for i, p in enumerate(g.parameters)), step())
+    return seen, db.train_step(run, 0)[0][2]
 
 
-def test_a_split_batch_has_the_same_gradient(tiny_model, photos, monkeypatch, tmp_path, run, flags):  # noqa: F811
-    common = (tiny_model, photos, monkeypatch, tmp_path, run, flags, "--train_batch_size", 2, "--prior_loss_weight", 0.7)
-    whole, split = gradients(*common), gradients(*common, "--split_batch")
-    photos_only = gradients(*common, "--prior_loss_weight", 0)
+def test_a_split_batch_has_the_same_gradient(tiny_model):
+    options = dict(train_batch_size=2, max_grad_norm=0)
+    whole, norm = gradients(make_run(tiny_model, prior_loss_weight=0.7, **options))
+    split, _ = gradients(make_run(tiny_model, prior_loss_weight=0.7, levers=db.Levers(split_batch=True), **options))
     assert len(whole) > 50 and whole.keys() == split.keys()
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=1e-6)
-    assert not torch.allclose(photos_only["norm"], whole["norm"], rtol=1e-2)
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in whole.values()]).norm().item(), rel=1e-4)
+    without, _ = gradients(make_run(tiny_model, prior_loss_weight=0.0, **options))  # the class images matter
+    assert not any(torch.allclose(without[name], whole[name], rtol=1e-2, atol=1e-6) for name in whole if whole[name].ndim == 4)
 
 
-def test_the_fused_step_frees_gradients_and_reports_their_norm(flags, run, tmp_path, monkeypatch):  # noqa: F811
-    """No gradient outlives its step, and the norm in the logs is that of the plain run."""
-    norms = {}
-    report = db.report_losses
-    for name, more in {"plain": [], "fused": ["--fused_backward"]}.items():
-        def look(state, folder, unread, *rest, name=name):
-            norms[name] = [float(measured[2]) for measured in unread]
-            assert all(p.grad is None for group in state.groups for p in group.parameters)
-            report(state, folder, unread, *rest)
-        monkeypatch.setattr(db, "report_losses", look)
-        assert run(*flags("full"), "--steps", 3, "--max_grad_norm", 0, *more, "--output_dir", name)[0] == 0
-    assert norms["fused"] == pytest.approx(norms["plain"], rel=1e-4) and min(norms["plain"]) > 0
+def test_the_fused_step_scales_each_tensor_down(tiny_model):
+    """By AdamW one cannot see it, which forgets the scale; the norms are those before."""
+    run = make_run(tiny_model, levers=db.Levers(fused_backward=True), max_grad_norm=1e-3)
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def look(parameters, limit):
+        norm = clip(parameters, limit)
+        norms.append((norm.item(), parameters[0].grad.norm().item(), limit))
+        return norm
+    torch.nn.utils.clip_grad_norm_ = look
+    try:
+        total = db.train_step(run, 0)[0][2]
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    assert len(norms) == len(run.groups[0].parameters) and any(before > 1e-3 for before, *_ in norms)
+    assert all(after <= limit * 1.001 == 1e-3 * 1.001 for _, after, limit in norms)
+    assert total.item() == pytest.approx(sum(before ** 2 for before, *_ in norms) ** 0.5, rel=1e-4)
+    assert all(p.grad is None for p in run.groups[0].parameters) and not run.spent
 
 
 def test_at_most_one_gradient_is_alive_in_a_fused_backward_pass():
@@ -262,9 +284,8 @@ def test_weights_gradients_and_states_take_what_was_estimated(method, family, op
     assert {name: parts[name] for name in ("weights", "optimizer", "frozen")} == {n: found[n] for n in ("weights", "optimizer", "frozen")}
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method, family", [("full", "sdxl"), ("full", "sd1")])
+@pytest.mark.parametrize("method, family, precision, checkpointing", [
+    ("full", "sdxl", "no", False), ("full", "sdxl", "bf16", True), ("full", "sd1", "bf16", False), ("full", "sd1", "no", True)])
 def test_activations_take_what_was_estimated(method, family, checkpointing, precision, tiny_model):
     """Against torch's own count of the tensors of a real forward and backward pass, at its peak."""
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -289,3 +310,117 @@ def test_activations_take_what_was_estimated(method, family, checkpointing, prec
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     real = peak - sum(t.nbytes for t in (*models.unet.parameters(), *models.unet.buffers()))
     assert sum(db.peak_of(demand, checkpointing, False)) == pytest.approx(real, rel=0.1)
+
+
+def demand(*events, passes=1, copies=0, trained=((4, 25),)):
+    return db.Demand(trained, 0, copies, passes, events)
+
+
+def test_the_peak_of_a_backward_pass():
+    """Two layers by hand; the largest kept tensor, 100 bytes, is in hand three times."""
+    plain = demand(("kept", 100, None), ("gradient", 40, None), ("kept", 60, 7), ("gradient", 400, 7), ("kept", 60, 7))
+    assert db.peak_of(plain, False, False) == (400, 160 + 300)  # second layer's last tensor used, first layer's still there
+    assert db.peak_of(plain, False, True) == (400, 160 + 300)
+    assert db.peak_of(plain, True, False) == (400, 160 + 300)
+    fused = demand(("kept", 100, None), ("gradient", 40, None), ("kept", 60, 7), ("kept", 60, 7), ("gradient", 10, 7))
+    assert db.peak_of(fused, False, False) == db.peak_of(fused, True, False) == (10, 220 + 300)
+    assert db.peak_of(demand(*fused.events, passes=2), False, False) == (50, 220 + 300)  # all gradients from before
+    recomputed = demand(("kept", 10, None), *[("kept", 10, n) for n in (1, 1, 2, 2, 3, 3)])
+    assert db.peak_of(recomputed, False, False) == (0, 70 + 30)
+    assert db.peak_of(recomputed, True, False) == (0, 30 + 30)
+    assert db.peak_of(dataclasses.replace(recomputed, copies=500), True, False) == (0, 510)
+
+
+def test_an_estimate_is_arithmetic():
+    some = dataclasses.replace(demand(("kept", 1000, None), ("gradient", 400, None)), frozen=50)
+    parts = db.estimate(some, db.Levers())
+    assert parts == {"weights": 400, "gradients": 400, "optimizer": 804, "activations": 4000, "frozen": 50,
+                     "reserve": db.RESERVE + db.SLACK * 5654}
+    assert db.estimate(some, db.Levers("adamw8bit", "bf16"))["weights"] == 200
+
+
+@pytest.mark.parametrize("by_hand", [{}, {"optimizer": "adafactor", "split_batch": False}])
+def test_the_first_plan_that_fits_is_taken(by_hand, tiny_model, capsys, monkeypatch):
+    need("adamw8bit")
+    monkeypatch.setattr(db, "RESERVE", 0)
+    surveyed, ask = {}, db.survey
+    monkeypatch.setattr(db, "survey", lambda *args: surveyed.get(args[-1]) or surveyed.setdefault(args[-1], ask(*args)))
+    training = s, models, subjects, recipe, plan = tiny_training(tiny_model, precision="bf16", train_batch_size=2, **by_hand)
+    rows = db.plans(s, "bf16")
+    assert all(getattr(row, name) == value for row in rows for name, value in by_hand.items())
+    assert by_hand or rows == list(db.PLANS)
+    needs = [sum(db.estimate(survey(training, row), row).values()) for row in rows]
+    assert needs[0] > min(needs) and max(needs) < db.GIB
+    for bytes_needed in needs:
+        limit = dataclasses.replace(s, max_vram=repr(bytes_needed / db.GIB))
+        taken = db.choose_levers(limit, models, subjects, recipe, 64, plan)
+        first = next(other for other, n in zip(rows, needs) if n <= bytes_needed * (1 + 1e-12))
+        assert taken == first
+        line = capsys.readouterr().out
+        assert line.startswith("Memory plan: ") and line.count("\n") == 1 and db.flags_of(first) in line and "weights 0.0" in line
+    with pytest.raises(db.UserError, match="the most frugal plan takes .* more than there are"):
+        db.choose_levers(dataclasses.replace(s, max_vram=repr(min(needs) / 2 / db.GIB)), models, subjects, recipe, 64, plan)
+
+
+def test_every_further_lever_saves(tiny_model):
+    """On pictures so small that weights matter more than activations."""
+    training = tiny_training(tiny_model, "full", "sdxl", "bf16")
+    needs = {row: sum(db.estimate(survey(training, row, 16), row).values()) for row in db.PLANS if not row.split_batch}
+    assert list(needs.values()) == sorted(needs.values(), reverse=True) and len(set(needs.values())) == len(needs) == 5
+
+
+@pytest.mark.parametrize("limit", ["lots", "0", "-3", "nan", "inf"])
+def test_a_limit_must_be_a_number(limit, run, photos, tiny_model):
+    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt", "a dog",
+                         f"--max_vram={limit}")
+    assert status == 2 and f"--max_vram {limit}" in err and err.count("\n") == 1, err
+
+
+def test_what_cannot_fit_ends_before_anything_is_drawn(flags, run, tmp_path):  # noqa: F811
+    status, _, err = run(*flags("full"), "--max_vram", 0.05)
+    assert status == 2 and "--max_vram 0.05: the most frugal plan takes 0.3" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "class_images").exists() and not list(tmp_path.glob("output*"))
+
+
+def test_a_plan_is_followed_and_recorded(flags, run, tmp_path, tiny_model):  # noqa: F811
+    """0.33 GiB: beside the reserve of 0.3 too little for a plain step on pictures of 160 pixels."""
+    status, out, err = run(*flags("full"), "--max_vram", 0.33, "--resolution", 160, "--steps", 1, *QUICK)
+    assert status == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("Memory plan: "))
+    used = json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]
+    assert used["gradient_checkpointing"] and "--gradient_checkpointing" in line and "of 0.33 GiB (weights" in line
+    assert "Peak memory of training: " in out
+
+
+def test_without_a_gpu_and_a_limit_nothing_is_planned(flags, run, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(db, "survey", lambda *args: pytest.fail("surveyed"))
+    status, out, err = run(*flags("lora"), "--steps", 1, *QUICK)
+    assert status == 0 and "Memory plan" not in out, err
+
+
+def test_full_memory_names_the_next_plan(flags, run, monkeypatch, tmp_path):  # noqa: F811
+    step = db.train_step
+
+    def fail(state, number):
+        if number == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(state, number)
+    monkeypatch.setattr(db, "train_step", fail)
+    status, _, err = run(*flags("full"), "--checkpointing_steps", 2, *QUICK, "--gradient_checkpointing")
+    assert status == 2 and "try --gradient_checkpointing --split_batch" in err.splitlines()[-1], err
+    assert "step-000002 is intact" in err and (tmp_path / "output.partial" / "checkpoints" / "step-000002").is_dir()
+
+
+def test_cuda_is_surveyed_as_cuda(tiny_model, monkeypatch):
+    """Its own autocast and attention, without a GPU: fake tensors need none."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * db.GIB, 8 * db.GIB))
+    training = list(tiny_training(tiny_model, "full", "sdxl", "bf16"))
+    training[-1] = db.Plan(torch.device("cuda"), "bf16")
+    cuda = survey(training)
+    cpu = survey([*training[:-1], db.Plan(torch.device("cpu"), "bf16")])
+    assert cuda.trained == cpu.trained and cuda.copies == cpu.copies
+    kept = [sum(size for what, size, _ in d.events if what == "kept") for d in (cuda, cpu)]
+    assert kept[0] >= kept[1] > 0, kept  # CUDA's autocast normalizes in float32
+    assert db.memory_limit(training[0], training[-1]) == 3 * db.GIB
