@@ -1684,7 +1684,10 @@ class Demand:
 
 
 def survey(s, models, subjects, recipe, resolution, plan, levers):
-    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
+    """The Demand of a training: models without memory are given what trains and pass one batch forward.
+
+    They pretend to be on the CPU, whose autocast leaves normalization in half precision; CUDA's does it in float32.
+    """
     import copy
 
     import torch
@@ -1703,17 +1706,21 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
             part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
         if METHODS[s.method].is_adapter:
             hollow.unet.to(plan.dtype)
+        if plan.device.type == "cuda" and plan.precision != "no":
+            for norm in (m for part in parts for m in part.modules() if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm))):
+                norm.float().register_forward_pre_hook(lambda norm, args: (args[0].float(),))
         groups = parameter_groups(s, hollow, subjects, recipe)
     check_rates(s, groups)
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(plan.device.type):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
-        batch = [torch.randn(pictures, models.unet.config.in_channels, side, side), torch.zeros(pictures, dtype=torch.long)]
+        latents, timesteps, time_ids = (torch.empty(pictures, *shape)
+                                        for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
-        with torch.autocast(plan.device.type, plan.dtype, plan.precision != "no"), listening(parts, trained) as events:
+        with torch.autocast("cpu", plan.dtype, plan.precision != "no"), listening(parts, trained) as events:
             with torch.set_grad_enabled(trains_text):
                 hidden, pooled = encode_prompts(hollow, prompts)
-            predict(hollow.unet, *batch, hidden, pooled, torch.zeros(pictures, 6))
+            predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
     exchanged = sum(p.nbytes for p in trained) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0  # a second set of gradients
     copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
@@ -1722,18 +1729,18 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
 
 
 def fake_weights(parts, trained):
-    """Give `parts` from the meta device weights that know a device, as attention's choice of a kernel asks; returns those
-    in place of `trained`."""
+    """Give `parts` from the meta device weights that pretend to be on the CPU, as attention's choice of a kernel asks for a
+    device; returns those in place of `trained`."""
     import torch
 
     fakes = []
     for module in (module for part in parts for module in part.modules()):
         for name, meta in list(module.named_parameters(recurse=False)):
-            fake = torch.nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype), requires_grad=meta in trained)
+            fake = torch.nn.Parameter(torch.empty_like(meta, device="cpu"), requires_grad=meta in trained)
             module.register_parameter(name, fake)
             fakes += [fake] if meta in trained else []
         for name, meta in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(meta.shape, dtype=meta.dtype))
+            module.register_buffer(name, torch.empty_like(meta, device="cpu"))
     return fakes
 
 

@@ -74,7 +74,8 @@ def random_models(arch, device="cpu"):
 def made_up_cache(models, resolution, photos, class_images):
     """The latent cache of pictures that nobody took."""
     side, rows = resolution // models.latent_scale, photos + class_images
-    return db.LatentCache(torch.randn(rows, 4, side, side), torch.full((rows, 4, side, side), 0.1),
+    latents = torch.randn(rows, models.vae.config.latent_channels, side, side)
+    return db.LatentCache(latents, torch.full_like(latents, 0.1),
                           torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * rows).float(),
                           (torch.arange(rows) >= photos).long(), ["a phol dog", "a dog"], [list(range(photos))],
                           [list(range(photos, rows))] if class_images else [])
