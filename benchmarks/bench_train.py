@@ -191,7 +191,7 @@ def main():
     run, levers, plan = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
               **{name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers")},
-              "model": args.arch or Path(models.name).name, "method": s.method, "resolution": resolution, "precision": plan.precision,
+              "model": args.arch or (Path(models.name).name if s.model_name else "bundled"), "method": s.method, "resolution": resolution, "precision": plan.precision,
               "batch": f"{s.train_batch_size} photos + {s.train_batch_size * db.preserves_prior(s)} class images",
               "plan": db.flags_of(levers), "trained_weights": sum(p.numel() for g in run.groups for p in g.parameters)}
     with tempfile.TemporaryDirectory() as folder:
