@@ -159,20 +159,22 @@ class Settings:
         "constant", "constant_with_warmup", "linear", "cosine"])
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
-    optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs torchao, prodigy prodigyopt",
-                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"], shown="adamw, or as --max_vram needs")
+    optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs the package torchao, "
+                                   "prodigy prodigyopt", shown="adamw, or as --max_vram needs",
+                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
     adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
-    max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is on; "
-                           "auto: what a CUDA GPU has free, without one no limit")
-    gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory", shown="as --max_vram needs")
+    max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
+                           "on; auto: what a CUDA GPU has free, without one no limit")
+    gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory",
+                                                 shown="as --max_vram needs")
     split_batch: bool | None = _field("train", None, "photos and class images one after the other within a step: half the "
                                       "activations", shown="as --max_vram needs")
-    fused_backward: bool | None = _field("train", None, "step each tensor as soon as its gradient is there and free it; gradients "
-                                         "are then scaled down one by one", shown="as --max_vram needs")
-    weights: str | None = _field("train", None, "precision of the trained weights; bf16, with --optimizer adamw8bit alone, is "
-                                 "rounded stochastically", choices=["fp32", "bf16"], shown="fp32, or as --max_vram needs",
-                                 methods=("full",))
+    fused_backward: bool | None = _field("train", None, "step each tensor as soon as its gradient is there and free it; "
+                                         "each is then scaled down by itself", shown="as --max_vram needs")
+    weights: str | None = _field("train", None, "precision of the trained weights; bf16, with --optimizer adamw8bit alone, "
+                                 "is rounded stochastically", choices=["fp32", "bf16"], methods=("full",),
+                                 shown="fp32, or as --max_vram needs")
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
@@ -1567,6 +1569,11 @@ class Levers:
     fused_backward: bool = False
 
 
+def processes():
+    """How many train together, as `accelerate launch` says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def levers_by_hand(s):
     """{flag: value} of those levers that the user has set."""
     return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
@@ -1574,26 +1581,25 @@ def levers_by_hand(s):
 
 def objection(s, levers, precision):
     """Why these levers cannot be used together, or None."""
-    optimizer, fused = OPTIMIZERS[levers.optimizer], levers.fused_backward
+    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
     return next((text for wrong, text in (
-        (fused and s.gradient_accumulation_steps > 1, "--fused_backward: it steps and frees gradients at once, so none are left to "
-         "accumulate; leave out --gradient_accumulation_steps"),
-        (fused and levers.split_batch, "--fused_backward: it steps as soon as photos have their gradients, so class images cannot "
-         "follow; leave out --split_batch"),
-        (fused and not optimizer.by_tensor, f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give "
-         "another optimizer"),
-        (fused and precision == "fp16", "--fused_backward: fp16 gradients are checked all together before a step; give "
-         "--mixed_precision bf16 or no"),
-        (fused and int(os.environ.get("WORLD_SIZE", "1")) > 1, "--fused_backward: several processes average their gradients before "
-         "a step; train with one, or without it"),
-        (levers.weights == "bf16" and levers.optimizer != "adamw8bit", "--weights bf16: only --optimizer adamw8bit rounds them "
-         "stochastically; give it too"),
-        (levers.weights == "bf16" and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give "
-         "--mixed_precision bf16"),
-        (levers.weights == "bf16" and METHODS[s.method].is_adapter, f"--weights bf16: --method {s.method} trains too few weights "
-         "to save anything; leave it out"),
-        (levers.optimizer == "prodigy" and s.method == "pivotal", "--optimizer prodigy: the new words of --method pivotal could not "
-         "rest; give another optimizer"),
+        (fused and s.gradient_accumulation_steps > 1,
+         "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
+        (fused and levers.split_batch,
+         "--fused_backward: it steps once photos have their gradients, before class images; leave out --split_batch"),
+        (fused and not optimizer.by_tensor,
+         f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
+        (fused and precision == "fp16",
+         "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
+        (fused and processes() > 1,
+         "--fused_backward: several processes average their gradients before a step; train with one, or without it"),
+        (half and levers.optimizer != "adamw8bit",
+         "--weights bf16: only --optimizer adamw8bit rounds them stochastically; give it, too"),
+        (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
+        (half and METHODS[s.method].is_adapter,
+         f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
+        (levers.optimizer == "prodigy" and s.method == "pivotal",
+         "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
     ) if wrong), None)
 
 
@@ -1707,8 +1713,9 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
         if METHODS[s.method].is_adapter:
             hollow.unet.to(plan.dtype)
         if plan.device.type == "cuda" and plan.precision != "no":
-            for norm in (m for part in parts for m in part.modules() if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm))):
-                norm.float().register_forward_pre_hook(lambda norm, args: (args[0].float(),))
+            for module in (module for part in parts for module in part.modules()):
+                if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                    module.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
         groups = parameter_groups(s, hollow, subjects, recipe)
     check_rates(s, groups)
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
@@ -1722,10 +1729,11 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
                 hidden, pooled = encode_prompts(hollow, prompts)
             predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    exchanged = sum(p.nbytes for p in trained) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0  # a second set of gradients
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    if processes() > 1:  # they exchange gradients in buffers of their own
+        frozen += sum(p.nbytes for p in trained)
     copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
-    return Demand(tuple(tuple(p.shape) for p in trained), sum(t.nbytes for t in beside - set(trained)) + exchanged, copies, passes,
-                  tuple(events))
+    return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
 
 
 def fake_weights(parts, trained):
@@ -1789,7 +1797,8 @@ def peak_of(demand, checkpointing, fused):
     """
     import itertools
 
-    stretches = [(number, list(events)) for number, events in itertools.groupby(demand.events, lambda e: e[2] if checkpointing else None)]
+    stretches = [(number, list(events)) for number, events in itertools.groupby(
+        demand.events, lambda event: event[2] if checkpointing else None)]
     kept = sum(size for number, events in stretches if number is None for what, size, _ in events if what == "kept")
     total = sum(size for what, size, _ in demand.events if what == "gradient")
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
@@ -1836,11 +1845,12 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         least = min(least, needed)
         if needed <= limit:
             check_package(levers)
-            say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {needed / GIB:.2f} of {limit / GIB:.2f} GiB ("
-                + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items()) + ")")
+            say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {needed / GIB:.2f} of "
+                f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items()) + ")")
             return levers
-    raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, {(least - limit) / GIB:.2f} more "
-                    "than there are; give --method lora, a smaller --resolution or fewer flags that rule plans out")
+    raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
+                    f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer flags that "
+                    "rule plans out")
 
 
 @contextlib.contextmanager
@@ -1858,8 +1868,9 @@ def naming_next_plan(s, levers, plan, folder):
         rows = plans(s, plan.precision)
         more = rows[rows.index(levers) + 1:]
         saved = next(reversed(checkpoints_in(folder)), None)
-        raise UserError("the GPU's memory is full; try " + (flags_of(more[0]) if more else "a smaller --resolution, or --method lora")
-                        + (f" (the checkpoint {short_path(saved)} is intact)" if saved else "")) from None
+        remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"
+        intact = f" (the checkpoint {short_path(saved)} is intact)" if saved else ""
+        raise UserError(f"the GPU's memory is full; try {remedy}{intact}") from None
     say(f"Peak memory of training: {peak_memory(plan.device)}")
 
 
@@ -1997,7 +2008,7 @@ def clip_gradients(run):
 def fuse_backward(optimizer, max_norm, spent):
     """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
 
-    Its norm before that goes to `spent`. One optimizer keeps all states, so checkpoints and schedule need know nothing of it.
+    Its norm before that goes to `spent`. One optimizer keeps all states: checkpoints and schedule need know nothing of it.
     """
     import torch
 
@@ -2092,7 +2103,8 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
-    return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, at_once, spent, origin)
+    return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, at_once, spent,
+               origin)
 
 
 def split_means(losses, is_class):
@@ -2217,7 +2229,7 @@ def train(s):
 
 
 def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run, Levers, what was decided for dreambooth.json): model, identifiers, class images, latents and what trains."""
+    """(subjects, Run, Levers, what was decided for dreambooth.json): models, identifiers, pictures, latents, what trains."""
     import torch
 
     models = load_models(name, torch.float32)
@@ -2304,8 +2316,8 @@ TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
 FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
-              "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing", "split_batch",
-              "fused_backward")
+              "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing",
+              "split_batch", "fused_backward")
 SHAPING_LEVERS = ("optimizer", "weights", "fused_backward")  # compared as they were decided, not as flags
 
 

@@ -11,6 +11,7 @@ already), so that whatever else the machine does slows both. What is printed is 
 
 import argparse
 import copy
+import dataclasses
 import datetime
 import json
 import os
@@ -23,14 +24,16 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
 sys.path.insert(0, str(REPOSITORY))
 import dreambooth_implementation as db  # noqa: E402
 
-# The hub's configs of stable-diffusion-v1-5, -2-1 and stable-diffusion-xl-base-1.0, where they differ from diffusers' defaults.
+# The hub's configs of stable-diffusion-v1-5, -2-1 and -xl-base-1.0, where they differ from diffusers' defaults.
 UNETS = {
     "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True),
-    "sdxl": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], block_out_channels=(320, 640, 1280),
+    "sdxl": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=[5, 10, 20],
+                 block_out_channels=(320, 640, 1280),
                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
                  transformer_layers_per_block=[1, 2, 10], addition_embed_type="text_time", addition_time_embed_dim=256,
@@ -48,8 +51,19 @@ TEXT_ENCODERS = {
 
 def random_models(arch, device="cpu"):
     """Models of an architecture's full size with random weights, made on `device`."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import (
+        AutoencoderKL,
+        DDPMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
 
     tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer", model_max_length=77)
     with torch.device(device):
@@ -59,13 +73,15 @@ def random_models(arch, device="cpu"):
                     for kind, config in zip(kinds, TEXT_ENCODERS[arch])]
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
                             up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4)
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
-                              prediction_type="v_prediction" if arch == "sd21" else "epsilon")
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              steps_offset=1, prediction_type="v_prediction" if arch == "sd21" else "epsilon")
     parts = dict(vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=encoders[0])
     if arch == "sdxl":
-        pipeline = StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, text_encoder_2=encoders[1], add_watermarker=False)
+        pipeline = StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, text_encoder_2=encoders[1],
+                                             add_watermarker=False)
     else:
-        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                           requires_safety_checker=False)
     for module in (unet, vae, *encoders):
         module.requires_grad_(False).eval()
     return db.Models(arch, pipeline, [tokenizer] * len(encoders), encoders, vae, unet, scheduler)
@@ -172,15 +188,34 @@ def machine(device):
     return db.machine_name(device) + others
 
 
+def table(results):
+    """The README's tables: steps, then what they cost with more pictures."""
+    lines = ["| model, method | px | arithmetic, plan | s / step | bare step | ratio | of the fastest matrix product | device |",
+             "|---|---|---|---|---|---|---|---|"]
+    for r in (r for r in results if "scaling" not in r):
+        lines.append(f"| {r['model']}, {r['method']} | {r['resolution']} | {r['precision']} {r['plan']} | "
+                     f"{r['seconds_per_step']} | {r.get('bare_seconds_per_step', '')} | {r.get('ratio', '')} | "
+                     f"{r['share_of_fastest_product']:.0%} | {r['device']}, {r['date']} |")
+    for r in (r for r in results if "scaling" in r):
+        lines += ["", "| photos | class images | s / step | cached latents |", "|---|---|---|---|"]
+        lines += [f"| {row['photos']} | {row['class_images']} | {row['seconds_per_step']} | {row['cache_MB']} MB |"
+                  for row in r["scaling"]]
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="and the flags of --train")
     parser.add_argument("--arch", choices=list(UNETS), help="random weights of this size instead of --model_name")
     parser.add_argument("--rounds", type=int, default=50, help="timed steps of each kind")
     parser.add_argument("--warm_up", type=int, default=5, help="steps before them")
-    parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="time bare steps, too (a second model)")
+    parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True,
+                        help="time bare steps, too (of a second model)")
     parser.add_argument("--scaling", action="store_true", help="5 to 500 photos, 100 to 2000 class images")
     parser.add_argument("--name", help="of the file in benchmarks/results")
+    parser.add_argument("--table", action="store_true", help="only print the README's tables of the results there are")
     args, rest = parser.parse_known_args()
+    if args.table:
+        return print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]))
 
     s = db.parse_settings(["--train", *rest])
     models = random_models(args.arch) if args.arch else db.load_models(s.model_name or str(db.BUNDLED_MODEL), torch.float32)
@@ -191,16 +226,17 @@ def main():
     run, levers, plan = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
               **{name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers")},
-              "model": args.arch or (Path(models.name).name if s.model_name else "bundled"), "method": s.method, "resolution": resolution, "precision": plan.precision,
+              "model": args.arch or (Path(models.name).name if s.model_name else "bundled"), "method": s.method,
+              "resolution": resolution, "precision": plan.precision,
               "batch": f"{s.train_batch_size} photos + {s.train_batch_size * db.preserves_prior(s)} class images",
               "plan": db.flags_of(levers), "trained_weights": sum(p.numel() for g in run.groups for p in g.parameters)}
     with tempfile.TemporaryDirectory() as folder:
         if args.scaling:
-            import dataclasses
-
             runs = [dataclasses.replace(run, cache=cache, history=[]) for cache in caches]
-            seconds = timed([program_step(each, f"{folder}/{i}") for i, each in enumerate(runs)], plan.device, args.rounds, args.warm_up)
-            result["scaling"] = [{"photos": size[0], "class_images": size[1], "seconds_per_step": round(statistics.median(times), 4),
+            steps = [program_step(each, f"{folder}/{i}") for i, each in enumerate(runs)]
+            seconds = timed(steps, plan.device, args.rounds, args.warm_up)
+            result["scaling"] = [{"photos": size[0], "class_images": size[1],
+                                  "seconds_per_step": round(statistics.median(times), 4),
                                   "cache_MB": round((cache.mean.nbytes + cache.std.nbytes) / 1e6, 2)}
                                  for size, cache, times in zip(sizes, caches, seconds)]
         else:
@@ -210,7 +246,8 @@ def main():
                 torch.cuda.reset_peak_memory_stats()
             seconds = timed(steps, plan.device, args.rounds, args.warm_up)
             medians = [statistics.median(times) for times in seconds]
-            result |= {"rounds": args.rounds, "seconds_per_step": round(medians[0], 4), "tera_operations_per_step": round(flops / 1e12, 4),
+            result |= {"rounds": args.rounds, "seconds_per_step": round(medians[0], 4),
+                       "tera_operations_per_step": round(flops / 1e12, 4),
                        "share_of_fastest_product": round(flops / medians[0] / fastest_product(plan), 3),
                        "peak_memory" + " with the bare copy" * args.bare: db.peak_memory(plan.device)}
             if args.bare:
@@ -218,7 +255,7 @@ def main():
                 result |= {"bare_seconds_per_step": round(medians[1], 4), "ratio": round(statistics.median(ratios), 3)}
     print(json.dumps(result, indent=2))
     name = args.name or f"train-{result['model']}-{s.method}{'-scaling' * args.scaling}-{plan.device.type}"
-    (REPOSITORY / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import flags, interrupt  # noqa: F401  (`flags` is a fixture)
+from test_resume import flags as short_flags
+from test_resume import interrupt
 
 import dreambooth_implementation as db
 
 QUICK = ["--no-with_prior_preservation", "--validation_prompt", "a dog"]  # for what does not depend on class images
+flags = short_flags  # a fixture
 OPTIONAL = {"adamw8bit": "torchao", "prodigy": "prodigyopt"}
 
 
@@ -120,7 +122,8 @@ def test_a_split_batch_has_the_same_gradient(tiny_model):
         torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=1e-6)
     assert norm == pytest.approx(torch.cat([g.flatten() for g in whole.values()]).norm().item(), rel=1e-4)
     without, _ = gradients(make_run(tiny_model, prior_loss_weight=0.0, **options))  # the class images matter
-    assert not any(torch.allclose(without[name], whole[name], rtol=1e-2, atol=1e-6) for name in whole if whole[name].ndim == 4)
+    convolutions = [name for name in whole if whole[name].ndim == 4]
+    assert not any(torch.allclose(without[name], whole[name], rtol=1e-2, atol=1e-6) for name in convolutions)
 
 
 def test_the_fused_step_scales_each_tensor_down(tiny_model):
@@ -156,7 +159,7 @@ def test_at_most_one_gradient_is_alive_in_a_fused_backward_pass():
 
 
 def test_bf16_weights_are_rounded_by_chance_alone():
-    """Steps far below bf16's grain move the mean as fp32 would: 300 steps of 1e-4 from 1, where bf16 has steps of 2^-8."""
+    """Steps below bf16's grain move the mean as fp32 would: 300 of 1e-4 from 1, where bf16 knows multiples of 2^-8."""
     need("adamw8bit")
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
@@ -168,9 +171,10 @@ def test_bf16_weights_are_rounded_by_chance_alone():
     assert len(weight.unique()) > 3
 
 
-def test_bf16_weights_train_and_draw(flags, run, tmp_path):  # noqa: F811
+def test_bf16_weights_train_and_draw(flags, run, tmp_path):
     need("adamw8bit")
-    options = flags("full", "sd2", "--optimizer", "adamw8bit", "--weights", "bf16", "--mixed_precision", "bf16", "--steps", 2)
+    options = [*flags("full", "sd2"), "--optimizer", "adamw8bit", "--weights", "bf16", "--mixed_precision", "bf16",
+               "--steps", 2]
     status, out, err = run(*options)
     assert status == 0 and "could not be drawn" not in out, err or out
     saved = load_file(tmp_path / "output" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -192,7 +196,8 @@ def test_bf16_weights_train_and_draw(flags, run, tmp_path):  # noqa: F811
 def test_levers_that_do_not_go_together_are_one_line(given, said, run, photos, tiny_model, monkeypatch):
     need("adamw8bit"), need("prodigy")
     monkeypatch.setattr(db, "load_models", lambda *args: pytest.fail("a model was loaded"))
-    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt", "a dog", *given)
+    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
+                         "a dog", *given)
     assert status == 2 and said in err and err.count("\n") == 1, err
 
 
@@ -200,7 +205,8 @@ def test_a_missing_package_is_named(run, photos, tiny_model, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in OPTIONAL.values() else find(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name in OPTIONAL.values() else find(name, *rest))
     monkeypatch.setattr(db, "load_models", lambda *args: pytest.fail("a model was loaded"))
     for optimizer, package in OPTIONAL.items():
         status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
@@ -216,13 +222,13 @@ def test_fused_backward_needs_one_process(monkeypatch):
     assert "several processes" in db.objection(s, db.Levers(fused_backward=True), "no")
 
 
-def test_prodigy_has_one_rate(flags, run):  # noqa: F811
+def test_prodigy_has_one_rate(flags, run):
     need("prodigy")
     status, _, err = run(*flags("lora"), "--optimizer", "prodigy", "--learning_rate", 0.5)
     assert status == 2 and err.splitlines()[-1].endswith("unet_lora 0.5, text_encoder_lora 1"), err
 
 
-def test_another_optimizer_is_not_gone_on_with(flags, run, monkeypatch):  # noqa: F811
+def test_another_optimizer_is_not_gone_on_with(flags, run, monkeypatch):
     undo = interrupt(monkeypatch, 2)
     assert run(*flags("lora"), "--optimizer", "adafactor")[0] == 130
     undo()
@@ -251,8 +257,7 @@ def survey(training, levers=db.Levers(), resolution=64):
     ("full", "sd2", "adafactor", []), ("full", "sd1", "prodigy", []), ("lora", "sd1", "adamw", ["--train_text_encoder"]),
     ("textual_inversion", "sdxl", "adamw", []),
     ("full", "sd1", "adamw8bit", ["--weights", "bf16", "--mixed_precision", "bf16"])])
-def test_weights_gradients_and_states_take_what_was_estimated(method, family, optimizer, more, flags, run, monkeypatch,  # noqa: F811
-                                                              tiny_model):
+def test_weights_gradients_and_states_take_what_was_estimated(method, family, optimizer, more, flags, run, monkeypatch):
     """To the byte, against the tensors that a step really leaves."""
     need(optimizer)
     surveyed, found = [], {}
@@ -261,9 +266,10 @@ def test_weights_gradients_and_states_take_what_was_estimated(method, family, op
 
     def look(state, number):
         real = state.optimizer.step
-        for parameter in (p for g in state.groups for p in g.parameters):
+        parameters = [p for g in state.groups for p in g.parameters]
+        for parameter in parameters:
             parameter.data += 1e-6  # of tensors that are 0 Prodigy remembers less
-        state.optimizer.step = lambda: (found.update(gradients=sum(p.grad.nbytes for g in state.groups for p in g.parameters)), real())
+        state.optimizer.step = lambda: (found.update(gradients=sum(p.grad.nbytes for p in parameters)), real())
         step(state, number)
         trained = {p for g in state.groups for p in g.parameters}
         found["weights"] = sum(p.nbytes for p in trained)
@@ -281,11 +287,12 @@ def test_weights_gradients_and_states_take_what_was_estimated(method, family, op
     (demand, levers), = surveyed
     parts = db.estimate(demand, levers)
     assert sum(size for what, size, _ in demand.events if what == "gradient") == found["gradients"]
-    assert {name: parts[name] for name in ("weights", "optimizer", "frozen")} == {n: found[n] for n in ("weights", "optimizer", "frozen")}
+    assert {name: parts[name] for name in found} == {**found, "gradients": parts["gradients"]}
 
 
 @pytest.mark.parametrize("method, family, precision, checkpointing", [
-    ("full", "sdxl", "no", False), ("full", "sdxl", "bf16", True), ("full", "sd1", "bf16", False), ("full", "sd1", "no", True)])
+    ("full", "sdxl", "no", False), ("full", "sdxl", "bf16", True), ("full", "sd1", "bf16", False),
+    ("full", "sd1", "no", True)])
 def test_activations_take_what_was_estimated(method, family, checkpointing, precision, tiny_model):
     """Against torch's own count of the tensors of a real forward and backward pass, at its peak."""
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -357,7 +364,8 @@ def test_the_first_plan_that_fits_is_taken(by_hand, tiny_model, capsys, monkeypa
         first = next(other for other, n in zip(rows, needs) if n <= bytes_needed * (1 + 1e-12))
         assert taken == first
         line = capsys.readouterr().out
-        assert line.startswith("Memory plan: ") and line.count("\n") == 1 and db.flags_of(first) in line and "weights 0.0" in line
+        assert line.startswith("Memory plan: ") and line.count("\n") == 1
+        assert db.flags_of(first) in line and "weights 0.0" in line
     with pytest.raises(db.UserError, match="the most frugal plan takes .* more than there are"):
         db.choose_levers(dataclasses.replace(s, max_vram=repr(min(needs) / 2 / db.GIB)), models, subjects, recipe, 64, plan)
 
@@ -371,18 +379,18 @@ def test_every_further_lever_saves(tiny_model):
 
 @pytest.mark.parametrize("limit", ["lots", "0", "-3", "nan", "inf"])
 def test_a_limit_must_be_a_number(limit, run, photos, tiny_model):
-    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt", "a dog",
-                         f"--max_vram={limit}")
+    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
+                         "a dog", f"--max_vram={limit}")
     assert status == 2 and f"--max_vram {limit}" in err and err.count("\n") == 1, err
 
 
-def test_what_cannot_fit_ends_before_anything_is_drawn(flags, run, tmp_path):  # noqa: F811
+def test_what_cannot_fit_ends_before_anything_is_drawn(flags, run, tmp_path):
     status, _, err = run(*flags("full"), "--max_vram", 0.05)
     assert status == 2 and "--max_vram 0.05: the most frugal plan takes 0.3" in err and err.count("\n") == 1, err
     assert not (tmp_path / "class_images").exists() and not list(tmp_path.glob("output*"))
 
 
-def test_a_plan_is_followed_and_recorded(flags, run, tmp_path, tiny_model):  # noqa: F811
+def test_a_plan_is_followed_and_recorded(flags, run, tmp_path, tiny_model):
     """0.33 GiB: beside the reserve of 0.3 too little for a plain step on pictures of 160 pixels."""
     status, out, err = run(*flags("full"), "--max_vram", 0.33, "--resolution", 160, "--steps", 1, *QUICK)
     assert status == 0, err
@@ -392,13 +400,13 @@ def test_a_plan_is_followed_and_recorded(flags, run, tmp_path, tiny_model):  # n
     assert "Peak memory of training: " in out
 
 
-def test_without_a_gpu_and_a_limit_nothing_is_planned(flags, run, monkeypatch):  # noqa: F811
+def test_without_a_gpu_and_a_limit_nothing_is_planned(flags, run, monkeypatch):
     monkeypatch.setattr(db, "survey", lambda *args: pytest.fail("surveyed"))
     status, out, err = run(*flags("lora"), "--steps", 1, *QUICK)
     assert status == 0 and "Memory plan" not in out, err
 
 
-def test_full_memory_names_the_next_plan(flags, run, monkeypatch, tmp_path):  # noqa: F811
+def test_full_memory_names_the_next_plan(flags, run, monkeypatch, tmp_path):
     step = db.train_step
 
     def fail(state, number):
