@@ -164,10 +164,22 @@ class Settings:
         "constant", "constant_with_warmup", "linear", "cosine"])
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
-    adam_weight_decay: float = _field("train", 1e-2, "AdamW weight decay", minimum=0)
+    optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs the package torchao, "
+                                   "prodigy prodigyopt", shown="adamw, or as --max_vram needs",
+                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
+    adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
+    max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
+                           "on; auto: what a CUDA GPU has free, without one no limit")
     gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory",
-                                                 shown="on where the GPU needs it")
+                                                 shown="as --max_vram needs")
+    split_batch: bool | None = _field("train", None, "photos and class images one after the other within a step: half the "
+                                      "activations", shown="as --max_vram needs")
+    fused_backward: bool | None = _field("train", None, "step each tensor as soon as its gradient is there and free it; "
+                                         "each is then scaled down by itself", shown="as --max_vram needs")
+    weights: str | None = _field("train", None, "precision of the trained weights; bf16, with --optimizer adamw8bit alone, "
+                                 "is rounded stochastically", choices=["fp32", "bf16"], methods=("full",),
+                                 shown="fp32, or as --max_vram needs")
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
@@ -1602,17 +1614,398 @@ def plan_device(s):
     return Plan(device, precision)
 
 
-def wants_checkpointing(s, trained, weights, plan):
-    """Whether to recompute activations. By default only on a CUDA GPU too small for the alternative, by estimate.
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer of some library. All are AdamW's kin: a learning rate means the same to each that takes one."""
 
-    A trained weight takes 16 bytes with its gradient and AdamW's two moments; a photo's and a class image's activations
-    at the model's own resolution take, with the frozen weights, about 18 bytes for each weight of the UNet.
-    """
+    make: typing.Callable  # (torch's parameter groups, weight decay, device) -> torch.optim.Optimizer
+    state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
+    package: str | None = None  # what to install for it
+    lr: float | None = None  # its own learning rate; None: as RECIPES say
+    by_tensor: bool = True  # a tensor's step depends on no other's
+
+
+def make_adamw(groups, weight_decay, device):
     import torch
 
-    if s.gradient_checkpointing is not None or plan.device.type != "cuda":
-        return bool(s.gradient_checkpointing)
-    return torch.cuda.get_device_properties(plan.device).total_memory < 16 * trained + 18 * weights
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None)
+
+
+def make_adamw8bit(groups, weight_decay, device):
+    """AdamW with its moments in 8 bits, block by block (Dettmers et al., arXiv 2110.02861)."""
+    import torch
+    from torchao.optim import AdamW8bit
+
+    if device.type != "cuda":  # compiling a kernel for every shape of tensor would take minutes there
+        torch.compiler.set_stance("force_eager")
+    return AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+
+
+def make_adafactor(groups, weight_decay, device):
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) with the learning rate as it is, as kohya's guide for SDXL has it:
+    torch's own would scale it by the weights, so that AdamW's rates would not do."""
+    from transformers import Adafactor
+
+    return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+
+
+def make_prodigy(groups, weight_decay, device):
+    """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), which finds the learning rate, set as in diffusers' scripts."""
+    from prodigyopt import Prodigy
+
+    with contextlib.redirect_stdout(None):
+        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+
+
+def adamw8bit_bytes(shape, per_weight):
+    """A code per weight, and a scale and a table of codes in float32; small tensors and uneven ones stay as they are."""
+    n = math.prod(shape)
+    return 4 + 2 * (n + n // 256 * 4 + 256 * 4 if n >= 4096 and n % 256 == 0 else n * per_weight)
+
+
+def adafactor_bytes(shape, per_weight):
+    """A mean over the rows and one over the columns, and the weights' own root mean square."""
+    n = math.prod(shape)
+    return 4 + 4 * (n // shape[-1] + n // shape[-2] if len(shape) > 1 else n)
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
+    "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao"),
+    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes),
+    "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
+                             by_tensor=False),
+}
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What saves memory for time or exactness. The names are those of the flags."""
+
+    optimizer: str = "adamw"
+    weights: str = "fp32"
+    gradient_checkpointing: bool = False
+    split_batch: bool = False
+    fused_backward: bool = False
+
+
+def processes():
+    """How many train together, as `accelerate launch` says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def levers_by_hand(s):
+    """{flag: value} of those levers that the user has set."""
+    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
+
+
+def objection(s, levers, precision):
+    """Why these levers cannot be used together, or None."""
+    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    return next((text for wrong, text in (
+        (fused and s.gradient_accumulation_steps > 1,
+         "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
+        (fused and levers.split_batch,
+         "--fused_backward: it steps once photos have their gradients, before class images; leave out --split_batch"),
+        (fused and not optimizer.by_tensor,
+         f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
+        (fused and precision == "fp16",
+         "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
+        (fused and processes() > 1,
+         "--fused_backward: several processes average their gradients before a step; train with one, or without it"),
+        (half and levers.optimizer != "adamw8bit",
+         "--weights bf16: only --optimizer adamw8bit rounds them stochastically; give it, too"),
+        (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
+        (half and METHODS[s.method].is_adapter,
+         f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
+        (levers.optimizer == "prodigy" and s.method == "pivotal",
+         "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
+    ) if wrong), None)
+
+
+def with_own_rate(recipe, s):
+    """`recipe` with the learning rate of an optimizer that has its own."""
+    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
+    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
+    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
+
+
+def check_rates(s, groups):
+    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
+    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
+        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
+                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
+
+
+def check_levers(s, plan):
+    """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
+    levers = Levers(**levers_by_hand(s))
+    if wrong := objection(s, levers, plan.precision):
+        raise UserError(wrong)
+    check_package(levers)
+    memory_limit(s, plan)
+
+
+def check_package(levers):
+    """UserError if the optimizer's library is not installed."""
+    from importlib.util import find_spec
+
+    if (package := OPTIMIZERS[levers.optimizer].package) and find_spec(package) is None:
+        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+
+
+GIB = 2**30
+PLANS = (  # from the fastest to the most frugal
+    Levers(),
+    Levers(split_batch=True),
+    Levers(gradient_checkpointing=True),
+    Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
+    Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
+)
+
+
+def plans(s, precision):
+    """Those of PLANS that can be had, with what was set by hand as it was set."""
+    rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
+    return [row for row in rows if not objection(s, row, precision)]
+
+
+def flags_of(levers):
+    """The flags that set these levers by hand; those of the first plan are the defaults."""
+    changed = {f.name: getattr(levers, f.name) for f in dataclasses.fields(levers) if getattr(levers, f.name) != f.default}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
+
+
+def memory_limit(s, plan):
+    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
+    import torch
+
+    if s.max_vram == "auto":
+        return torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else None
+    try:
+        limit = float(s.max_vram) * GIB
+    except ValueError:
+        limit = 0
+    if not 0 < limit < math.inf:
+        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
+    return limit
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training needs memory for, counted on a copy of the model that has none.
+
+    `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
+    a tensor that the backward pass will need, and "gradient" one that appears there.
+    """
+
+    trained: tuple  # the shapes of the tensors that train
+    frozen: int  # bytes of what lies beside them
+    copies: int  # bytes of the copies that autocast makes of weights and keeps while it passes forward
+    passes: int  # backward passes whose gradients add up to one step
+    events: tuple
+
+
+def survey(s, models, subjects, recipe, resolution, plan, levers):
+    """The Demand of a training: models without memory are given what trains and pass one batch forward.
+
+    They pretend to be on the CPU, whose autocast leaves normalization in half precision; CUDA's does it in float32.
+    """
+    import copy
+
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    halves = 2 if preserves_prior(s) else 1
+    pictures = s.train_batch_size * (1 if levers.split_batch else halves)
+    passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
+    side = resolution // models.latent_scale
+    with torch.device("meta"):
+        hollow = dataclasses.replace(
+            models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
+            text_encoders=[type(part)(part.config) for part in models.text_encoders])
+        parts = [hollow.unet, *hollow.text_encoders]
+        for part in parts:
+            part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
+        if METHODS[s.method].is_adapter:
+            hollow.unet.to(plan.dtype)
+        if plan.device.type == "cuda" and plan.precision != "no":
+            for module in (module for part in parts for module in part.modules()):
+                if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                    module.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        groups = parameter_groups(s, hollow, subjects, recipe)
+    check_rates(s, groups)
+    trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
+        latents, timesteps, time_ids = (torch.empty(pictures, *shape)
+                                        for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
+        prompts = [subjects[0].instance_prompt] * pictures
+        with torch.autocast("cpu", plan.dtype, plan.precision != "no"), listening(parts, trained) as events:
+            with torch.set_grad_enabled(trains_text):
+                hidden, pooled = encode_prompts(hollow, prompts)
+            predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
+    beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    if processes() > 1:  # they exchange gradients in buffers of their own
+        frozen += sum(p.nbytes for p in trained)
+    copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
+    return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
+
+
+def fake_weights(parts, trained):
+    """Give `parts` from the meta device weights that pretend to be on the CPU, as attention's choice of a kernel asks for a
+    device; returns those in place of `trained`."""
+    import torch
+
+    fakes = []
+    for module in (module for part in parts for module in part.modules()):
+        for name, meta in list(module.named_parameters(recurse=False)):
+            fake = torch.nn.Parameter(torch.empty_like(meta, device="cpu"), requires_grad=meta in trained)
+            module.register_parameter(name, fake)
+            fakes += [fake] if meta in trained else []
+        for name, meta in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty_like(meta, device="cpu"))
+    return fakes
+
+
+@contextlib.contextmanager
+def listening(parts, trained):
+    """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward."""
+    import torch
+
+    events, seen, stretch, hooks = [], {}, [None], []
+    for part in parts:
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+    waiting = set(trained)
+
+    def keep(tensor, number):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage  # as long as it lives no other can have its number
+            events.append(("kept", storage.nbytes(), number))
+        return tensor
+
+    def note_gradients(module, args, output):
+        events.extend(("gradient", p.nbytes, stretch[0]) for p in module.parameters(recurse=False) if p in waiting)
+        waiting.difference_update(module.parameters(recurse=False))
+
+    def recomputable(function, *args):
+        for arg in args:
+            if torch.is_tensor(arg):
+                keep(arg, None)
+        stretch[0] = len(events)
+        output = function(*args)
+        stretch[0] = None
+        return output
+    parts[0].enable_gradient_checkpointing(recomputable)
+    hooks = [module.register_forward_hook(note_gradients) for part in parts for module in part.modules()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, stretch[0]), lambda tensor: tensor):
+        yield events
+    for hook in hooks:
+        hook.remove()
+    events[:0] = [("gradient", p.nbytes, None) for p in waiting]
+
+
+def peak_of(demand, checkpointing, fused):
+    """(bytes of gradients, of activations) where their sum is largest in the last backward pass of a step.
+
+    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
+    """
+    import itertools
+
+    stretches = [(number, list(events)) for number, events in itertools.groupby(
+        demand.events, lambda event: event[2] if checkpointing else None)]
+    kept = sum(size for number, events in stretches if number is None for what, size, _ in events if what == "kept")
+    total = sum(size for what, size, _ in demand.events if what == "gradient")
+    in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
+    gradients = total if demand.passes > 1 else 0  # those of the passes before
+    peak = (gradients, kept + demand.copies if checkpointing else kept)  # without it, `kept` has the copies
+    for number, events in reversed(stretches):
+        if number is not None:
+            kept += sum(size for what, size, _ in events if what == "kept")
+        for what, size, _ in reversed(events):
+            if what == "gradient" and demand.passes == 1:
+                gradients += size
+            peak = max(peak, (gradients, kept + in_hand), key=sum)
+            if what == "kept":
+                kept -= size
+            elif fused:
+                gradients -= size
+    return peak
+
+
+RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
+SLACK = 0.05  # of all else: what a step needs in passing, and what lies unused between tensors
+
+
+def estimate(demand, levers):
+    """{part: bytes} that a training takes at its peak."""
+    per_weight = {"fp32": 4, "bf16": 2}[levers.weights]
+    gradients, activations = peak_of(demand, levers.gradient_checkpointing, levers.fused_backward)
+    parts = {"weights": per_weight * sum(math.prod(shape) for shape in demand.trained), "gradients": gradients,
+             "optimizer": sum(OPTIMIZERS[levers.optimizer].state_bytes(shape, per_weight) for shape in demand.trained),
+             "activations": activations, "frozen": demand.frozen}
+    return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
+
+
+def choose_levers(s, models, subjects, recipe, resolution, plan):
+    """The first of the plans that fits into --max_vram; says what it is expected to take. UserError if none does."""
+    limit, rows, demands, least = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf
+    if limit is None:
+        return rows[0]
+    for levers in rows:
+        passing = (levers.split_batch, levers.weights)
+        demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+        parts = estimate(demands[passing], levers)
+        needed = sum(parts.values())
+        least = min(least, needed)
+        if needed <= limit:
+            check_package(levers)
+            say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {needed / GIB:.2f} of "
+                f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items()) + ")")
+            return levers
+    raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
+                    f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer flags that "
+                    "rule plans out")
+
+
+@contextlib.contextmanager
+def naming_next_plan(s, levers, plan, folder):
+    """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
+    import torch
+
+    if plan.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(plan.device)
+    try:
+        yield
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem):
+            raise
+        rows = plans(s, plan.precision)
+        more = rows[rows.index(levers) + 1:]
+        saved = next(reversed(checkpoints_in(folder)), None)
+        remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"
+        intact = f" (the checkpoint {short_path(saved)} is intact)" if saved else ""
+        raise UserError(f"the GPU's memory is full; try {remedy}{intact}") from None
+    say(f"Peak memory of training: {peak_memory(plan.device)}")
+
+
+def peak_memory(device):
+    """What was taken at most, in words: tensors on a CUDA GPU, else the whole process."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB on the GPU"
+    try:
+        import resource
+    except ImportError:
+        return "not measured on this system"
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, but not on a Mac
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB of the whole process"
 
 
 def machine_name(device):
@@ -1648,6 +2041,8 @@ class Run:
     lr_scheduler: typing.Any
     accelerator: typing.Any
     steps: int
+    at_once: int  # pictures that pass through the model together
+    spent: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
@@ -1698,17 +2093,22 @@ def train_step(run, step):
     import torch
 
     s, accelerator, noise_scheduler, measured = run.s, run.accelerator, run.models.noise_scheduler, []
+    torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
     for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
         batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
                            accelerator.process_index, accelerator.num_processes)
         batch = {key: value if key == "prompt" else value.to(accelerator.device) for key, value in batch.items()}
         with accelerator.accumulate(*run.modules):
-            loss, losses = diffusion_loss(noise_scheduler, batch, run.denoiser, s.snr_gamma)
-            accelerator.backward(loss)
+            losses = []
+            for start in range(0, len(batch["weight"]), run.at_once):
+                part = {key: value[start:start + run.at_once] for key, value in batch.items()}
+                loss, per_picture = diffusion_loss(noise_scheduler, part, run.denoiser, s.snr_gamma)
+                accelerator.backward(loss)
+                losses.append(per_picture.detach())
             norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-        measured.append(torch.stack([*split_means(losses.detach(), batch["is_class"]), norm]))
+        measured.append(torch.stack([*split_means(torch.cat(losses), batch["is_class"]), norm]))
     run.lr_scheduler.step()
     return measured
 
@@ -1719,7 +2119,29 @@ def clip_gradients(run):
 
     run.accelerator.unscale_gradients(run.optimizer)
     limit = run.s.max_grad_norm or math.inf
-    return torch.stack([torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]).norm()
+    norms = run.spent or [torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]
+    norm = torch.stack(norms).norm()
+    run.spent.clear()
+    return norm
+
+
+def fuse_backward(optimizer, max_norm, spent):
+    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
+
+    Its norm before that goes to `spent`. One optimizer keeps all states: checkpoints and schedule need know nothing of it.
+    """
+    import torch
+
+    def step(parameter, number):
+        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
+        optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
 
 
 def unwrap(run):
@@ -1767,7 +2189,7 @@ def stop_agreed(accelerator, signals, done):
     return int(accelerator.gather(received[None]).max())
 
 
-def prepare_training(s, models, groups, cache, steps, accelerator, origin):
+def prepare_training(s, models, groups, cache, steps, accelerator, levers, origin):
     """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
     import torch
     from diffusers.optimization import get_scheduler
@@ -1778,9 +2200,9 @@ def prepare_training(s, models, groups, cache, steps, accelerator, origin):
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW([{"params": g.parameters, "lr": g.lr} for g in groups],
-                                  weight_decay=s.adam_weight_decay, fused=device.type in ("cuda", "cpu") or None)
+            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
+                                                  s.adam_weight_decay, device)
     # diffusers' "constant" has no warmup. The schedule stays ours: accelerate would advance it once per process.
     schedule = "constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler
     lr_scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
@@ -1797,8 +2219,12 @@ def prepare_training(s, models, groups, cache, steps, accelerator, origin):
     modules = [module for module, part in zip(ready, parts) if part in training]
     models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
     conditioning = prompt_conditioning(models, cache.prompts, trains_text, device)
-    return Run(s, models, groups, modules, conditioning, cache, accelerator.prepare(optimizer), lr_scheduler, accelerator,
-               steps, origin)
+    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
+    if levers.fused_backward:
+        fuse_backward(optimizer, s.max_grad_norm, spent)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, at_once, spent,
+               origin)
 
 
 def split_means(losses, is_class):
@@ -1890,6 +2316,7 @@ def train(s):
     name = find_model(s.model_name or default_model(), "--model_name")
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
+    check_levers(s, plan)
 
     from accelerate import Accelerator
 
@@ -1903,7 +2330,7 @@ def train(s):
         return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
-        subjects, run, used = prepare(s, name, concepts, plan, accelerator)
+        subjects, run, levers, used = prepare(s, name, concepts, plan, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names, used["resolution"])
@@ -1911,7 +2338,8 @@ def train(s):
             clear(folder, checkpoint, s.overwrite)
             save_photo_sheet(folder, s, concepts, used["resolution"])
         prepared = time.monotonic()
-        optimize(run, folder, viewer)
+        with naming_next_plan(s, levers, plan, folder):
+            optimize(run, folder, viewer)
         used["selected_step"] = best_of(run.scores)["step"] if run.scores else None
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
@@ -1927,18 +2355,21 @@ def train(s):
 
 
 def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run, what was decided for dreambooth.json): model, identifiers, class images, latents and what trains."""
+    """(subjects, Run, Levers, what was decided for dreambooth.json): models, identifiers, pictures, latents, what trains."""
     import torch
 
     models = load_models(name, torch.float32)
     family = family_of(models.unet.config)
-    recipe = RECIPES[family][s.method]
+    recipe = with_own_rate(RECIPES[family][s.method], s)
     steps, resolution = default(s.steps, recipe.steps), default(s.resolution, models.resolution)
     if s.lr_warmup_steps >= steps:
         raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {steps} steps of this run")
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), {resolution} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
+    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
+    if levers.fused_backward and s.max_grad_norm:
+        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
@@ -1949,21 +2380,23 @@ def prepare(s, name, concepts, plan, accelerator):
     if METHODS[s.method].is_adapter:
         models.unet.to(plan.dtype)  # it stays as it is, and is not saved
     groups = parameter_groups(s, models, subjects, recipe)
+    check_rates(s, groups)
     check_space(s, models, groups)
     cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
     used = {"steps": steps, "resolution": resolution, "precision": plan.precision,
-            "learning_rates": {group.name: group.lr for group in groups},
-            "gradient_checkpointing": set_checkpointing(s, models, groups, plan),
+            "learning_rates": {group.name: group.lr for group in groups}, **dataclasses.asdict(levers),
             "guidance_scale": guidance_scale(s, models.unet.config)}
+    if levers.gradient_checkpointing:
+        set_checkpointing(models, groups)
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * steps)} steps")
     origin |= shaping_flags(s) | {"the number of processes": accelerator.num_processes} | {
-        f"the {key.replace('_', ' ')}": used[key] for key in ("resolution", "precision", "learning_rates")}
+        f"the {key.replace('_', ' ')}": used[key] for key in ("resolution", "precision", "learning_rates", *SHAPING_LEVERS)}
     if s.lr_scheduler in ("linear", "cosine") or any(group.until < 1 for group in groups):
         origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
-    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, origin), used
+    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, levers, origin), levers, used
 
 
 def captioned(concept, subject):
@@ -1984,16 +2417,11 @@ def default_model():
     return short_path(BUNDLED_MODEL)
 
 
-def set_checkpointing(s, models, groups, plan):
-    """Turn on activation checkpointing in whatever gradients pass, if it is wanted; says and returns whether it is."""
-    trained = sum(p.numel() for g in groups for p in g.parameters)
-    wanted = wants_checkpointing(s, trained, models.unet.num_parameters(), plan)
-    if wanted:
-        say("Gradient checkpointing: on (less memory, but slower).")
-        for module in {models.unet, *(module for group in groups for module in group.modules)}:
-            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-            enable()
-    return wanted
+def set_checkpointing(models, groups):
+    """Have activations recomputed in whatever gradients pass."""
+    for module in {models.unet, *(module for group in groups for module in group.modules)}:
+        enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+        enable()
 
 
 def report_training(s, subjects, history, seconds):
@@ -2019,7 +2447,9 @@ TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
 FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
-              "sample_batch_size", "mixed_precision", "gradient_checkpointing")
+              "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing",
+              "split_batch", "fused_backward")
+SHAPING_LEVERS = ("optimizer", "weights", "fused_backward")  # compared as they were decided, not as flags
 
 
 def shaping_flags(s):
@@ -2044,7 +2474,7 @@ def read_state(path):
     """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        known = {"origin", "history", "scores", "optimizer", "scaler"}
+        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
         whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
@@ -2122,19 +2552,57 @@ def write_checkpoint(run, folder):
     check_finite(run.groups)
     if run.accelerator.is_main_process:
         optimizer = run.optimizer.state_dict()
-        tensors = trained_tensors(run.groups) | {f"optimizer.{i}.{key}": value for i, values in optimizer["state"].items()
-                                                 for key, value in values.items()}
+        moments, numbers = flatten_state(optimizer["state"])
+        tensors = trained_tensors(run.groups) | moments
         path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
         with renamed_when_complete(path) as new:
             save_tensors(tensors, new / TENSORS_FILE)
             scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
             state = {"origin": run.origin, "history": run.history, "scores": run.scores,
-                     "optimizer": optimizer["param_groups"], "scaler": scaler,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
                      "sha256": file_digest(new / TENSORS_FILE)}
-            (new / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            # torchao keeps its learning rate in a tensor
+            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
         for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
     run.accelerator.wait_for_everyone()
+
+
+def flatten_state(state):
+    """({name: tensor}, {name: number}) of the states {parameter: {key: tensor or number}} of any optimizer.
+
+    A quantized tensor becomes the plain ones it is made of.
+    """
+    tensors, numbers = {}, {}
+    for i, values in state.items():
+        for key, value in values.items():
+            name = f"optimizer.{i}.{key}"
+            if not hasattr(value, "shape"):
+                numbers[name] = value
+            elif hasattr(value, "__tensor_flatten__"):
+                tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+            else:
+                tensors[name] = value
+    return tensors, numbers
+
+
+def restore_state(tensors, numbers):
+    """What flatten_state() was given."""
+    state = {}
+    for name, value in {**tensors, **numbers}.items():
+        _, i, key, *part = name.split(".")
+        values = state.setdefault(int(i), {})
+        if part:
+            values.setdefault(key, {})[part[0]] = value
+        else:
+            values[key] = value
+    for values in state.values():
+        for key, value in values.items():
+            if isinstance(value, dict):
+                from torchao.optim.subclass_8bit import OptimState8bit
+
+                values[key] = OptimState8bit(**value, signed=bool(value["qmap"].min() < 0), dtype=value["scale"].dtype)
+    return state
 
 
 @contextlib.contextmanager
@@ -2164,6 +2632,7 @@ def flush(path):
 
 def load_checkpoint(run, path):
     """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
+    import torch
     from safetensors.torch import load_file
 
     state = read_state(path)
@@ -2171,13 +2640,12 @@ def load_checkpoint(run, path):
     done = len(state["history"])
     if done > run.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
-    saved, moments = load_file(path / TENSORS_FILE), {}
+    saved = load_file(path / TENSORS_FILE)
     for name, tensor in trained_tensors(run.groups).items():
         tensor.copy_(saved.pop(name))
-    for name, tensor in saved.items():
-        _, i, key = name.split(".")
-        moments.setdefault(int(i), {})[key] = tensor
-    run.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]})
+    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
+                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
+    run.optimizer.load_state_dict({"state": restore_state(saved, state["optimizer_numbers"]), "param_groups": param_groups})
     run.lr_scheduler.last_epoch = done
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,48 @@
+"""Speed of drawing class images and pictures, by the number drawn at once.
+
+    python benchmarks/bench_generate.py                       the bundled model
+    python benchmarks/bench_generate.py --arch sd15           full size, random weights, nothing is downloaded
+
+All flags of `--infer` that shape a picture can be given, such as --num_inference_steps or --mixed_precision. Prints JSON, and
+writes it to benchmarks/results/.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+
+import torch
+from bench_train import RESULTS, UNETS, db, machine, random_models, timed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="and flags of --infer")
+    parser.add_argument("--arch", choices=list(UNETS), help="random weights of this size instead of the bundled model")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of pictures drawn at once")
+    parser.add_argument("--rounds", type=int, default=5, help="timed batches of each size")
+    args, rest = parser.parse_known_args()
+
+    s = db.parse_settings(["--infer", *rest])
+    plan = db.plan_device(s)
+    models = random_models(args.arch) if args.arch else db.load_models(str(db.BUNDLED_MODEL), torch.float32)
+    pipeline = models.pipeline.to(plan.device, plan.dtype)
+    side = models.resolution
+    common = dict(steps=s.num_inference_steps, guidance_scale=db.guidance_scale(s, models.unet.config), height=side, width=side)
+
+    def draw(count):
+        return lambda: list(db.draw(pipeline, [("a dog", seed) for seed in range(count)], batch_size=count, **common))
+    seconds = timed([draw(count) for count in args.batches], plan.device, args.rounds, 1)
+    result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "torch": torch.__version__,
+              "python": sys.version.split()[0], "model": args.arch or "bundled", "precision": plan.precision, "resolution": side,
+              "num_inference_steps": s.num_inference_steps, "peak_memory": db.peak_memory(plan.device),
+              "seconds_per_picture": {str(count): round(statistics.median(times) / count, 4)
+                                      for count, times in zip(args.batches, seconds)}}
+    print(json.dumps(result, indent=2))
+    path = RESULTS / f"generate-{result['model']}-{plan.device.type}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

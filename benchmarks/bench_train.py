@@ -1,0 +1,262 @@
+"""Speed and peak memory of the training loop, beside the least that a step can cost.
+
+    python benchmarks/bench_train.py                                    the bundled model
+    python benchmarks/bench_train.py --arch sdxl --max_vram 10          full size, random weights, nothing is downloaded
+    python benchmarks/bench_train.py --scaling                          against the numbers of photos and class images
+
+All flags of `--train` can be given, such as --method, --mixed_precision, --resolution or --train_batch_size. A step of the
+program is timed in turn with a bare step of the same model (forward, backward, fused AdamW, on a batch that is there
+already), so that whatever else the machine does slows both. What is printed is also written to benchmarks/results/.
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+sys.path.insert(0, str(REPOSITORY))
+import dreambooth_implementation as db  # noqa: E402
+
+# The hub's configs of stable-diffusion-v1-5, -2-1 and -xl-base-1.0, where they differ from diffusers' defaults.
+UNETS = {
+    "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True),
+    "sdxl": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=[5, 10, 20],
+                 block_out_channels=(320, 640, 1280),
+                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+                 transformer_layers_per_block=[1, 2, 10], addition_embed_type="text_time", addition_time_embed_dim=256,
+                 projection_class_embeddings_input_dim=2816),
+}
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+TEXT_ENCODERS = {
+    "sd15": [CLIP_L],
+    "sd21": [dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512,
+                  hidden_act="gelu")],
+    "sdxl": [CLIP_L, dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                          projection_dim=1280, hidden_act="gelu")],
+}
+
+
+def random_models(arch, device="cpu"):
+    """Models of an architecture's full size with random weights, made on `device`."""
+    from diffusers import (
+        AutoencoderKL,
+        DDPMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+    tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer", model_max_length=77)
+    with torch.device(device):
+        unet = UNet2DConditionModel(**UNETS[arch])
+        kinds = [CLIPTextModel, CLIPTextModelWithProjection]
+        encoders = [kind(CLIPTextConfig(vocab_size=49408, eos_token_id=tokenizer.eos_token_id, **config))
+                    for kind, config in zip(kinds, TEXT_ENCODERS[arch])]
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
+                            up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              steps_offset=1, prediction_type="v_prediction" if arch == "sd21" else "epsilon")
+    parts = dict(vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=encoders[0])
+    if arch == "sdxl":
+        pipeline = StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, text_encoder_2=encoders[1],
+                                             add_watermarker=False)
+    else:
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                           requires_safety_checker=False)
+    for module in (unet, vae, *encoders):
+        module.requires_grad_(False).eval()
+    return db.Models(arch, pipeline, [tokenizer] * len(encoders), encoders, vae, unet, scheduler)
+
+
+def made_up_cache(models, resolution, photos, class_images):
+    """The latent cache of pictures that nobody took."""
+    side, rows = resolution // models.latent_scale, photos + class_images
+    latents = torch.randn(rows, models.vae.config.latent_channels, side, side)
+    return db.LatentCache(latents, torch.full_like(latents, 0.1),
+                          torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * rows).float(),
+                          (torch.arange(rows) >= photos).long(), ["a phol dog", "a dog"], [list(range(photos))],
+                          [list(range(photos, rows))] if class_images else [])
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def prepare(s, models, cache, steps, resolution):
+    """(Run, Levers, Plan) of a training with these settings."""
+    from accelerate import Accelerator
+
+    plan = db.plan_device(s)
+    db.check_levers(s, plan)
+    accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
+                              gradient_accumulation_steps=s.gradient_accumulation_steps)
+    recipe = db.with_own_rate(db.RECIPES[db.family_of(models.unet.config)][s.method], s)
+    subjects = [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
+    levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)
+    if db.METHODS[s.method].is_adapter:
+        models.unet.to(plan.dtype)
+    groups = db.parameter_groups(s, models, subjects, recipe)
+    if levers.gradient_checkpointing:
+        db.set_checkpointing(models, groups)
+    return db.prepare_training(s, models, groups, cache, steps, accelerator, levers, {}), levers, plan
+
+
+def bare_step(unet, run, plan):
+    """A function that takes one step of a copy of the UNet and nothing else."""
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, fused=True)
+    batch = db.make_batch(run.cache, run.s, 0, 1000)
+    batch = {key: value if key == "prompt" else value.to(plan.device) for key, value in batch.items()}
+    hidden, pooled = (None if t is None else t.detach() for t in run.conditioning(batch["prompt"]))
+
+    def step():
+        with torch.autocast(plan.device.type, plan.dtype, plan.precision != "no"):
+            out = db.predict(unet, batch["latents"], batch["timesteps"], hidden, pooled, batch["time_ids"])
+        (out.float() - batch["noise"]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def program_step(run, folder):
+    """A function that takes the next step as db.optimize() does, with its reports."""
+    import tqdm
+
+    unread, writer = [], db.loss_writer(folder, 0)
+    bar, count = tqdm.tqdm(disable=True), iter(range(10**9))
+
+    def step():
+        done = next(count) + 1
+        unread.extend(db.train_step(run, done - 1))
+        if done % db.REPORT_EVERY == 0:
+            db.report_losses(run, Path(folder), unread, bar, writer)
+            unread.clear()
+    return step
+
+
+def timed(steps, device, rounds, warm_up):
+    """For each of the functions `steps`, called in turn, the seconds of its calls after the first `warm_up`."""
+    seconds = [[] for _ in steps]
+    for index in range(warm_up + rounds):
+        for step, kept in zip(steps, seconds):
+            synchronize(device)
+            started = time.perf_counter()
+            step()
+            synchronize(device)
+            if index >= warm_up:
+                kept.append(time.perf_counter() - started)
+    return seconds
+
+
+def fastest_product(plan):
+    """Operations per second of the fastest of some matrix products here: what 100 % of the roofline means below."""
+    side = 8192 if plan.device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=plan.device, dtype=plan.dtype)
+    return 2 * side**3 / min(timed([lambda: a @ a], plan.device, 10, 2)[0])
+
+
+def counted(step):
+    """Floating-point operations of one call."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def machine(device):
+    others = "" if device.type == "cuda" else f", load average {os.getloadavg()[0]:.1f}"
+    return db.machine_name(device) + others
+
+
+def table(results):
+    """The README's tables: steps, then what they cost with more pictures."""
+    lines = ["| model, method | px | arithmetic, plan | s / step | bare step | ratio | of the fastest matrix product | device |",
+             "|---|---|---|---|---|---|---|---|"]
+    for r in (r for r in results if "scaling" not in r):
+        lines.append(f"| {r['model']}, {r['method']} | {r['resolution']} | {r['precision']} {r['plan']} | "
+                     f"{r['seconds_per_step']} | {r.get('bare_seconds_per_step', '')} | {r.get('ratio', '')} | "
+                     f"{r['share_of_fastest_product']:.0%} | {r['device']}, {r['date']} |")
+    for r in (r for r in results if "scaling" in r):
+        lines += ["", "| photos | class images | s / step | cached latents |", "|---|---|---|---|"]
+        lines += [f"| {row['photos']} | {row['class_images']} | {row['seconds_per_step']} | {row['cache_MB']} MB |"
+                  for row in r["scaling"]]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="and the flags of --train")
+    parser.add_argument("--arch", choices=list(UNETS), help="random weights of this size instead of --model_name")
+    parser.add_argument("--rounds", type=int, default=50, help="timed steps of each kind")
+    parser.add_argument("--warm_up", type=int, default=5, help="steps before them")
+    parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True,
+                        help="time bare steps, too (of a second model)")
+    parser.add_argument("--scaling", action="store_true", help="5 to 500 photos, 100 to 2000 class images")
+    parser.add_argument("--name", help="of the file in benchmarks/results")
+    parser.add_argument("--table", action="store_true", help="only print the README's tables of the results there are")
+    args, rest = parser.parse_known_args()
+    if args.table:
+        return print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]))
+
+    s = db.parse_settings(["--train", *rest])
+    models = random_models(args.arch) if args.arch else db.load_models(s.model_name or str(db.BUNDLED_MODEL), torch.float32)
+    resolution = s.resolution or models.resolution
+    unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
+    sizes = [(5, 100), (50, 100), (500, 100), (5, 500), (5, 2000)] if args.scaling else [(5, 200)]
+    caches = [made_up_cache(models, resolution, *size) for size in sizes]
+    run, levers, plan = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
+    result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
+              **{name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers")},
+              "model": args.arch or (Path(models.name).name if s.model_name else "bundled"), "method": s.method,
+              "resolution": resolution, "precision": plan.precision,
+              "batch": f"{s.train_batch_size} photos + {s.train_batch_size * db.preserves_prior(s)} class images",
+              "plan": db.flags_of(levers), "trained_weights": sum(p.numel() for g in run.groups for p in g.parameters)}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.scaling:
+            runs = [dataclasses.replace(run, cache=cache, history=[]) for cache in caches]
+            steps = [program_step(each, f"{folder}/{i}") for i, each in enumerate(runs)]
+            seconds = timed(steps, plan.device, args.rounds, args.warm_up)
+            result["scaling"] = [{"photos": size[0], "class_images": size[1],
+                                  "seconds_per_step": round(statistics.median(times), 4),
+                                  "cache_MB": round((cache.mean.nbytes + cache.std.nbytes) / 1e6, 2)}
+                                 for size, cache, times in zip(sizes, caches, seconds)]
+        else:
+            steps = [program_step(run, folder)] + ([bare_step(unet.to(plan.device), run, plan)] if args.bare else [])
+            flops = counted(steps[0])
+            if plan.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = timed(steps, plan.device, args.rounds, args.warm_up)
+            medians = [statistics.median(times) for times in seconds]
+            result |= {"rounds": args.rounds, "seconds_per_step": round(medians[0], 4),
+                       "tera_operations_per_step": round(flops / 1e12, 4),
+                       "share_of_fastest_product": round(flops / medians[0] / fastest_product(plan), 3),
+                       "peak_memory" + " with the bare copy" * args.bare: db.peak_memory(plan.device)}
+            if args.bare:
+                ratios = [program / bare for program, bare in zip(*seconds)]
+                result |= {"bare_seconds_per_step": round(medians[1], 4), "ratio": round(statistics.median(ratios), 3)}
+    print(json.dumps(result, indent=2))
+    name = args.name or f"train-{result['model']}-{s.method}{'-scaling' * args.scaling}-{plan.device.type}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""What saves memory changes nothing else: optimizers, fused backward pass, split batches, and the plan that chooses them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import flags as short_flags
+from test_resume import interrupt
+
+import dreambooth_implementation as db
+
+QUICK = ["--no-with_prior_preservation", "--validation_prompt", "a dog"]  # for what does not depend on class images
+flags = short_flags  # a fixture
+OPTIONAL = {"adamw8bit": "torchao", "prodigy": "prodigyopt"}
+
+
+def need(optimizer):
+    if optimizer in OPTIONAL:
+        pytest.importorskip(OPTIONAL[optimizer])
+
+
+def make_run(tiny_model, method="full", family="sd1", precision="no", levers=db.Levers(), **flags):
+    """A Run of 4 steps on the latents of made-up pictures."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    s, models, subjects, recipe, plan = tiny_training(tiny_model, method, family, precision, lr_scheduler="cosine", **flags)
+    torch.manual_seed(0)
+    if db.METHODS[method].is_adapter:
+        models.unet.to(plan.dtype)
+    groups = db.parameter_groups(s, models, subjects, db.with_own_rate(recipe, s))
+    if levers.gradient_checkpointing:
+        db.set_checkpointing(models, groups)
+    latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
+                           ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
+    accelerator = Accelerator(mixed_precision=precision, cpu=True, gradient_accumulation_steps=s.gradient_accumulation_steps)
+    return db.prepare_training(s, models, groups, cache, 4, accelerator, levers, {})
+
+
+def steps(run, first, last):
+    """Take the steps first .. last - 1; returns what train_step() measured of them."""
+    measured = [db.train_step(run, step)[-1] for step in range(first, last)]
+    run.history.extend([row.tolist() for row in measured])
+    return torch.stack(measured)
+
+
+def trained(run):
+    return {name: tensor.clone() for name, tensor in db.trained_tensors(run.groups).items()}
+
+
+@pytest.mark.parametrize("precision, levers", [
+    ("no", db.Levers("adamw8bit")), ("no", db.Levers("adafactor")), ("no", db.Levers("prodigy")),
+    ("no", db.Levers(fused_backward=True)), ("bf16", db.Levers("adamw8bit", "bf16", fused_backward=True))], ids=str)
+def test_every_optimizer_resumes_exactly(precision, levers, tiny_model, tmp_path):
+    need(levers.optimizer)
+    options = dict(precision=precision, levers=levers, optimizer=levers.optimizer, train_text_encoder=True)
+    whole = make_run(tiny_model, **options)
+    steps(whole, 0, 4)
+    first = make_run(tiny_model, **options)
+    steps(first, 0, 2)
+    db.write_checkpoint(first, tmp_path)
+    checkpoint, = (tmp_path / "checkpoints").iterdir()
+    assert {p.suffix for p in checkpoint.iterdir()} == {".safetensors", ".json"}
+    second = make_run(tiny_model, **options)
+    db.load_checkpoint(second, checkpoint)
+    half = trained(second)
+    steps(second, 2, 4)
+    expected = trained(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(second).items())
+    assert not any(torch.equal(tensor, half[name]) for name, tensor in expected.items() if tensor.ndim > 1)
+    codes = [t for name, t in load_file(checkpoint / db.TENSORS_FILE).items() if name.endswith(".codes")]
+    assert (levers.optimizer == "adamw8bit") == bool(codes) and all(t.dtype == torch.uint8 and t.any() for t in codes)
+
+
+def test_optimizers_differ(tiny_model):
+    results = []
+    for optimizer in db.OPTIMIZERS:
+        need(optimizer)
+        run = make_run(tiny_model, "lora", levers=db.Levers(optimizer), optimizer=optimizer)
+        assert (run.groups[0].lr == 1.0) == (optimizer == "prodigy")
+        steps(run, 0, 2)
+        results.append(torch.cat([tensor.flatten() for tensor in trained(run).values()]))
+    assert len({tuple(result.tolist()) for result in results}) == 4
+
+
+@pytest.mark.parametrize("levers", [db.Levers(fused_backward=True), db.Levers(split_batch=True),
+                                    db.Levers(gradient_checkpointing=True)], ids=db.flags_of)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_levers_change_nothing_but_memory(levers, method, tiny_model):
+    """Same weights after 4 steps of two photos and two class images; with a fused backward pass to the last bit."""
+    options = dict(train_batch_size=2, max_grad_norm=0, train_text_encoder=True, prior_loss_weight=0.7)
+    plain, saving = (make_run(tiny_model, method, "sdxl", levers=row, **options) for row in (db.Levers(), levers))
+    start = trained(plain)
+    measured, saved = steps(plain, 0, 4), steps(saving, 0, 4)
+    torch.testing.assert_close(saved, measured, rtol=1e-4, atol=1e-6)
+    plain, saving = trained(plain), trained(saving)
+    if levers.fused_backward:
+        assert all(torch.equal(plain[name], saving[name]) for name in plain)
+    # AdamW's first steps follow signs: where a gradient is but a rounding error, a weight may go the other way
+    moved, apart = (torch.cat([(plain[n] - other[n]).flatten() for n in plain]).norm() for other in (start, saving))
+    assert 0 < moved and apart < 0.02 * moved
+
+
+def gradients(run):
+    """{tensor: gradient} of the first step, and the norm that the program measures."""
+    seen, step = {}, run.optimizer.step
+    run.optimizer.step = lambda: (seen.update((f"{g.name}.{i}", p.grad.clone()) for g in run.groups
+                                              for i, p in enumerate(g.parameters)), step())
+    return seen, db.train_step(run, 0)[0][2]
+
+
+def test_a_split_batch_has_the_same_gradient(tiny_model):
+    options = dict(train_batch_size=2, max_grad_norm=0)
+    whole, norm = gradients(make_run(tiny_model, prior_loss_weight=0.7, **options))
+    split, _ = gradients(make_run(tiny_model, prior_loss_weight=0.7, levers=db.Levers(split_batch=True), **options))
+    assert len(whole) > 50 and whole.keys() == split.keys()
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=1e-6)
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in whole.values()]).norm().item(), rel=1e-4)
+    without, _ = gradients(make_run(tiny_model, prior_loss_weight=0.0, **options))  # the class images matter
+    convolutions = [name for name in whole if whole[name].ndim == 4]
+    assert not any(torch.allclose(without[name], whole[name], rtol=1e-2, atol=1e-6) for name in convolutions)
+
+
+def test_the_fused_step_scales_each_tensor_down(tiny_model):
+    """By AdamW one cannot see it, which forgets the scale; the norms are those before."""
+    run = make_run(tiny_model, levers=db.Levers(fused_backward=True), max_grad_norm=1e-3)
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def look(parameters, limit):
+        norm = clip(parameters, limit)
+        norms.append((norm.item(), parameters[0].grad.norm().item(), limit))
+        return norm
+    torch.nn.utils.clip_grad_norm_ = look
+    try:
+        total = db.train_step(run, 0)[0][2]
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    assert len(norms) == len(run.groups[0].parameters) and any(before > 1e-3 for before, *_ in norms)
+    assert all(after <= limit * 1.001 == 1e-3 * 1.001 for _, after, limit in norms)
+    assert total.item() == pytest.approx(sum(before ** 2 for before, *_ in norms) ** 0.5, rel=1e-4)
+    assert all(p.grad is None for p in run.groups[0].parameters) and not run.spent
+
+
+def test_at_most_one_gradient_is_alive_in_a_fused_backward_pass():
+    layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(5)))
+    optimizer, alive, spent = torch.optim.AdamW(layers.parameters(), lr=0.1), [], []
+    step = optimizer.step
+    optimizer.step = lambda: (alive.append(sum(p.grad is not None for p in layers.parameters())), step())
+    before = [p.detach().clone() for p in layers.parameters()]
+    db.fuse_backward(optimizer, 0, spent)
+    layers(torch.randn(2, 4)).square().mean().backward()
+    assert alive == [1] * 10 == [len(optimizer.param_groups)] * 10 and len(spent) == 10
+    assert not any(torch.equal(p, b) for p, b in zip(layers.parameters(), before))
+
+
+def test_bf16_weights_are_rounded_by_chance_alone():
+    """Steps below bf16's grain move the mean as fp32 would: 300 of 1e-4 from 1, where bf16 knows multiples of 2^-8."""
+    need("adamw8bit")
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = db.OPTIMIZERS["adamw8bit"].make([{"params": [weight], "lr": 1e-4}], 0.0, torch.device("cpu"))
+    for _ in range(300):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert weight.float().mean().item() == pytest.approx(1 - 300 * 1e-4, abs=2e-3)
+    assert len(weight.unique()) > 3
+
+
+def test_bf16_weights_train_and_draw(flags, run, tmp_path):
+    need("adamw8bit")
+    options = [*flags("full", "sd2"), "--optimizer", "adamw8bit", "--weights", "bf16", "--mixed_precision", "bf16",
+               "--steps", 2]
+    status, out, err = run(*options)
+    assert status == 0 and "could not be drawn" not in out, err or out
+    saved = load_file(tmp_path / "output" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    status, _, err = run("--infer", "--num_images", 1, "--num_inference_steps", 1)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("given, said", [
+    (["--fused_backward", "--gradient_accumulation_steps", 2], "--gradient_accumulation_steps"),
+    (["--fused_backward", "--split_batch"], "--split_batch"),
+    (["--fused_backward", "--optimizer", "prodigy"], "--optimizer prodigy"),
+    (["--weights", "bf16"], "--optimizer adamw8bit"),
+    (["--weights", "bf16", "--optimizer", "adamw8bit"], "--mixed_precision bf16"),
+    (["--weights", "bf16", "--method", "lora"], "--weights has no meaning with --method lora"),
+    (["--optimizer", "prodigy", "--method", "pivotal"], "--method pivotal"),
+    (["--optimizer", "sgd"], "--optimizer"),
+])
+def test_levers_that_do_not_go_together_are_one_line(given, said, run, photos, tiny_model, monkeypatch):
+    need("adamw8bit"), need("prodigy")
+    monkeypatch.setattr(db, "load_models", lambda *args: pytest.fail("a model was loaded"))
+    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
+                         "a dog", *given)
+    assert status == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_a_missing_package_is_named(run, photos, tiny_model, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name in OPTIONAL.values() else find(name, *rest))
+    monkeypatch.setattr(db, "load_models", lambda *args: pytest.fail("a model was loaded"))
+    for optimizer, package in OPTIONAL.items():
+        status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
+                             "a dog", "--optimizer", optimizer)
+        assert status == 2 and f"pip install {package}" in err and err.count("\n") == 1, err
+
+
+def test_fused_backward_needs_one_process(monkeypatch):
+    s = db.Settings("train", fused_backward=True)
+    assert db.objection(s, db.Levers(fused_backward=True), "no") is None
+    assert "fp16" in db.objection(s, db.Levers(fused_backward=True), "fp16")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "several processes" in db.objection(s, db.Levers(fused_backward=True), "no")
+
+
+def test_prodigy_has_one_rate(flags, run):
+    need("prodigy")
+    status, _, err = run(*flags("lora"), "--optimizer", "prodigy", "--learning_rate", 0.5)
+    assert status == 2 and err.splitlines()[-1].endswith("unet_lora 0.5, text_encoder_lora 1"), err
+
+
+def test_another_optimizer_is_not_gone_on_with(flags, run, monkeypatch):
+    undo = interrupt(monkeypatch, 2)
+    assert run(*flags("lora"), "--optimizer", "adafactor")[0] == 130
+    undo()
+    status, _, err = run(*flags("lora"), "--resume")
+    assert status == 2 and "the optimizer (adafactor, now adamw)" in err, err
+
+
+# The memory plan
+
+
+def tiny_training(tiny_model, method="full", family="sd1", precision="no", resolution=64, **flags):
+    """(settings, models, subjects, recipe, plan) of a training on the CPU, ready to be surveyed."""
+    s = db.Settings("train", method=method, mixed_precision=precision, rank=2, **flags)
+    models = db.load_models(str(tiny_model(family)), torch.float32)
+    recipe = db.RECIPES["small"][method]
+    return s, models, [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")], recipe, db.Plan(torch.device("cpu"), precision)
+
+
+def survey(training, levers=db.Levers(), resolution=64):
+    s, models, subjects, recipe, plan = training
+    return db.survey(s, models, subjects, recipe, resolution, plan, levers)
+
+
+@pytest.mark.parametrize("method, family, optimizer, more", [
+    ("full", "sdxl", "adamw", ["--train_text_encoder"]), ("full", "sd1", "adamw8bit", []),
+    ("full", "sd2", "adafactor", []), ("full", "sd1", "prodigy", []), ("lora", "sd1", "adamw", ["--train_text_encoder"]),
+    ("textual_inversion", "sdxl", "adamw", []),
+    ("full", "sd1", "adamw8bit", ["--weights", "bf16", "--mixed_precision", "bf16"])])
+def test_weights_gradients_and_states_take_what_was_estimated(method, family, optimizer, more, flags, run, monkeypatch):
+    """To the byte, against the tensors that a step really leaves."""
+    need(optimizer)
+    surveyed, found = [], {}
+    ask, step = db.survey, db.train_step
+    monkeypatch.setattr(db, "survey", lambda *args: surveyed.append((ask(*args), args[-1])) or surveyed[-1][0])
+
+    def look(state, number):
+        real = state.optimizer.step
+        parameters = [p for g in state.groups for p in g.parameters]
+        for parameter in parameters:
+            parameter.data += 1e-6  # of tensors that are 0 Prodigy remembers less
+        state.optimizer.step = lambda: (found.update(gradients=sum(p.grad.nbytes for p in parameters)), real())
+        step(state, number)
+        trained = {p for g in state.groups for p in g.parameters}
+        found["weights"] = sum(p.nbytes for p in trained)
+        tensors, numbers = db.flatten_state(state.optimizer.state_dict()["state"])
+        found["optimizer"] = sum(t.nbytes for t in tensors.values())
+        pipeline = state.models.pipeline
+        beside = [pipeline.unet, *db.text_encoders_of(pipeline).values()][:None if "text" in method or more[:1] == [
+            "--train_text_encoder"] else 1]
+        found["frozen"] = sum(t.nbytes for part in beside for t in (*part.parameters(), *part.buffers()) if t not in trained)
+        raise db.UserError("enough")
+    monkeypatch.setattr(db, "train_step", look)
+    options = [flag for flag in flags(method, family) if flag not in ("--train_text_encoder", "--use_dora")]
+    status, _, err = run(*options, "--optimizer", optimizer, *more, *QUICK, "--max_vram", 8)
+    assert status == 2 and err.splitlines()[-1] == "error: enough", err
+    (demand, levers), = surveyed
+    parts = db.estimate(demand, levers)
+    assert sum(size for what, size, _ in demand.events if what == "gradient") == found["gradients"]
+    assert {name: parts[name] for name in found} == {**found, "gradients": parts["gradients"]}
+
+
+@pytest.mark.parametrize("method, family, precision, checkpointing", [
+    ("full", "sdxl", "no", False), ("full", "sdxl", "bf16", True), ("full", "sd1", "bf16", False),
+    ("full", "sd1", "no", True)])
+def test_activations_take_what_was_estimated(method, family, checkpointing, precision, tiny_model):
+    """Against torch's own count of the tensors of a real forward and backward pass, at its peak."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    training = s, models, subjects, recipe, plan = tiny_training(tiny_model, method, family, precision, train_batch_size=3)
+    levers = db.Levers(gradient_checkpointing=checkpointing)
+    demand = survey(training, levers, resolution=128)
+    groups = db.parameter_groups(s, models, subjects, recipe)
+    for parameter in groups[0].parameters:
+        parameter.requires_grad_(True)
+    if checkpointing:
+        db.set_checkpointing(models, groups)
+    with torch.no_grad():
+        hidden, pooled = db.encode_prompts(models, ["a dog"] * 6)
+    batch = torch.randn(6, 4, 64, 64), torch.zeros(6, dtype=torch.long)
+    tracker = MemTracker()
+    tracker.track_external(models.unet)
+    with tracker:
+        with torch.autocast("cpu", plan.dtype, precision != "no"):
+            out = db.predict(models.unet, *batch, hidden, pooled, torch.zeros(6, 6))
+        out.float().square().mean().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    real = peak - sum(t.nbytes for t in (*models.unet.parameters(), *models.unet.buffers()))
+    assert sum(db.peak_of(demand, checkpointing, False)) == pytest.approx(real, rel=0.1)
+
+
+def demand(*events, passes=1, copies=0, trained=((4, 25),)):
+    return db.Demand(trained, 0, copies, passes, events)
+
+
+def test_the_peak_of_a_backward_pass():
+    """Two layers by hand; the largest kept tensor, 100 bytes, is in hand three times."""
+    plain = demand(("kept", 100, None), ("gradient", 40, None), ("kept", 60, 7), ("gradient", 400, 7), ("kept", 60, 7))
+    assert db.peak_of(plain, False, False) == (400, 160 + 300)  # second layer's last tensor used, first layer's still there
+    assert db.peak_of(plain, False, True) == (400, 160 + 300)
+    assert db.peak_of(plain, True, False) == (400, 160 + 300)
+    fused = demand(("kept", 100, None), ("gradient", 40, None), ("kept", 60, 7), ("kept", 60, 7), ("gradient", 10, 7))
+    assert db.peak_of(fused, False, False) == db.peak_of(fused, True, False) == (10, 220 + 300)
+    assert db.peak_of(demand(*fused.events, passes=2), False, False) == (50, 220 + 300)  # all gradients from before
+    recomputed = demand(("kept", 10, None), *[("kept", 10, n) for n in (1, 1, 2, 2, 3, 3)])
+    assert db.peak_of(recomputed, False, False) == (0, 70 + 30)
+    assert db.peak_of(recomputed, True, False) == (0, 30 + 30)
+    assert db.peak_of(dataclasses.replace(recomputed, copies=500), True, False) == (0, 510)
+
+
+def test_an_estimate_is_arithmetic():
+    some = dataclasses.replace(demand(("kept", 1000, None), ("gradient", 400, None)), frozen=50)
+    parts = db.estimate(some, db.Levers())
+    assert parts == {"weights": 400, "gradients": 400, "optimizer": 804, "activations": 4000, "frozen": 50,
+                     "reserve": db.RESERVE + db.SLACK * 5654}
+    assert db.estimate(some, db.Levers("adamw8bit", "bf16"))["weights"] == 200
+
+
+@pytest.mark.parametrize("by_hand", [{}, {"optimizer": "adafactor", "split_batch": False}])
+def test_the_first_plan_that_fits_is_taken(by_hand, tiny_model, capsys, monkeypatch):
+    need("adamw8bit")
+    monkeypatch.setattr(db, "RESERVE", 0)
+    surveyed, ask = {}, db.survey
+    monkeypatch.setattr(db, "survey", lambda *args: surveyed.get(args[-1]) or surveyed.setdefault(args[-1], ask(*args)))
+    training = s, models, subjects, recipe, plan = tiny_training(tiny_model, precision="bf16", train_batch_size=2, **by_hand)
+    rows = db.plans(s, "bf16")
+    assert all(getattr(row, name) == value for row in rows for name, value in by_hand.items())
+    assert by_hand or rows == list(db.PLANS)
+    needs = [sum(db.estimate(survey(training, row), row).values()) for row in rows]
+    assert needs[0] > min(needs) and max(needs) < db.GIB
+    for bytes_needed in needs:
+        limit = dataclasses.replace(s, max_vram=repr(bytes_needed / db.GIB))
+        taken = db.choose_levers(limit, models, subjects, recipe, 64, plan)
+        first = next(other for other, n in zip(rows, needs) if n <= bytes_needed * (1 + 1e-12))
+        assert taken == first
+        line = capsys.readouterr().out
+        assert line.startswith("Memory plan: ") and line.count("\n") == 1
+        assert db.flags_of(first) in line and "weights 0.0" in line
+    with pytest.raises(db.UserError, match="the most frugal plan takes .* more than there are"):
+        db.choose_levers(dataclasses.replace(s, max_vram=repr(min(needs) / 2 / db.GIB)), models, subjects, recipe, 64, plan)
+
+
+def test_every_further_lever_saves(tiny_model):
+    """On pictures so small that weights matter more than activations."""
+    training = tiny_training(tiny_model, "full", "sdxl", "bf16")
+    needs = {row: sum(db.estimate(survey(training, row, 16), row).values()) for row in db.PLANS if not row.split_batch}
+    assert list(needs.values()) == sorted(needs.values(), reverse=True) and len(set(needs.values())) == len(needs) == 5
+
+
+@pytest.mark.parametrize("limit", ["lots", "0", "-3", "nan", "inf"])
+def test_a_limit_must_be_a_number(limit, run, photos, tiny_model):
+    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
+                         "a dog", f"--max_vram={limit}")
+    assert status == 2 and f"--max_vram {limit}" in err and err.count("\n") == 1, err
+
+
+def test_what_cannot_fit_ends_before_anything_is_drawn(flags, run, tmp_path):
+    status, _, err = run(*flags("full"), "--max_vram", 0.05)
+    assert status == 2 and "--max_vram 0.05: the most frugal plan takes 0.3" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "class_images").exists() and not list(tmp_path.glob("output*"))
+
+
+def test_a_plan_is_followed_and_recorded(flags, run, tmp_path, tiny_model):
+    """0.33 GiB: beside the reserve of 0.3 too little for a plain step on pictures of 160 pixels."""
+    status, out, err = run(*flags("full"), "--max_vram", 0.33, "--resolution", 160, "--steps", 1, *QUICK)
+    assert status == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("Memory plan: "))
+    used = json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]
+    assert used["gradient_checkpointing"] and "--gradient_checkpointing" in line and "of 0.33 GiB (weights" in line
+    assert "Peak memory of training: " in out
+
+
+def test_without_a_gpu_and_a_limit_nothing_is_planned(flags, run, monkeypatch):
+    monkeypatch.setattr(db, "survey", lambda *args: pytest.fail("surveyed"))
+    status, out, err = run(*flags("lora"), "--steps", 1, *QUICK)
+    assert status == 0 and "Memory plan" not in out, err
+
+
+def test_full_memory_names_the_next_plan(flags, run, monkeypatch, tmp_path):
+    step = db.train_step
+
+    def fail(state, number):
+        if number == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(state, number)
+    monkeypatch.setattr(db, "train_step", fail)
+    status, _, err = run(*flags("full"), "--checkpointing_steps", 2, *QUICK, "--gradient_checkpointing")
+    assert status == 2 and "try --gradient_checkpointing --split_batch" in err.splitlines()[-1], err
+    assert "step-000002 is intact" in err and (tmp_path / "output.partial" / "checkpoints" / "step-000002").is_dir()
+
+
+def test_on_cuda_autocast_normalizes_in_float32(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * db.GIB, 8 * db.GIB))
+    for precision in ("no", "fp16", "bf16"):
+        training = tiny_training(tiny_model, "full", "sdxl", precision)
+        cuda = *training[:-1], db.Plan(torch.device("cuda", 0), precision)
+        cpu, cuda = survey(training), survey(cuda)
+        kept = [sum(size for what, size, _ in d.events if what == "kept") for d in (cpu, cuda)]
+        assert (cuda.trained, cuda.copies, cuda.frozen) == (cpu.trained, cpu.copies, cpu.frozen)
+        assert kept[0] == kept[1] if precision == "no" else 1.1 * kept[0] < kept[1] < 2 * kept[0]
+    assert db.memory_limit(training[0], db.Plan(torch.device("cuda", 0), "no")) == 3 * db.GIB
