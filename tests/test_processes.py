@@ -16,7 +16,6 @@ from test_cli import QUICK
 
 import dreambooth_implementation as db
 
-PORT = 29531
 GRADIENT = """
 import sys
 sys.path[:0] = [{tests!r}, {repository!r}]
@@ -48,7 +47,7 @@ db.train_step(run, 0)
 
 
 def launch(*command, processes=2):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(PORT),
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
             *map(str, command)]
 
 
