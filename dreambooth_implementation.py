@@ -1959,7 +1959,14 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         return rows[0]
     for levers in rows:
         passing = (levers.split_batch, levers.weights)
-        demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+        try:
+            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
+            if s.max_vram != "auto":
+                raise
+            say(f"Note: the memory this takes cannot be told beforehand ({' '.join(str(problem).split())[:200]}); nothing is "
+                f"saved unless by hand.")
+            return rows[0]
         parts = estimate(demands[passing], levers)
         needed = sum(parts.values())
         least = min(least, needed)
@@ -2286,7 +2293,10 @@ def report_losses(run, folder, unread, bar, writer):
     if writer:
         for group, lr in zip(run.groups, run.lr_scheduler.get_last_lr()):
             writer.add_scalar(f"lr/{group.name}", lr, len(run.history))
-    bar.set_postfix({k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None})
+    shown = {k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None}
+    device, lr = run.accelerator.device, run.lr_scheduler.get_last_lr()[0]
+    used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
+    bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
 
 
 def loss_means(history):
