@@ -3,8 +3,8 @@
     python benchmarks/bench_generate.py                       the bundled model
     python benchmarks/bench_generate.py --arch sd15           full size, random weights, nothing is downloaded
 
-All flags of `--infer` that shape a picture can be given, such as --num_inference_steps or --mixed_precision. Prints JSON, and
-writes it to benchmarks/results/.
+All flags of `--infer` that shape a picture can be given, such as --num_inference_steps or --mixed_precision. Prints JSON,
+and writes it to benchmarks/results/.
 """
 
 import argparse
@@ -29,14 +29,15 @@ def main():
     models = random_models(args.arch) if args.arch else db.load_models(str(db.BUNDLED_MODEL), torch.float32)
     pipeline = models.pipeline.to(plan.device, plan.dtype)
     side = models.resolution
-    common = dict(steps=s.num_inference_steps, guidance_scale=db.guidance_scale(s, models.unet.config), height=side, width=side)
+    common = dict(steps=s.num_inference_steps, guidance_scale=db.guidance_scale(s, models.unet.config), height=side,
+                  width=side)
 
     def draw(count):
         return lambda: list(db.draw(pipeline, [("a dog", seed) for seed in range(count)], batch_size=count, **common))
     seconds = timed([draw(count) for count in args.batches], plan.device, args.rounds, 1)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "torch": torch.__version__,
-              "python": sys.version.split()[0], "model": args.arch or "bundled", "precision": plan.precision, "resolution": side,
-              "num_inference_steps": s.num_inference_steps, "peak_memory": db.peak_memory(plan.device),
+              "python": sys.version.split()[0], "model": args.arch or "bundled", "precision": plan.precision,
+              "resolution": side, "num_inference_steps": s.num_inference_steps, "peak_memory": db.peak_memory(plan.device),
               "seconds_per_picture": {str(count): round(statistics.median(times) / count, 4)
                                       for count, times in zip(args.batches, seconds)}}
     print(json.dumps(result, indent=2))

@@ -190,7 +190,7 @@ def machine(device):
 
 def table(results):
     """The README's tables: steps, then what they cost with more pictures."""
-    lines = ["| model, method | px | arithmetic, plan | s / step | bare step | ratio | of the fastest matrix product | device |",
+    lines = ["| model, method | px | arithmetic, plan | s / step | bare step | ratio | of fastest matrix product | device |",
              "|---|---|---|---|---|---|---|---|"]
     for r in (r for r in results if "scaling" not in r):
         lines.append(f"| {r['model']}, {r['method']} | {r['resolution']} | {r['precision']} {r['plan']} | "
