@@ -17,7 +17,7 @@ arXiv 2208.12242. "Paper" below means this one.
 
 Where to change what:
     Settings       a flag, its default, its help              Loss          the objective
-    Model          a model family, its defaults               Memory plan   device, precision, checkpointing
+    Model          a model family, its defaults               Memory plan   device, precision, optimizers
     Subjects       photos, prompts, the rare word in them     Training      optimizer, schedule, logs
     Data           class images, the latent cache             Saving        what ./output holds
     Methods        which weights train                        Inference     pictures and their metadata
@@ -1957,6 +1957,10 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
     limit, rows, demands, least = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf
     if limit is None:
         return rows[0]
+    if processes() > 1:  # all must take the same plan
+        from accelerate.utils import gather_object
+
+        limit = min(gather_object([limit]))
     for levers in rows:
         passing = (levers.split_batch, levers.weights)
         try:
