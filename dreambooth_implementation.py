@@ -2297,6 +2297,7 @@ def default_model():
 
 def set_checkpointing(models, groups):
     """Have activations recomputed in whatever gradients pass."""
+    say("Gradient checkpointing: on (less memory, but slower).")
     for module in {models.unet, *(module for group in groups for module in group.modules)}:
         enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
         enable()
