@@ -1980,8 +1980,8 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
                 f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items()) + ")")
             return levers
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
-                    f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer flags that "
-                    "rule plans out")
+                    f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
+                    "flags that rule plans out")
 
 
 @contextlib.contextmanager
@@ -2433,6 +2433,7 @@ def default_model():
 
 def set_checkpointing(models, groups):
     """Have activations recomputed in whatever gradients pass."""
+    say("Gradient checkpointing: on (less memory, but slower).")
     for module in {models.unet, *(module for group in groups for module in group.modules)}:
         enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
         enable()
@@ -2797,8 +2798,9 @@ def check_space(s, models, groups):
     trained = sum(p.numel() for group in groups for p in group.parameters)
     output = 2 * trained if METHODS[s.method].is_adapter else sum(
         module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders))
-    # float32; a checkpoint holds AdamW's moments as well
-    needed = 4 * (output + trained * (3 * (s.checkpoints_total_limit + 1) + 2 * s.select_best))
+    state_bytes = OPTIMIZERS[s.optimizer or Levers.optimizer].state_bytes
+    checkpoint = sum(4 * p.numel() + state_bytes(p.shape, 4) for group in groups for p in group.parameters)
+    needed = 4 * (output + 2 * trained * s.select_best) + checkpoint * (s.checkpoints_total_limit + 1)  # float32
     free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
     if free < needed:
         raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "
