@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/python dreambooth_implementation.py --infer
 
 test: .venv/installed-tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
