@@ -200,7 +200,7 @@ def readme_commands():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
     lines = "\n".join(block for language, block in blocks if language in ("", "bash", "sh")).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if "dreambooth_implementation.py --" in line]
+    return [line.split("#")[0].strip() for line in lines if line.startswith("python dreambooth_implementation.py --")]
 
 
 def test_readme_commands_run(tmp_path):
