@@ -41,6 +41,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,9 +178,14 @@ class Settings:
                                       "activations", shown="as --max_vram needs")
     fused_backward: bool | None = _field("train", None, "step each tensor as soon as its gradient is there and free it; "
                                          "each is then scaled down by itself", shown="as --max_vram needs")
-    weights: str | None = _field("train", None, "precision of the trained weights; bf16, with --optimizer adamw8bit alone, "
-                                 "is rounded stochastically", choices=["fp32", "bf16"], methods=("full",),
+    weights: str | None = _field("train", None, "precision of the trained weights; bf16 is rounded stochastically, and needs "
+                                 "--optimizer adamw8bit or --fused_backward", choices=["fp32", "bf16"], methods=("full",),
                                  shown="fp32, or as --max_vram needs")
+    offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
+                                            "--fused_backward and takes time", shown="as --max_vram needs")
+    compile: bool = _field("train", False, "compile the UNet's transformer blocks with torch.compile: the first steps take a "
+                                           "minute longer")
+    channels_last: bool = _field("train", False, "lay the UNet's weights out channels last, as tensor cores read them")
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
@@ -230,7 +236,8 @@ class Settings:
     num_inference_steps: int = _field("all", 30, "denoising steps of a picture", minimum=1)
     guidance_scale: float | None = _field("all", None, "classifier-free guidance", minimum=0,
                                           shown="depends on the model")
-    sample_batch_size: int = _field("all", 4, "pictures drawn at once", minimum=1)
+    sample_batch_size: int | None = _field("all", None, "pictures drawn at once", minimum=1,
+                                           shown="16 on a CUDA GPU, fewer as soon as its memory is full; else 4")
     mixed_precision: str = _field("all", "auto", "bf16 or fp16 arithmetic; auto: bf16 where the GPU has it, else fp16, "
                                                   "and none without a CUDA GPU", choices=["auto", "no", "fp16", "bf16"])
     seed: int = _field("all", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
@@ -1623,6 +1630,7 @@ class OptimizerKind:
     package: str | None = None  # what to install for it
     lr: float | None = None  # its own learning rate; None: as RECIPES say
     by_tensor: bool = True  # a tensor's step depends on no other's
+    rounds: bool = False  # it rounds bf16 weights stochastically by itself
 
 
 def make_adamw(groups, weight_decay, device):
@@ -1636,9 +1644,10 @@ def make_adamw8bit(groups, weight_decay, device):
     import torch
     from torchao.optim import AdamW8bit
 
+    optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
     if device.type != "cuda":  # compiling a kernel for every shape of tensor would take minutes there
-        torch.compiler.set_stance("force_eager")
-    return AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+        optimizer.step = types.MethodType(torch.compiler.set_stance("force_eager")(AdamW8bit.step), optimizer)
+    return optimizer
 
 
 def make_adafactor(groups, weight_decay, device):
@@ -1671,7 +1680,7 @@ def adafactor_bytes(shape, per_weight):
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
-    "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao"),
+    "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao", rounds=True),
     "adafactor": OptimizerKind(make_adafactor, adafactor_bytes),
     "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
                              by_tensor=False),
@@ -1687,6 +1696,7 @@ class Levers:
     gradient_checkpointing: bool = False
     split_batch: bool = False
     fused_backward: bool = False
+    offload_optimizer: bool = False
 
 
 def processes():
@@ -1713,8 +1723,11 @@ def objection(s, levers, precision):
          "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
         (fused and processes() > 1,
          "--fused_backward: several processes average their gradients before a step; train with one, or without it"),
-        (half and levers.optimizer != "adamw8bit",
-         "--weights bf16: only --optimizer adamw8bit rounds them stochastically; give it, too"),
+        (half and not (optimizer.rounds or fused),
+         "--weights bf16: rounded to the nearest they would miss small steps; give --optimizer adamw8bit or --fused_backward, "
+         "either of which rounds stochastically"),
+        (levers.offload_optimizer and not fused,
+         "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
          f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
@@ -1743,6 +1756,8 @@ def check_levers(s, plan):
     if wrong := objection(s, levers, plan.precision):
         raise UserError(wrong)
     check_package(levers)
+    if s.compile:
+        check_compiler(plan.device)
     memory_limit(s, plan)
 
 
@@ -1752,6 +1767,16 @@ def check_package(levers):
 
     if (package := OPTIMIZERS[levers.optimizer].package) and find_spec(package) is None:
         raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+
+
+def check_compiler(device):
+    """UserError if torch.compile lacks what turns its code into a program for the device."""
+    from importlib.util import find_spec
+
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise UserError("--compile needs triton for a CUDA GPU: pip install triton, or leave it out")
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
+        raise UserError("--compile needs a C++ compiler on a CPU, such as g++; install one, or leave it out")
 
 
 GIB = 2**30
@@ -1764,6 +1789,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
     Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
 )
 
 
@@ -1939,16 +1966,20 @@ def peak_of(demand, checkpointing, fused):
 
 
 RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
+COPIES_TO_ROUND = 5  # in float32: a tensor, its gradient, and three of their size that Adafactor works with
 SLACK = 0.05  # of all else: what a step needs in passing, and what lies unused between tensors
 
 
 def estimate(demand, levers):
     """{part: bytes} that a training takes at its peak."""
-    per_weight = {"fp32": 4, "bf16": 2}[levers.weights]
+    per_weight, optimizer = {"fp32": 4, "bf16": 2}[levers.weights], OPTIMIZERS[levers.optimizer]
     gradients, activations = peak_of(demand, levers.gradient_checkpointing, levers.fused_backward)
-    parts = {"weights": per_weight * sum(math.prod(shape) for shape in demand.trained), "gradients": gradients,
-             "optimizer": sum(OPTIMIZERS[levers.optimizer].state_bytes(shape, per_weight) for shape in demand.trained),
-             "activations": activations, "frozen": demand.frozen}
+    copied = levers.weights == "bf16" and not optimizer.rounds  # for its step a tensor is in float32
+    states = [optimizer.state_bytes(shape, 4 if copied else per_weight) for shape in demand.trained]
+    largest = max(map(math.prod, demand.trained))
+    parts = {"weights": per_weight * sum(map(math.prod, demand.trained)), "gradients": gradients,
+             "optimizer": max(states) if levers.offload_optimizer else sum(states),
+             "rounding": COPIES_TO_ROUND * 4 * largest if copied else 0, "activations": activations, "frozen": demand.frozen}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
 
 
@@ -2052,6 +2083,7 @@ class Run:
     lr_scheduler: typing.Any
     accelerator: typing.Any
     steps: int
+    levers: Levers
     at_once: int  # pictures that pass through the model together
     spent: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
@@ -2136,7 +2168,7 @@ def clip_gradients(run):
     return norm
 
 
-def fuse_backward(optimizer, max_norm, spent):
+def fuse_backward(optimizer, max_norm, spent, levers=Levers()):
     """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
 
     Its norm before that goes to `spent`. One optimizer keeps all states: checkpoints and schedule need know nothing of it.
@@ -2147,7 +2179,12 @@ def fuse_backward(optimizer, max_norm, spent):
         spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
         groups = optimizer.param_groups
         optimizer.param_groups = [{**groups[number], "params": [parameter]}]
-        optimizer.step()
+        with contextlib.ExitStack() as around:
+            if levers.offload_optimizer:
+                around.enter_context(brought(optimizer.state[parameter], parameter.device))
+            if parameter.dtype == torch.bfloat16 and not OPTIMIZERS[levers.optimizer].rounds:
+                around.enter_context(in_float32(parameter))
+            optimizer.step()
         optimizer.param_groups = groups
         parameter.grad = None
     for number, group in enumerate(optimizer.param_groups):
@@ -2155,16 +2192,52 @@ def fuse_backward(optimizer, max_norm, spent):
             parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
 
 
+@contextlib.contextmanager
+def brought(state, device):
+    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it."""
+    import torch
+
+    def bring(place):
+        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value)})
+    bring(device)
+    yield
+    bring("cpu")
+
+
+@contextlib.contextmanager
+def in_float32(parameter):
+    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically."""
+    parameter.data, gradient = parameter.data.float(), parameter.grad.float()
+    parameter.grad = gradient
+    yield
+    parameter.grad = None
+    parameter.data = rounded_by_chance(parameter.data)
+
+
+def rounded_by_chance(values):
+    """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
+    smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
+    import torch
+
+    bits = values.view(torch.int32)  # bf16 is the upper half of float32
+    return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
+
+
 def unwrap(run):
     """Make ordinary modules of what trained.
 
     accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
     """
+    import torch
+
     pipeline = run.models.pipeline
     for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
         module.eval()
         for name in ("forward", "_original_forward"):
             vars(module).pop(name, None)
+        for part in module.modules():
+            part._compiled_call_impl = None
+        module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     for group in run.groups:
         group.finish()
 
@@ -2208,6 +2281,11 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     device, training = accelerator.device, [module for group in groups for module in group.modules]
     for module in training:  # before the optimizer is made, which looks at where the parameters are
         module.to(device).train()
+    if s.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+    if s.compile:
+        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
+        models.unet.compile_repeated_blocks()
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
@@ -2232,10 +2310,10 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     conditioning = prompt_conditioning(models, cache.prompts, trains_text, device)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
-        fuse_backward(optimizer, s.max_grad_norm, spent)
+        fuse_backward(optimizer, s.max_grad_norm, spent, levers)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
-    return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, at_once, spent,
-               origin)
+    return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, levers, at_once,
+               spent, origin)
 
 
 def split_means(losses, is_class):
@@ -2463,7 +2541,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing",
-              "split_batch", "fused_backward")
+              "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last")
 SHAPING_LEVERS = ("optimizer", "weights", "fused_backward")  # compared as they were decided, not as flags
 
 
@@ -2620,6 +2698,24 @@ def restore_state(tensors, numbers):
     return state
 
 
+def give_state(optimizer, state, stays_on_cpu):
+    """Give an optimizer the states {number of the parameter: {key: value}}, each tensor laid out as its parameter.
+
+    Its own load_state_dict() would bring them into the parameters' precision and onto their device.
+    """
+    import torch
+
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state.items():
+        parameter, group = parameters[number]
+        for key, value in values.items():
+            if type(value) is torch.Tensor and value.shape == parameter.shape:
+                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+            if torch.is_tensor(value) and not stays_on_cpu and (key != "step" or group.get("fused")):
+                value = value.to(parameter.device)  # torch counts steps on the CPU unless its kernel is fused
+            optimizer.state[parameter][key] = value
+
+
 @contextlib.contextmanager
 def renamed_when_complete(path):
     """A folder to write files into that takes the name `path` once they are safely on the disk."""
@@ -2660,7 +2756,8 @@ def load_checkpoint(run, path):
         tensor.copy_(saved.pop(name))
     param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
                     for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
-    run.optimizer.load_state_dict({"state": restore_state(saved, state["optimizer_numbers"]), "param_groups": param_groups})
+    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
+    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.levers.offload_optimizer)
     run.lr_scheduler.last_epoch = done
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -3044,26 +3141,38 @@ def write_file(path, write):
 
 
 def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
-    """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time.
+    """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
     """
     import torch
     from tqdm import tqdm
 
+    size, start = batch_size or (16 if pipeline.device.type == "cuda" else 4), 0
     with tqdm(total=len(jobs), desc=title, unit="image", disable=not is_first_process()) as bar:
-        for start in range(0, len(jobs), batch_size):
-            prompts, seeds = zip(*jobs[start:start + batch_size])
-            pictures = pipeline(
-                list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
+        while start < len(jobs):
+            prompts, seeds = zip(*jobs[start:start + size])
+            try:
+                pictures = pipeline(
+                    list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+                    num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
+            except torch.OutOfMemoryError:
+                if batch_size or size == 1:
+                    raise
+                pictures = None
+            if pictures is None:  # not within the except clause, where what filled the memory is still held
+                size //= 2
+                torch.cuda.empty_cache()
+                say(f"Memory is full: pictures are drawn {size} at a time from here.")
+                continue
             for prompt, picture in zip(prompts, pictures):
                 bar.update()
                 if is_flat(picture) and pipeline.dtype != torch.float32:
                     raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; '
                                     f"give --mixed_precision no")
                 yield picture
+            start += size
 
 
 def is_flat(picture):
@@ -3883,13 +3992,16 @@ def make_viewer(run, concepts, subjects, metric_names, side):
 @contextlib.contextmanager
 def ready_to_draw(run):
     """The pipeline of a training under way, with all its parts on the device; afterwards everything is as it was."""
+    import torch
+
     pipeline, device = run.models.pipeline, run.accelerator.device
     parts = [pipeline.vae, pipeline.unet, *text_encoders_of(pipeline).values()]
     before = [(part, part.device, part.training) for part in parts]
     for part in parts:
         part.to(device).eval()
     try:
-        yield pipeline
+        with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled again, for a few pictures
+            yield pipeline
     finally:
         for part, place, training in before:
             part.to(place).train(training)

@@ -56,7 +56,9 @@ def measure(args, subject, variant, seed):
     (result,) = json.loads((folder / "evaluation.json").read_text())["models"]
     (entry,) = result["subjects"]
     shutil.rmtree(folder / "model", ignore_errors=True)
-    return row | result["scores"] | {"real_dino": entry["real"]["dino"], "real_clip_i": entry["real"]["clip_i"]}
+    real = {f"real_{score}": entry["real"][score] for score in ("dino", "clip_i")}
+    prompts = {each["caption"]: each["scores"]["dino"] for each in entry["prompts"]}
+    return row | result["scores"] | real | {"dino_by_prompt": prompts}
 
 
 def read_results(path, settings):

@@ -54,7 +54,9 @@ def trained(run):
 
 @pytest.mark.parametrize("precision, levers", [
     ("no", db.Levers("adamw8bit")), ("no", db.Levers("adafactor")), ("no", db.Levers("prodigy")),
-    ("no", db.Levers(fused_backward=True)), ("bf16", db.Levers("adamw8bit", "bf16", fused_backward=True))], ids=str)
+    ("no", db.Levers(fused_backward=True)), ("no", db.Levers(fused_backward=True, offload_optimizer=True)),
+    ("bf16", db.Levers("adamw8bit", "bf16", fused_backward=True)), ("bf16", db.Levers("adamw", "bf16", fused_backward=True)),
+    ("bf16", db.Levers("adafactor", "bf16", fused_backward=True, offload_optimizer=True))], ids=str)
 def test_every_optimizer_resumes_exactly(precision, levers, tiny_model, tmp_path):
     need(levers.optimizer)
     options = dict(precision=precision, levers=levers, optimizer=levers.optimizer, train_text_encoder=True)
@@ -88,6 +90,7 @@ def test_optimizers_differ(tiny_model):
 
 
 @pytest.mark.parametrize("levers", [db.Levers(fused_backward=True), db.Levers(split_batch=True),
+                                    db.Levers(fused_backward=True, offload_optimizer=True),
                                     db.Levers(gradient_checkpointing=True)], ids=db.flags_of)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_levers_change_nothing_but_memory(levers, method, tiny_model):
@@ -158,17 +161,62 @@ def test_at_most_one_gradient_is_alive_in_a_fused_backward_pass():
     assert not any(torch.equal(p, b) for p, b in zip(layers.parameters(), before))
 
 
-def test_bf16_weights_are_rounded_by_chance_alone():
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+def test_bf16_weights_are_rounded_by_chance_alone(optimizer):
     """Steps below bf16's grain move the mean as fp32 would: 300 of 1e-4 from 1, where bf16 knows multiples of 2^-8."""
-    need("adamw8bit")
+    need(optimizer)
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-    optimizer = db.OPTIMIZERS["adamw8bit"].make([{"params": [weight], "lr": 1e-4}], 0.0, torch.device("cpu"))
+    made = db.OPTIMIZERS[optimizer].make([{"params": [weight], "lr": 1e-4}], 0.0, torch.device("cpu"))
+    db.fuse_backward(made, 0, [], db.Levers(optimizer, "bf16", fused_backward=True))
     for _ in range(300):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
+        weight.sum().backward()
+    assert weight.dtype == torch.bfloat16 and weight.grad is None
+    assert {t.dtype for t in made.state[weight].values() if type(t) is torch.Tensor and t.ndim == 2} <= {torch.float32}
     assert weight.float().mean().item() == pytest.approx(1 - 300 * 1e-4, abs=2e-3)
     assert len(weight.unique()) > 3
+
+
+def test_rounding_by_chance_is_right_on_average_and_leaves_what_fits():
+    torch.manual_seed(0)
+    fits = torch.randn(1000).bfloat16()
+    assert torch.equal(db.rounded_by_chance(fits.float()), fits)
+    for value in (1 + 2**-9, -3 - 2**-10, 1e-20, 0.0):
+        drawn = db.rounded_by_chance(torch.full((20000,), value))
+        assert drawn.unique().numel() == (1 if value == 0 else 2)
+        assert drawn.double().mean().item() == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(channels_last=True), dict(compile=True)], ids=str)
+def test_what_is_fast_changes_nothing_else(options, tiny_model, tmp_path):
+    """Same weights after 4 steps, and files of the usual layout."""
+    plain, fast = make_run(tiny_model), make_run(tiny_model, **options)
+    weight = fast.models.pipeline.unet.down_blocks[0].resnets[0].conv1.weight
+    blocks = [m for m in fast.models.pipeline.unet.modules() if m._compiled_call_impl is not None]
+    assert weight.is_contiguous() == (not options.get("channels_last")) and bool(blocks) == options.get("compile", False)
+    steps(plain, 0, 4), steps(fast, 0, 4)
+    for name, tensor in trained(plain).items():
+        torch.testing.assert_close(trained(fast)[name], tensor, rtol=0.05, atol=2e-4)
+    db.write_checkpoint(fast, tmp_path)
+    again = make_run(tiny_model, **options)
+    db.load_checkpoint(again, tmp_path / "checkpoints" / "step-000004")
+    states, restored = (run.optimizer.state_dict()["state"] for run in (fast, again))
+    assert len(states) > 50 and all(
+        torch.equal(value, restored[number][key]) and value.stride() == restored[number][key].stride()
+        for number, values in states.items() for key, value in values.items())
+    db.unwrap(fast)
+    fast.models.pipeline.unet.save_pretrained(tmp_path / "unet")
+    saved = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in fast.models.pipeline.unet.state_dict().items())
+    assert not any(m._compiled_call_impl for m in fast.models.pipeline.unet.modules())
+
+
+def test_without_a_compiler_it_says_so(run, photos, tiny_model, monkeypatch):
+    monkeypatch.setattr(db.shutil, "which", lambda name: None)
+    monkeypatch.setattr(db, "load_models", lambda *args: pytest.fail("a model was loaded"))
+    status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
+                         "a dog", "--compile")
+    assert status == 2 and "C++ compiler" in err and err.count("\n") == 1, err
 
 
 def test_bf16_weights_train_and_draw(flags, run, tmp_path):
@@ -187,7 +235,7 @@ def test_bf16_weights_train_and_draw(flags, run, tmp_path):
     (["--fused_backward", "--gradient_accumulation_steps", 2], "--gradient_accumulation_steps"),
     (["--fused_backward", "--split_batch"], "--split_batch"),
     (["--fused_backward", "--optimizer", "prodigy"], "--optimizer prodigy"),
-    (["--weights", "bf16"], "--optimizer adamw8bit"),
+    (["--weights", "bf16"], "--optimizer adamw8bit"), (["--offload_optimizer"], "--fused_backward"),
     (["--weights", "bf16", "--optimizer", "adamw8bit"], "--mixed_precision bf16"),
     (["--weights", "bf16", "--method", "lora"], "--weights has no meaning with --method lora"),
     (["--optimizer", "prodigy", "--method", "pivotal"], "--method pivotal"),
