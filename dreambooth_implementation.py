@@ -1721,8 +1721,6 @@ def objection(s, levers, precision):
          f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
         (fused and precision == "fp16",
          "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
-        (fused and processes() > 1,
-         "--fused_backward: several processes average their gradients before a step; train with one, or without it"),
         (half and not (optimizer.rounds or fused),
          "--weights bf16: rounded to the nearest they would miss small steps; give --optimizer adamw8bit or --fused_backward, "
          "either of which rounds stochastically"),
@@ -1759,6 +1757,13 @@ def check_levers(s, plan):
     if s.compile:
         check_compiler(plan.device)
     memory_limit(s, plan)
+
+
+def check_distribution(accelerator):
+    """UserError if accelerate's configuration asks for a way to share the work that this program does not know."""
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(f"accelerate's configuration says {kind}, which would split the model, and this program trains it whole "
+                        f"on each GPU; take the plain multi-GPU one: --max_vram fits the model by other means")
 
 
 def check_package(levers):
@@ -1877,8 +1882,6 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
             predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
     frozen = sum(tensor.nbytes for tensor in beside - set(trained))
-    if processes() > 1:  # they exchange gradients in buffers of their own
-        frozen += sum(p.nbytes for p in trained)
     copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
 
@@ -1979,6 +1982,7 @@ def estimate(demand, levers):
     largest = max(map(math.prod, demand.trained))
     parts = {"weights": per_weight * sum(map(math.prod, demand.trained)), "gradients": gradients,
              "optimizer": max(states) if levers.offload_optimizer else sum(states),
+             "exchange": per_weight * sum(map(math.prod, demand.trained)) if processes() > 1 and not levers.fused_backward else 0,
              "rounding": COPIES_TO_ROUND * 4 * largest if copied else 0, "activations": activations, "frozen": demand.frozen}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
 
@@ -2168,14 +2172,17 @@ def clip_gradients(run):
     return norm
 
 
-def fuse_backward(optimizer, max_norm, spent, levers=Levers()):
+def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
     """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
 
-    Its norm before that goes to `spent`. One optimizer keeps all states: checkpoints and schedule need know nothing of it.
+    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
+    schedule need know nothing of it.
     """
     import torch
 
     def step(parameter, number):
+        if accelerator and accelerator.num_processes > 1:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
         spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
         groups = optimizer.param_groups
         optimizer.param_groups = [{**groups[number], "params": [parameter]}]
@@ -2300,8 +2307,8 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
         return lambda step: factor(step) if step < last else 0
     lr_scheduler.lr_lambdas = [until(g.until * steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
 
-    def prepared(module):  # what does not train only passes gradients on, and needs no exchange between processes
-        return accelerator.prepare_model(module, evaluation_mode=module not in training)
+    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
+        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
     trains_text = any(t in training for t in models.text_encoders)
     parts = [models.unet, *models.text_encoders]
     ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
@@ -2310,7 +2317,7 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     conditioning = prompt_conditioning(models, cache.prompts, trains_text, device)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
-        fuse_backward(optimizer, s.max_grad_norm, spent, levers)
+        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
     return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, levers, at_once,
                spent, origin)
@@ -2414,6 +2421,7 @@ def train(s):
 
     accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
                               gradient_accumulation_steps=s.gradient_accumulation_steps)
+    check_distribution(accelerator)
     started = time.monotonic()
     with accelerator.main_process_first():
         finish_renaming(s)

@@ -262,12 +262,10 @@ def test_a_missing_package_is_named(run, photos, tiny_model, monkeypatch):
         assert status == 2 and f"pip install {package}" in err and err.count("\n") == 1, err
 
 
-def test_fused_backward_needs_one_process(monkeypatch):
+def test_fused_backward_does_not_go_with_fp16():
     s = db.Settings("train", fused_backward=True)
     assert db.objection(s, db.Levers(fused_backward=True), "no") is None
     assert "fp16" in db.objection(s, db.Levers(fused_backward=True), "fp16")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "several processes" in db.objection(s, db.Levers(fused_backward=True), "no")
 
 
 def test_prodigy_has_one_rate(flags, run):

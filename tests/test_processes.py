@@ -46,6 +46,34 @@ db.train_step(run, 0)
 """
 
 
+FUSED = """
+import sys
+sys.path[:0] = [{tests!r}, {repository!r}]
+import torch
+import dreambooth_implementation as db
+from safetensors.torch import save_file
+from accelerate import Accelerator
+
+def made(cache, s, micro_step, steps, process, processes):
+    parts = [batch(cache, s, micro_step, steps, p, 2) for p in ([process] if processes == 2 else [0, 1])]
+    whole = {{key: torch.cat([part[key] for part in parts]) for key in parts[0]}}
+    return whole | {{"weight": whole["weight"] / len(parts)}}
+batch, db.make_batch = db.make_batch, made
+s = db.Settings("train", train_text_encoder=True, max_grad_norm=0, mixed_precision={precision!r})
+models = db.load_models({model!r}, torch.float32)
+groups = db.parameter_groups(s, models, [], db.RECIPES["small"]["full"])
+latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
+                       ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
+run = db.prepare_training(s, models, groups, cache, 1, Accelerator(cpu=True, mixed_precision={precision!r}),
+                          db.Levers({levers}), {{}})
+object.__setattr__(run, "at_once", 2 * (3 - run.accelerator.num_processes))
+for step in range(3):
+    db.train_step(run, step)
+save_file(db.trained_tensors(groups), f"weights-{{run.accelerator.num_processes}}-{{run.accelerator.process_index}}.safetensors")
+"""
+
+
 def launch(*command, processes=2):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
             *map(str, command)]
@@ -79,6 +107,22 @@ def test_the_gradient_is_that_of_the_double_batch(tmp_path, tiny_model):
         assert one.keys() == first.keys() and all(torch.equal(first[name], second[name]) for name in one)
         for name in one:
             torch.testing.assert_close(first[name], one[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision, levers", [
+    ("no", 'fused_backward=True'), ("bf16", '"adafactor", "bf16", fused_backward=True, offload_optimizer=True')])
+def test_a_fused_step_averages_by_itself(precision, levers, tmp_path, tiny_model):
+    """Weights after three steps are the same in both processes, to the bit, and those of one with the double batch."""
+    places = dict(tests=str(REPOSITORY / "tests"), repository=str(REPOSITORY), model=str(tiny_model("sd1")))
+    (tmp_path / "step.py").write_text(FUSED.format(**places, levers=levers, precision=precision))
+    for command in ([sys.executable, "step.py"], launch("step.py")):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, first, second = (load_file(tmp_path / f"weights-{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    start = {f"unet.{i}": p for i, p in enumerate(db.load_models(places["model"], torch.float32).unet.parameters())}
+    assert len(start) > 50 and one.keys() == first.keys() and all(torch.equal(first[name], second[name]) for name in one)
+    moved, apart = (torch.cat([(one[n].float() - other[n].float()).flatten() for n in start]).norm() for other in (start, first))
+    assert 0 < moved and apart < (0.1 if precision == "no" else 0.6) * moved, (moved, apart)
 
 
 def test_work_is_shared_and_resumed_exactly(train, tmp_path):
