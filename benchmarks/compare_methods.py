@@ -18,6 +18,7 @@ from pathlib import Path
 from methods import REPOSITORY, SUBJECTS, program
 from PIL import Image, ImageDraw, ImageFont
 
+PROMPTS = REPOSITORY / "demo" / "prompts.txt"
 VARIANTS = {
     "base model": None,  # untrained, and prompted without the identifier
     "full": [],
@@ -27,9 +28,10 @@ VARIANTS = {
     "textual_inversion": ["--method", "textual_inversion"],
     "pivotal": ["--method", "pivotal"],
 }
-COLUMNS = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "pres": "PRES", "div": "DIV", "div_dino": "DIV_DINO",
+COLUMNS = {"dino": "DINO", "dino_as_is": "DINO, as it is", "share": "of the photos'", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "pres": "PRES", "div": "DIV", "div_dino": "DIV_DINO",
            "seconds": "training", "MB": "file"}
-DIGITS = {"seconds": "{:.0f} s", "MB": "{:.3g} MB"}  # else three
+DIGITS = {"share": "{:.0%}", "seconds": "{:.0f} s", "MB": "{:.3g} MB"}  # else three
+NOT_PLOTTED = ("share", "dino", "MB")
 
 
 def train(args, subject, flags, seed, model):
@@ -78,6 +80,17 @@ def write_results(path, results):
     os.replace(part, path)
 
 
+def with_shares(run):
+    """A run with its DINO by the prompts that leave the subject as it is, and how much of the photos' own DINO that is.
+
+    The other prompts give it another colour, and then its looks are not to be kept.
+    """
+    keeps = [line.startswith("a [identifier] [class]") for line in PROMPTS.read_text().splitlines()]
+    kept = [dino for dino, keep in zip(run["dino_by_prompt"].values(), keeps) if keep]
+    as_is = statistics.mean(kept)
+    return run | {"dino_as_is": as_is, "share": as_is / run["real_dino"], "real_dino_as_is": run["real_dino"]}
+
+
 def mean_and_deviation(runs, column):
     """(mean, standard deviation) over the runs; deviation 0 for one run, None where a run has no value."""
     values = [run[column] for run in runs]
@@ -110,7 +123,7 @@ def table(runs):
 def draw_plot(runs, path):
     """Bars of the mean with a line for the deviation, a panel for each score; a dotted line for the real photos."""
     groups = by_variant(runs)
-    scores = [score for score in COLUMNS if all(mean_and_deviation(group, score) for group in groups.values())]
+    scores = [score for score in COLUMNS if score not in NOT_PLOTTED and all(mean_and_deviation(group, score) for group in groups.values())]
     label, width, bar, head = 150, 200, 22, 26
     image = Image.new("RGB", (label + len(scores) * (width + 20), head + len(groups) * bar + 8), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
@@ -159,8 +172,9 @@ def main():
                 if (subject, variant, seed) not in done:
                     results["runs"].append(measure(args, subject, variant, seed))
                     write_results(args.results, results)
-    print(table(results["runs"]))
-    draw_plot(results["runs"], args.results.with_suffix(".png"))
+    runs = [with_shares(run) for run in results["runs"]]
+    print(table(runs))
+    draw_plot(runs, args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":
