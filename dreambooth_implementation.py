@@ -161,8 +161,9 @@ class Settings:
                                    minimum=0, maximum=1, methods=("pivotal",))
     train_batch_size: int = _field("train", 1, "photos per step and GPU; as many class images join them", minimum=1)
     gradient_accumulation_steps: int = _field("train", 1, "batches per optimizer step", minimum=1)
-    lr_scheduler: str = _field("train", "constant", "learning rate schedule", choices=[
-        "constant", "constant_with_warmup", "linear", "cosine"])
+    lr_scheduler: str | None = _field("train", None, "learning rate schedule", choices=[
+        "constant", "constant_with_warmup", "linear", "cosine"], shown="constant; linear, which falls to 0, for --method full of "
+                                                                  "small models without --select_best")
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
     optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs the package torchao, "
@@ -343,6 +344,7 @@ class Recipe:
     text_encoder_lr: float | None = None
     embedding_lr: float | None = None
     lora_target: str = "attention"
+    lr_scheduler: str = "constant"
 
 
 # diffusers' guides: LoRA 1e-4; textual inversion 5e-4, 3000 steps; pivotal tuning 1e-4 and 3e-4, 1000 steps.
@@ -356,7 +358,8 @@ RECIPES = {
     "stable-diffusion-xl": {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES},
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
-        "full": Recipe(1600, 2e-4, 2e-4, 5e-5), "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
+        # Falling to 0: at this rate, constant, likeness and prompt vary from one step to the next.
+        "full": Recipe(1200, 2e-4, 2e-4, 5e-5, lr_scheduler="linear"), "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
         "textual_inversion": Recipe(800, embedding_lr=2e-3),
         "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")},
 }
@@ -2283,7 +2286,7 @@ def stop_agreed(accelerator, signals, done):
     return int(accelerator.gather(received[None]).max())
 
 
-def prepare_training(s, models, groups, cache, steps, accelerator, levers, origin):
+def prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule="constant"):
     """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
     import torch
     from diffusers.optimization import get_scheduler
@@ -2303,7 +2306,7 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
                                                   s.adam_weight_decay, device)
     # diffusers' "constant" has no warmup. The schedule stays ours: accelerate would advance it once per process.
-    schedule = "constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler
+    schedule = "constant_with_warmup" if schedule == "constant" else schedule
     lr_scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
 
     def until(last, factor):
@@ -2486,7 +2489,9 @@ def prepare(s, name, concepts, plan, accelerator):
     check_rates(s, groups)
     check_space(s, models, groups)
     cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
-    used = {"steps": steps, "resolution": resolution, "precision": plan.precision,
+    # which of the steps --select_best keeps is not known, and so must not be where the rate has fallen
+    schedule = default(s.lr_scheduler, "constant" if s.select_best else recipe.lr_scheduler)
+    used = {"steps": steps, "resolution": resolution, "precision": plan.precision, "lr_scheduler": schedule,
             "learning_rates": {group.name: group.lr for group in groups}, **dataclasses.asdict(levers),
             "guidance_scale": guidance_scale(s, models.unet.config)}
     if levers.gradient_checkpointing:
@@ -2494,12 +2499,13 @@ def prepare(s, name, concepts, plan, accelerator):
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
-            f"{math.ceil(min(group.until, 1) * steps)} steps")
+            f"{math.ceil(min(group.until, 1) * steps)} steps, {schedule}")
+    decided = ("resolution", "precision", "learning_rates", "lr_scheduler", *SHAPING_LEVERS)
     origin |= shaping_flags(s) | {"the number of processes": accelerator.num_processes} | {
-        f"the {key.replace('_', ' ')}": used[key] for key in ("resolution", "precision", "learning_rates", *SHAPING_LEVERS)}
-    if s.lr_scheduler in ("linear", "cosine") or any(group.until < 1 for group in groups):
+        f"the {key.replace('_', ' ')}": used[key] for key in decided}
+    if schedule in ("linear", "cosine") or any(group.until < 1 for group in groups):
         origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
-    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, levers, origin), levers, used
+    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule), levers, used
 
 
 def captioned(concept, subject):
@@ -2552,7 +2558,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing",
-              "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last")
+              "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last", "lr_scheduler")
 SHAPING_LEVERS = ("optimizer", "weights", "fused_backward")  # compared as they were decided, not as flags
 
 

@@ -118,7 +118,7 @@ def prepare(s, models, cache, steps, resolution):
     groups = db.parameter_groups(s, models, subjects, recipe)
     if levers.gradient_checkpointing:
         db.set_checkpointing(models, groups)
-    return db.prepare_training(s, models, groups, cache, steps, accelerator, levers, {}), levers, plan
+    return db.prepare_training(s, models, groups, cache, steps, accelerator, levers, {}, db.default(s.lr_scheduler, "constant")), levers, plan
 
 
 def bare_step(unet, run, plan):

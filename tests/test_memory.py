@@ -28,7 +28,7 @@ def make_run(tiny_model, method="full", family="sd1", precision="no", levers=db.
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    s, models, subjects, recipe, plan = tiny_training(tiny_model, method, family, precision, lr_scheduler="cosine", **flags)
+    s, models, subjects, recipe, plan = tiny_training(tiny_model, method, family, precision, **flags)
     torch.manual_seed(0)
     if db.METHODS[method].is_adapter:
         models.unet.to(plan.dtype)
@@ -39,7 +39,7 @@ def make_run(tiny_model, method="full", family="sd1", precision="no", levers=db.
     cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
                            ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
     accelerator = Accelerator(mixed_precision=precision, cpu=True, gradient_accumulation_steps=s.gradient_accumulation_steps)
-    return db.prepare_training(s, models, groups, cache, 4, accelerator, levers, {})
+    return db.prepare_training(s, models, groups, cache, 4, accelerator, levers, {}, "cosine")
 
 
 def steps(run, first, last):

@@ -88,8 +88,25 @@ def test_warmup_counts_optimizer_steps(tiny_model, photos, run, monkeypatch):
 
     rates.clear()
     assert run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 3, *QUICK,
-               "--lr_warmup_steps", 2)[0] == 0
+               "--lr_warmup_steps", 2, "--lr_scheduler", "constant")[0] == 0
     assert [rate for rate, in rates] == pytest.approx([5e-4, 1e-3, 1e-3])  # "constant" warms up as well
+
+
+@pytest.mark.parametrize("flags, said, last", [
+    ([], "3 steps, linear", 0), (["--lr_scheduler", "constant"], "3 steps, constant", 1e-3),
+    (["--method", "lora"], "3 steps, constant", 1e-3),
+    (["--select_best", "--validation_steps", 3], "3 steps, constant", 1e-3)], ids=str)
+def test_the_rate_falls_where_the_recipe_says_so(flags, said, last, tiny_model, photos, run, tmp_path, monkeypatch, networks):
+    import json
+
+    rates, report = [], db.report_losses
+    monkeypatch.setattr(db, "report_losses", lambda state, *rest:
+                        rates.append(state.lr_scheduler.get_last_lr()[0]) or report(state, *rest))
+    status, out, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 3, *QUICK,
+                           "--learning_rate", "1e-3", *flags, "--dino_model", networks / "vit", "--clip_model", networks / "clip")
+    assert status == 0 and said in out, err
+    assert rates[-1] == pytest.approx(last)
+    assert json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]["lr_scheduler"] == said.split()[-1]
 
 
 def test_training_learns_its_pictures(tiny_model, photos, run, tmp_path):
