@@ -3895,6 +3895,25 @@ def contact_sheet(folder, subjects):
         rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
         rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
                  for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def labelled_rows(rows):
+    """One image of [(text, pictures)]: a row each, its text before it. The second row's first picture sets the size."""
     side, label, gap = min(160, rows[1][1][0].width), 300, 2
     columns = max(len(pictures) for _, pictures in rows)
     sheet = Image.new("RGB", (label + columns * (side + gap), len(rows) * (side + gap)), "white")
@@ -3935,7 +3954,8 @@ def evaluate(s):
     metrics, distance = load_metrics(*names, plan.device), load_lpips(plan.device)
     if (count := min(len(trial.prompts) for candidate in candidates for trial in candidate.trials) * s.num_images) < 100:
         say(f"Note: {count} pictures of a subject, and as many of its class; the paper's protocol has 100.")
-    if len({tuple(trial.photos for trial in candidate.trials) for candidate in candidates}) > 1:
+    alike = len({tuple(trial.photos for trial in candidate.trials) for candidate in candidates}) == 1
+    if not alike:
         say("Note: these models have different subjects; each row of the table is the mean over its own.")
     results = []
     for candidate in candidates:
@@ -3948,6 +3968,11 @@ def evaluate(s):
                         "scores": mean_scores([subject["scores"] for subject in subjects]), "subjects": subjects,
                         "pictures_drawn": drawn, "seconds": {"drawing": round(drawing, 1),
                                                              "measuring": round(time.monotonic() - started, 1)}})
+    sheets = [candidate.folder / "sheet.png" for candidate in candidates]
+    if alike and len(candidates) > 1:
+        sheets.append(Path(s.eval_dir) / "comparison.png")
+        with whole_file(sheets[-1]) as part:
+            comparison_sheet(candidates, results).save(part, format="PNG")
     record = {"dino_model": names[0], "clip_model": names[1], "models": results, "settings": dataclasses.asdict(s),
               "machine": machine_name(plan.device), "precision": plan.precision,
               "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")}}
@@ -3957,7 +3982,7 @@ def evaluate(s):
     say("DINO, CLIP-I: likeness to the photos; CLIP-T: to the prompt (raw: with its identifier); DIV: how the pictures of a "
         "prompt differ. More is better. PRES: likeness of the plain class to the photos; less is better.")
     say(f"Everything is in {Path(s.eval_dir) / 'evaluation.json'}; a look at it: "
-        + ", ".join(str(candidate.folder / "sheet.png") for candidate in candidates))
+        + ", ".join(map(str, sheets)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

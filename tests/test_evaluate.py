@@ -291,6 +291,21 @@ def test_scores_are_those_of_the_pictures_on_disk(evaluate, trained, tmp_path, p
     assert sheet.height == 3 * 34 and sheet.width == 300 + 3 * 34  # the photos and two prompts, 32 pixels and a gap each
 
 
+def test_several_models_are_shown_side_by_side(evaluate, trained, tmp_path, tiny_model, photos):
+    trained("output")
+    out, result = evaluate("--model_path", "output", "--model_path", tiny_model("sd1"), "--instance_data_dir", photos,
+                           "--class_prompt", "a dog", "--num_images", 1)
+    sheet = Image.open(tmp_path / "evaluation" / "comparison.png")
+    assert sheet.height == 3 * 34 and "comparison.png" in out
+    for row in range(2):
+        for column, (name, model) in enumerate(zip(("output", db.slug(str(tiny_model("sd1")))), result["models"])):
+            path = tmp_path / "evaluation" / name / "dog" / model["subjects"][0]["prompts"][row]["files"][0]
+            place = (300 + 34 * column, 34 * (row + 1))
+            assert sheet.crop((*place, place[0] + 32, place[1] + 32)).tobytes() == Image.open(path).tobytes(), path
+    evaluate("--model_path", "output", "--num_images", 1, "--eval_dir", "alone")
+    assert not (tmp_path / "alone" / "comparison.png").exists()
+
+
 def test_subjects_count_alike(evaluate, trained, tmp_path, photos):
     """Macro average: the mean of the subjects' scores, whatever the number of their photos."""
     trained("output")
