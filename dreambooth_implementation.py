@@ -171,6 +171,8 @@ class Settings:
                                    choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
     adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
+    use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
+                                  shown="on with --select_best where the learning rate would otherwise fall; else off")
     max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
                            "on; auto: what a CUDA GPU has free, without one no limit")
     gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory",
@@ -1732,6 +1734,7 @@ def objection(s, levers, precision):
          "either of which rounds stochastically"),
         (levers.offload_optimizer and not fused,
          "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
+        (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
          f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
@@ -1888,6 +1891,8 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
             predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
     frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    if averages_weights(s, recipe):
+        frozen += sum(p.nbytes for p in trained)
     copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
 
@@ -2097,6 +2102,7 @@ class Run:
     at_once: int  # pictures that pass through the model together
     spent: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
+    averages: list  # of each tensor that trains, in their order; empty without --use_ema
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 
@@ -2132,6 +2138,8 @@ def optimize(run, folder, viewer):
             if stop and done < run.steps:
                 raise Interrupted(f"interrupted after step {done} of {run.steps}; go on with the same command and --resume", stop)
     check_finite(run.groups)
+    for tensor, average in zip(trained_tensors(run.groups).values(), run.averages):
+        tensor.copy_(average)
     if run.scores:
         keep_best(run, folder)
     unwrap(run)
@@ -2163,7 +2171,33 @@ def train_step(run, step):
             run.optimizer.zero_grad(set_to_none=True)
         measured.append(torch.stack([*split_means(torch.cat(losses), batch["is_class"]), norm]))
     run.lr_scheduler.step()
+    if run.averages:
+        torch._foreach_lerp_(run.averages, list(trained_tensors(run.groups).values()), 1 - ema_decay(step))
     return measured
+
+
+def ema_decay(step):
+    """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
+    return min(0.99, (1 + step) / (10 + step))
+
+
+def averages_weights(s, recipe):
+    """Whether a training keeps a running average of its weights: at a high constant rate single steps are noisy."""
+    return default(s.use_ema, s.select_best and recipe.lr_scheduler != "constant")
+
+
+@contextlib.contextmanager
+def averaged(run):
+    """Within the block, what trains has its running average, where there is one."""
+    parameters = [parameter for group in run.groups for parameter in group.parameters]
+    own = [parameter.data for parameter in parameters]
+    for parameter, average in zip(parameters, run.averages):
+        parameter.data = average
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, own):
+            parameter.data = data
 
 
 def clip_gradients(run):
@@ -2286,7 +2320,8 @@ def stop_agreed(accelerator, signals, done):
     return int(accelerator.gather(received[None]).max())
 
 
-def prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule="constant"):
+def prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule="constant",
+                     averages=False):
     """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
     import torch
     from diffusers.optimization import get_scheduler
@@ -2325,8 +2360,9 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if averages else []
     return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, levers, at_once,
-               spent, origin)
+               spent, origin, averages)
 
 
 def split_means(losses, is_class):
@@ -2487,11 +2523,12 @@ def prepare(s, name, concepts, plan, accelerator):
         models.unet.to(plan.dtype)  # it stays as it is, and is not saved
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
-    check_space(s, models, groups)
+    check_space(s, models, groups, averages_weights(s, recipe))
     cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
     # which of the steps --select_best keeps is not known, and so must not be where the rate has fallen
     schedule = default(s.lr_scheduler, "constant" if s.select_best else recipe.lr_scheduler)
     used = {"steps": steps, "resolution": resolution, "precision": plan.precision, "lr_scheduler": schedule,
+            "use_ema": averages_weights(s, recipe),
             "learning_rates": {group.name: group.lr for group in groups}, **dataclasses.asdict(levers),
             "guidance_scale": guidance_scale(s, models.unet.config)}
     if levers.gradient_checkpointing:
@@ -2500,12 +2537,15 @@ def prepare(s, name, concepts, plan, accelerator):
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * steps)} steps, {schedule}")
-    decided = ("resolution", "precision", "learning_rates", "lr_scheduler", *SHAPING_LEVERS)
+    if used["use_ema"]:
+        say("Weights: their running average over about the last 100 steps is drawn and saved.")
+    decided = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", *SHAPING_LEVERS)
     origin |= shaping_flags(s) | {"the number of processes": accelerator.num_processes} | {
         f"the {key.replace('_', ' ')}": used[key] for key in decided}
     if schedule in ("linear", "cosine") or any(group.until < 1 for group in groups):
         origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
-    return subjects, prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule), levers, used
+    run = prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule, used["use_ema"])
+    return subjects, run, levers, used
 
 
 def captioned(concept, subject):
@@ -2558,7 +2598,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing",
-              "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last", "lr_scheduler")
+              "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last", "lr_scheduler", "use_ema")
 SHAPING_LEVERS = ("optimizer", "weights", "fused_backward")  # compared as they were decided, not as flags
 
 
@@ -2663,7 +2703,7 @@ def write_checkpoint(run, folder):
     if run.accelerator.is_main_process:
         optimizer = run.optimizer.state_dict()
         moments, numbers = flatten_state(optimizer["state"])
-        tensors = trained_tensors(run.groups) | moments
+        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
         path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
         with renamed_when_complete(path) as new:
             save_tensors(tensors, new / TENSORS_FILE)
@@ -2769,7 +2809,8 @@ def load_checkpoint(run, path):
     if done > run.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
     saved = load_file(path / TENSORS_FILE)
-    for name, tensor in trained_tensors(run.groups).items():
+    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
+    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
         tensor.copy_(saved.pop(name))
     param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
                     for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
@@ -2907,13 +2948,14 @@ def short_path(path):
         return str(path)
 
 
-def check_space(s, models, groups):
+def check_space(s, models, groups, averages):
     """UserError unless the disk has room for the output and for one checkpoint more than are kept."""
     trained = sum(p.numel() for group in groups for p in group.parameters)
     output = 2 * trained if METHODS[s.method].is_adapter else sum(
         module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders))
     state_bytes = OPTIMIZERS[s.optimizer or Levers.optimizer].state_bytes
     checkpoint = sum(4 * p.numel() + state_bytes(p.shape, 4) for group in groups for p in group.parameters)
+    checkpoint += 4 * trained * averages
     needed = 4 * (output + 2 * trained * s.select_best) + checkpoint * (s.checkpoints_total_limit + 1)  # float32
     free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
     if free < needed:
@@ -4050,32 +4092,35 @@ def ready_to_draw(run):
 
 
 def view(run, folder, viewer, writer):
-    """Draw the viewer's prompts into folder/samples/step-N and the timeline beside it, and score them for --select_best.
-
-    Only the first process does; the others wait.
-    """
-    s, done, started = run.s, len(run.history), time.monotonic()
+    """Have the first process draw samples of the weights, or of their running average; the others wait."""
     if run.accelerator.is_main_process:
-        jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + SEEDS_SEEN)]
-        with ready_to_draw(run) as pipeline:
-            pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
-                                 guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
-                                 title=f"samples of step {done}"))
-        place = folder / "samples" / f"step-{done:06d}"
-        place.mkdir(parents=True, exist_ok=True)
-        for (prompt, seed), picture in zip(jobs, pictures):
-            picture.save(place / f"{viewer.prompts.index(prompt):02d}-{slug(prompt)[:80]}-{seed}.png")
-        timeline(folder / "samples").save(folder / "samples" / "timeline.png")
-        if writer:
-            import numpy as np
-
-            writer.add_image("samples", np.asarray(image_grid(pictures, columns=SEEDS_SEEN)), done, dataformats="HWC")
-        if viewer.scored:
-            run.scores.append({"step": done, **score_samples(viewer, dict(zip(jobs, pictures)), s.seed)})
-            save_best(run, folder)
-        if done == viewer.every:
-            say(f"Drawing{' and scoring' * bool(viewer.scored)} {len(pictures)} samples took {time.monotonic() - started:.0f} s.")
+        with averaged(run):
+            draw_view(run, folder, viewer, writer)
     run.accelerator.wait_for_everyone()
+
+
+def draw_view(run, folder, viewer, writer):
+    """Draw the viewer's prompts into folder/samples/step-N and the timeline beside it, and score them for --select_best."""
+    s, done, started = run.s, len(run.history), time.monotonic()
+    jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + SEEDS_SEEN)]
+    with ready_to_draw(run) as pipeline:
+        pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
+                             guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
+                             title=f"samples of step {done}"))
+    place = folder / "samples" / f"step-{done:06d}"
+    place.mkdir(parents=True, exist_ok=True)
+    for (prompt, seed), picture in zip(jobs, pictures):
+        picture.save(place / f"{viewer.prompts.index(prompt):02d}-{slug(prompt)[:80]}-{seed}.png")
+    timeline(folder / "samples").save(folder / "samples" / "timeline.png")
+    if writer:
+        import numpy as np
+
+        writer.add_image("samples", np.asarray(image_grid(pictures, columns=SEEDS_SEEN)), done, dataformats="HWC")
+    if viewer.scored:
+        run.scores.append({"step": done, **score_samples(viewer, dict(zip(jobs, pictures)), s.seed)})
+        save_best(run, folder)
+    if done == viewer.every:
+        say(f"Drawing{' and scoring' * bool(viewer.scored)} {len(pictures)} samples took {time.monotonic() - started:.0f} s.")
 
 
 def timeline(folder):

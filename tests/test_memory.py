@@ -237,7 +237,7 @@ def test_bf16_weights_train_and_draw(flags, run, tmp_path):
     (["--fused_backward", "--gradient_accumulation_steps", 2], "--gradient_accumulation_steps"),
     (["--fused_backward", "--split_batch"], "--split_batch"),
     (["--fused_backward", "--optimizer", "prodigy"], "--optimizer prodigy"),
-    (["--weights", "bf16"], "--optimizer adamw8bit"), (["--offload_optimizer"], "--fused_backward"),
+    (["--weights", "bf16", "--use_ema", "--fused_backward"], "--use_ema"), (["--weights", "bf16"], "--optimizer adamw8bit"), (["--offload_optimizer"], "--fused_backward"),
     (["--weights", "bf16", "--optimizer", "adamw8bit"], "--mixed_precision bf16"),
     (["--weights", "bf16", "--method", "lora"], "--weights has no meaning with --method lora"),
     (["--optimizer", "prodigy", "--method", "pivotal"], "--method pivotal"),

@@ -109,6 +109,34 @@ def test_the_rate_falls_where_the_recipe_says_so(flags, said, last, tiny_model, 
     assert json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]["lr_scheduler"] == said.split()[-1]
 
 
+@pytest.mark.parametrize("flags, kept", [(["--use_ema"], True), (["--select_best", "--validation_steps", 4], True),
+                                         (["--select_best", "--validation_steps", 4, "--no-use_ema"], False), ([], False),
+                                         (["--method", "lora", "--select_best", "--validation_steps", 4], False)], ids=str)
+def test_the_running_average_is_saved_and_does_not_train(flags, kept, tiny_model, photos, run, tmp_path, monkeypatch, networks):
+    """With the decay (1 + n) / (10 + n) up to 0.99; the weights that train are those of a run without it."""
+    seen, step = [], db.train_step
+
+    def look(state, number):
+        if not seen:
+            seen.append([t.double() for t in db.trained_tensors(state.groups).values()])
+        result = step(state, number)
+        seen.append([t.double() for t in db.trained_tensors(state.groups).values()])
+        return result
+    finished, finish = [], db.unwrap
+    monkeypatch.setattr(db, "train_step", look)
+    monkeypatch.setattr(db, "unwrap", lambda state: (finished.extend(
+        t.double() for t in db.trained_tensors(state.groups).values()), finish(state)))
+    status, out, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 4, *QUICK,
+                           *flags, "--lr_scheduler", "constant", "--dino_model", networks / "vit", "--clip_model", networks / "clip")
+    assert status == 0 and ("running average" in out) == kept, err
+    average = [t.clone() for t in seen[0]]
+    for n, weights in enumerate(seen[1:]):
+        average = [(1 + n) / (10 + n) * a + (1 - (1 + n) / (10 + n)) * w for a, w in zip(average, weights)]
+    expected = average if kept else seen[-1]
+    assert all(torch.allclose(a, f, atol=1e-6) for a, f in zip(expected, finished)) and len(finished) == len(average)
+    assert not all(torch.allclose(a, w, atol=1e-5) for a, w in zip(average, seen[-1]))
+
+
 def test_training_learns_its_pictures(tiny_model, photos, run, tmp_path):
     """Without the optimizer's step, or with targets of another kind, the loss would stay at about 1."""
     import json

@@ -16,7 +16,7 @@ from test_cli import QUICK
 
 import dreambooth_implementation as db
 
-GRADIENT = """
+PREPARED = """
 import sys
 sys.path[:0] = [{tests!r}, {repository!r}]
 import torch
@@ -36,41 +36,21 @@ groups = db.parameter_groups(s, models, [], db.RECIPES["small"]["full"])
 latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
                        ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
-run = db.prepare_training(s, models, groups, cache, 1, Accelerator(cpu=True), db.Levers({levers}), {{}})
+accelerator = Accelerator(cpu=True, mixed_precision={precision!r})
+run = db.prepare_training(s, models, groups, cache, 1, accelerator, db.Levers({levers}), {{}})
 object.__setattr__(run, "at_once", {at_once} or 2 * (3 - run.accelerator.num_processes))
+name = f"{{run.accelerator.num_processes}}-{{run.accelerator.process_index}}.safetensors"
+"""
+GRADIENT = PREPARED + """
 step = run.optimizer.step
 run.optimizer.step = lambda: (save_file({{f"{{g.name}}.{{i}}": p.grad for g in groups for i, p in enumerate(g.parameters)}},
-                                        f"gradient-{{run.accelerator.num_processes}}-{{run.accelerator.process_index}}.safetensors"),
-                              step())
+                                        f"gradient-{{name}}"), step())
 db.train_step(run, 0)
 """
-
-
-FUSED = """
-import sys
-sys.path[:0] = [{tests!r}, {repository!r}]
-import torch
-import dreambooth_implementation as db
-from safetensors.torch import save_file
-from accelerate import Accelerator
-
-def made(cache, s, micro_step, steps, process, processes):
-    parts = [batch(cache, s, micro_step, steps, p, 2) for p in ([process] if processes == 2 else [0, 1])]
-    whole = {{key: torch.cat([part[key] for part in parts]) for key in parts[0]}}
-    return whole | {{"weight": whole["weight"] / len(parts)}}
-batch, db.make_batch = db.make_batch, made
-s = db.Settings("train", train_text_encoder=True, max_grad_norm=0, mixed_precision={precision!r})
-models = db.load_models({model!r}, torch.float32)
-groups = db.parameter_groups(s, models, [], db.RECIPES["small"]["full"])
-latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
-                       ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
-run = db.prepare_training(s, models, groups, cache, 1, Accelerator(cpu=True, mixed_precision={precision!r}),
-                          db.Levers({levers}), {{}})
-object.__setattr__(run, "at_once", 2 * (3 - run.accelerator.num_processes))
+WEIGHTS = PREPARED + """
 for step in range(3):
     db.train_step(run, step)
-save_file(db.trained_tensors(groups), f"weights-{{run.accelerator.num_processes}}-{{run.accelerator.process_index}}.safetensors")
+save_file(db.trained_tensors(groups), f"weights-{{name}}")
 """
 
 
@@ -96,7 +76,7 @@ def test_the_gradient_is_that_of_the_double_batch(tmp_path, tiny_model):
     places = dict(tests=str(REPOSITORY / "tests"), repository=str(REPOSITORY), model=str(tiny_model("sdxl")))
     for name, processes, levers, at_once in (("one", 1, "", None), ("two", 2, "", None),
                                              ("split", 2, "split_batch=True", 1)):
-        (tmp_path / "step.py").write_text(GRADIENT.format(**places, levers=levers, at_once=at_once))
+        (tmp_path / "step.py").write_text(GRADIENT.format(**places, levers=levers, at_once=at_once, precision="no"))
         command = launch("step.py") if processes == 2 else [sys.executable, "step.py"]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -114,7 +94,7 @@ def test_the_gradient_is_that_of_the_double_batch(tmp_path, tiny_model):
 def test_a_fused_step_averages_by_itself(precision, levers, tmp_path, tiny_model):
     """Weights after three steps are the same in both processes, to the bit, and those of one with the double batch."""
     places = dict(tests=str(REPOSITORY / "tests"), repository=str(REPOSITORY), model=str(tiny_model("sd1")))
-    (tmp_path / "step.py").write_text(FUSED.format(**places, levers=levers, precision=precision))
+    (tmp_path / "step.py").write_text(WEIGHTS.format(**places, levers=levers, at_once=None, precision=precision))
     for command in ([sys.executable, "step.py"], launch("step.py")):
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr[-3000:]

@@ -19,7 +19,7 @@ import dreambooth_implementation as db
 
 STEPS = 9
 METHODS = {"full": ["--train_text_encoder"], "lora": ["--rank", "2", "--train_text_encoder", "--use_dora"],
-           "textual_inversion": ["--num_vectors", "2"], "pivotal": ["--embedding_frac", "0.4"]}
+           "textual_inversion": ["--num_vectors", "2"], "pivotal": ["--embedding_frac", "0.4", "--use_ema"]}
 
 
 @pytest.fixture
