@@ -162,8 +162,9 @@ class Settings:
     train_batch_size: int = _field("train", 1, "photos per step and GPU; as many class images join them", minimum=1)
     gradient_accumulation_steps: int = _field("train", 1, "batches per optimizer step", minimum=1)
     lr_scheduler: str | None = _field("train", None, "learning rate schedule", choices=[
-        "constant", "constant_with_warmup", "linear", "cosine"], shown="constant; linear, which falls to 0, for --method full of "
-                                                                  "small models without --select_best")
+        "constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"],
+                                      shown="constant; warmup_stable_decay, which falls to 0 in the last quarter, for --method "
+                                            "full of small models without --select_best")
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
     optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs the package torchao, "
@@ -360,8 +361,8 @@ RECIPES = {
     "stable-diffusion-xl": {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES},
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
-        # Falling to 0: at this rate, constant, likeness and prompt vary from one step to the next.
-        "full": Recipe(1200, 2e-4, 2e-4, 5e-5, lr_scheduler="linear"), "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
+        # Falling at the end: at this rate, constant, likeness and prompt vary from one step to the next.
+        "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay"), "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
         "textual_inversion": Recipe(800, embedding_lr=2e-3),
         "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")},
 }
@@ -2324,7 +2325,6 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
                      averages=False):
     """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
     import torch
-    from diffusers.optimization import get_scheduler
 
     device, training = accelerator.device, [module for group in groups for module in group.modules]
     for module in training:  # before the optimizer is made, which looks at where the parameters are
@@ -2340,9 +2340,8 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
             parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
     optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
                                                   s.adam_weight_decay, device)
-    # diffusers' "constant" has no warmup. The schedule stays ours: accelerate would advance it once per process.
-    schedule = "constant_with_warmup" if schedule == "constant" else schedule
-    lr_scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=steps)
+    # The schedule stays ours: accelerate would advance it once per process.
+    lr_scheduler = make_schedule(schedule, optimizer, s.lr_warmup_steps, steps)
 
     def until(last, factor):
         return lambda step: factor(step) if step < last else 0
@@ -2363,6 +2362,17 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if averages else []
     return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, levers, at_once,
                spent, origin, averages)
+
+
+def make_schedule(name, optimizer, warmup, steps):
+    """A learning rate schedule of diffusers or transformers. "warmup_stable_decay" falls linearly to 0 in its last quarter."""
+    from diffusers.optimization import get_scheduler
+    from transformers import get_wsd_schedule
+
+    if name == "warmup_stable_decay":
+        return get_wsd_schedule(optimizer, warmup, steps // 4, steps, decay_type="linear")
+    name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def split_means(losses, is_class):
@@ -2542,7 +2552,7 @@ def prepare(s, name, concepts, plan, accelerator):
     decided = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", *SHAPING_LEVERS)
     origin |= shaping_flags(s) | {"the number of processes": accelerator.num_processes} | {
         f"the {key.replace('_', ' ')}": used[key] for key in decided}
-    if schedule in ("linear", "cosine") or any(group.until < 1 for group in groups):
+    if not schedule.startswith("constant") or any(group.until < 1 for group in groups):
         origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
     run = prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule, used["use_ema"])
     return subjects, run, levers, used

@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--model_name", default="demo/model")
     parser.add_argument("--instance_data_dir", default="instance_images")
     parser.add_argument("--class_prompt", default="a dog")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--num_class_images", type=int, default=200)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-4)

@@ -84,7 +84,7 @@ def test_output_is_complete(train, run, tmp_path):
     record = json.loads((tmp_path / "output" / "dreambooth.json").read_text())
     assert record["subjects"] == [{"identifier": "zqq", "class_prompt": "a dog", "instance_prompt": "a zqq dog", "name": "dog"}]
     assert record["settings"]["steps"] == 2 and record["settings"]["identifier"] == "zqq"
-    assert record["used"] == {"steps": 2, "resolution": 32, "precision": "no", "lr_scheduler": "linear", "use_ema": False,
+    assert record["used"] == {"steps": 2, "resolution": 32, "precision": "no", "lr_scheduler": "warmup_stable_decay", "use_ema": False,
                               "optimizer": "adamw", "weights": "fp32", "offload_optimizer": False,
                               "gradient_checkpointing": False, "split_batch": False, "fused_backward": False,
                               "learning_rates": {"unet": db.RECIPES["small"]["full"].learning_rate},

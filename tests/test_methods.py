@@ -92,21 +92,23 @@ def test_warmup_counts_optimizer_steps(tiny_model, photos, run, monkeypatch):
     assert [rate for rate, in rates] == pytest.approx([5e-4, 1e-3, 1e-3])  # "constant" warms up as well
 
 
-@pytest.mark.parametrize("flags, said, last", [
-    ([], "3 steps, linear", 0), (["--lr_scheduler", "constant"], "3 steps, constant", 1e-3),
-    (["--method", "lora"], "3 steps, constant", 1e-3),
-    (["--select_best", "--validation_steps", 3], "3 steps, constant", 1e-3)], ids=str)
-def test_the_rate_falls_where_the_recipe_says_so(flags, said, last, tiny_model, photos, run, tmp_path, monkeypatch, networks):
+@pytest.mark.parametrize("flags, schedule", [
+    ([], "warmup_stable_decay"), (["--lr_scheduler", "constant"], "constant"), (["--method", "lora"], "constant"),
+    (["--select_best", "--validation_steps", 8], "constant")], ids=str)
+def test_the_rate_falls_where_the_recipe_says_so(flags, schedule, tiny_model, photos, run, tmp_path, monkeypatch, networks):
+    """In the last quarter of the steps."""
     import json
 
     rates, report = [], db.report_losses
+    monkeypatch.setattr(db, "REPORT_EVERY", 1)
     monkeypatch.setattr(db, "report_losses", lambda state, *rest:
                         rates.append(state.lr_scheduler.get_last_lr()[0]) or report(state, *rest))
-    status, out, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 3, *QUICK,
+    status, out, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--steps", 8, *QUICK,
                            "--learning_rate", "1e-3", *flags, "--dino_model", networks / "vit", "--clip_model", networks / "clip")
-    assert status == 0 and said in out, err
-    assert rates[-1] == pytest.approx(last)
-    assert json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]["lr_scheduler"] == said.split()[-1]
+    assert status == 0 and f"8 steps, {schedule}" in out, err
+    falling = [5e-4, 0] if schedule == "warmup_stable_decay" else [1e-3, 1e-3]
+    assert rates == pytest.approx([1e-3] * 6 + falling)
+    assert json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]["lr_scheduler"] == schedule
 
 
 @pytest.mark.parametrize("flags, kept", [(["--use_ema"], True), (["--select_best", "--validation_steps", 4], True),

@@ -21,7 +21,7 @@ FLAGS = {  # flag -> values, good and bad
     "--rank": ["1", "4", "64"],
     "--lora_alpha": ["1", "8"],
     "--lora_target": ["attention", "attention+ff", "all"],
-    "--lr_scheduler": ["constant", "constant_with_warmup", "linear", "cosine"],
+    "--lr_scheduler": ["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"],
     "--lr_warmup_steps": ["0", "1", "5"],
     "--max_grad_norm": ["0", "1", "1e-9"],
     "--snr_gamma": ["0", "5", "inf"],
