@@ -30,7 +30,7 @@ VARIANTS = {
 }
 COLUMNS = {"dino": "DINO", "dino_as_is": "DINO, as it is", "share": "of the photos'", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "pres": "PRES", "div": "DIV", "div_dino": "DIV_DINO",
            "seconds": "training", "MB": "file"}
-DIGITS = {"share": "{:.0%}", "seconds": "{:.0f} s", "MB": "{:.3g} MB"}  # else three
+DIGITS = {"share": "{:.0%}", "seconds": "{:.0f} s", "MB": "{:.2g} MB"}  # else three
 NOT_PLOTTED = ("share", "dino", "MB")
 
 
@@ -115,7 +115,8 @@ def table(runs):
         for column in COLUMNS:
             value = mean_and_deviation(group, prefix + column) if prefix + column in group[0] else None
             form = DIGITS.get(column, "{:.3f}")
-            cells.append("" if value is None else f"{form.format(value[0])} ± {form.format(value[1])}")
+            cells.append("" if value is None else form.format(value[0]) + (
+                "" if column == "MB" else f" ± {form.format(value[1])}"))
         lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
