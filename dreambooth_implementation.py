@@ -1991,11 +1991,13 @@ def estimate(demand, levers):
     gradients, activations = peak_of(demand, levers.gradient_checkpointing, levers.fused_backward)
     copied = levers.weights == "bf16" and not optimizer.rounds  # for its step a tensor is in float32
     states = [optimizer.state_bytes(shape, 4 if copied else per_weight) for shape in demand.trained]
-    largest = max(map(math.prod, demand.trained))
-    parts = {"weights": per_weight * sum(map(math.prod, demand.trained)), "gradients": gradients,
+    sizes = [math.prod(shape) for shape in demand.trained]
+    buffered = processes() > 1 and not levers.fused_backward  # processes exchange gradients in buffers of their own
+    parts = {"weights": per_weight * sum(sizes), "gradients": gradients,
              "optimizer": max(states) if levers.offload_optimizer else sum(states),
-             "exchange": per_weight * sum(map(math.prod, demand.trained)) if processes() > 1 and not levers.fused_backward else 0,
-             "rounding": COPIES_TO_ROUND * 4 * largest if copied else 0, "activations": activations, "frozen": demand.frozen}
+             "exchange": per_weight * sum(sizes) if buffered else 0,
+             "rounding": COPIES_TO_ROUND * 4 * max(sizes) if copied else 0, "activations": activations,
+             "frozen": demand.frozen}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
 
 
@@ -2255,7 +2257,8 @@ def brought(state, device):
 @contextlib.contextmanager
 def in_float32(parameter):
     """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically."""
-    parameter.data, gradient = parameter.data.float(), parameter.grad.float()
+    gradient = parameter.grad.float()
+    parameter.data = parameter.data.float()  # before the gradient, whose precision must be the same
     parameter.grad = gradient
     yield
     parameter.grad = None
