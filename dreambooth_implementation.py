@@ -2088,10 +2088,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
+class Course:
+    """What a training will be, settled wherever the flags leave it open."""
+
+    steps: int
+    resolution: int  # pixels
+    precision: str  # of the arithmetic, in accelerate's words
+    levers: Levers = Levers()
+    lr_scheduler: str = "constant"
+    use_ema: bool = False
+
+
+@dataclass(frozen=True)
 class Run:
     """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
 
     s: Settings
+    course: Course
     models: Models  # what trains is wrapped for precision and processes
     groups: list
     modules: list  # those of `models` that train
@@ -2100,8 +2113,6 @@ class Run:
     optimizer: typing.Any
     lr_scheduler: typing.Any
     accelerator: typing.Any
-    steps: int
-    levers: Levers
     at_once: int  # pictures that pass through the model together
     spent: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
@@ -2122,24 +2133,24 @@ def optimize(run, folder, viewer):
     """
     from tqdm import tqdm
 
-    s, unread = run.s, []
+    s, steps, unread = run.s, run.course.steps, []
     with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
-        bar = tqdm(range(len(run.history), run.steps), desc="training", unit="step", disable=not is_first_process(),
-                   initial=len(run.history), total=run.steps)
+        bar = tqdm(range(len(run.history), steps), desc="training", unit="step", disable=not is_first_process(),
+                   initial=len(run.history), total=steps)
         for done in (step + 1 for step in bar):
             unread += train_step(run, done - 1)
             stop = stop_agreed(run.accelerator, signals, done)
-            views = viewer.every and (done % viewer.every == 0 or done == run.steps)
-            saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < run.steps)
-            if saves or views or done % REPORT_EVERY == 0 or done == run.steps:
+            views = viewer.every and (done % viewer.every == 0 or done == steps)
+            saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < steps)
+            if saves or views or done % REPORT_EVERY == 0 or done == steps:
                 report_losses(run, folder, unread, bar, writer)
                 unread = []
             if views:
                 view(run, folder, viewer, writer)
             if saves:
                 write_checkpoint(run, folder)
-            if stop and done < run.steps:
-                raise Interrupted(f"interrupted after step {done} of {run.steps}; go on with the same command and --resume", stop)
+            if stop and done < steps:
+                raise Interrupted(f"interrupted after step {done} of {steps}; go on with the same command and --resume", stop)
     check_finite(run.groups)
     for tensor, average in zip(trained_tensors(run.groups).values(), run.averages):
         tensor.copy_(average)
@@ -2324,12 +2335,13 @@ def stop_agreed(accelerator, signals, done):
     return int(accelerator.gather(received[None]).max())
 
 
-def prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule="constant",
-                     averages=False):
+def prepare_training(s, course, models, groups, cache, accelerator, origin):
     """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
     import torch
 
-    device, training = accelerator.device, [module for group in groups for module in group.modules]
+    device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
+    if levers.gradient_checkpointing:
+        set_checkpointing(models, groups)
     for module in training:  # before the optimizer is made, which looks at where the parameters are
         module.to(device).train()
     if s.channels_last:
@@ -2344,11 +2356,11 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
                                                   s.adam_weight_decay, device)
     # The schedule stays ours: accelerate would advance it once per process.
-    lr_scheduler = make_schedule(schedule, optimizer, s.lr_warmup_steps, steps)
+    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps)
 
     def until(last, factor):
         return lambda step: factor(step) if step < last else 0
-    lr_scheduler.lr_lambdas = [until(g.until * steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
+    lr_scheduler.lr_lambdas = [until(g.until * course.steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
 
     def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
         return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
@@ -2362,9 +2374,9 @@ def prepare_training(s, models, groups, cache, steps, accelerator, levers, origi
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
-    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if averages else []
-    return Run(s, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, steps, levers, at_once,
-               spent, origin, averages)
+    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
+    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+               origin, averages)
 
 
 def make_schedule(name, optimizer, warmup, steps):
@@ -2485,22 +2497,21 @@ def train(s):
         return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
-        subjects, run, levers, used = prepare(s, name, concepts, plan, accelerator)
+        subjects, run = prepare(s, name, concepts, plan, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
-        viewer = make_viewer(run, concepts, subjects, metric_names, used["resolution"])
+        viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite)
-            save_photo_sheet(folder, s, concepts, used["resolution"])
+            save_photo_sheet(folder, s, concepts, run.course.resolution)
         prepared = time.monotonic()
-        with naming_next_plan(s, levers, plan, folder):
+        with naming_next_plan(s, run.course.levers, plan, folder):
             optimize(run, folder, viewer)
-        used["selected_step"] = best_of(run.scores)["step"] if run.scores else None
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
         models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
         if accelerator.is_main_process:
-            save_output(folder, s, models, subjects, used, run.history, seconds)
+            save_output(folder, run, models, subjects, seconds)
     report_training(s, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
@@ -2510,55 +2521,51 @@ def train(s):
 
 
 def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run, Levers, what was decided for dreambooth.json): models, identifiers, pictures, latents, what trains."""
+    """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
     models = load_models(name, torch.float32)
     family = family_of(models.unet.config)
     recipe = with_own_rate(RECIPES[family][s.method], s)
-    steps, resolution = default(s.steps, recipe.steps), default(s.resolution, models.resolution)
-    if s.lr_warmup_steps >= steps:
-        raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {steps} steps of this run")
-    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), {resolution} px")
+    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
+        f"{default(s.resolution, models.resolution)} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
-    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
-    if levers.fused_backward and s.max_grad_norm:
-        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
+    course = set_course(s, models, subjects, recipe, plan)
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
-    class_images = class_pools(s, models, concepts, resolution, plan, accelerator) if preserves_prior(s) else []
+    class_images = class_pools(s, models, concepts, course.resolution, plan, accelerator) if preserves_prior(s) else []
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
-    origin = {"the base model": models.fingerprint, "the photos or class images": pictures_digest(photos, class_images)}
+    fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     if METHODS[s.method].is_adapter:
         models.unet.to(plan.dtype)  # it stays as it is, and is not saved
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
-    check_space(s, models, groups, averages_weights(s, recipe))
-    cache = cache_latents(models, photos, class_images, resolution, plan.device, s.random_flip)
-    # which of the steps --select_best keeps is not known, and so must not be where the rate has fallen
-    schedule = default(s.lr_scheduler, "constant" if s.select_best else recipe.lr_scheduler)
-    used = {"steps": steps, "resolution": resolution, "precision": plan.precision, "lr_scheduler": schedule,
-            "use_ema": averages_weights(s, recipe),
-            "learning_rates": {group.name: group.lr for group in groups}, **dataclasses.asdict(levers),
-            "guidance_scale": guidance_scale(s, models.unet.config)}
-    if levers.gradient_checkpointing:
-        set_checkpointing(models, groups)
+    check_space(s, models, groups, course.use_ema)
+    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
-            f"{math.ceil(min(group.until, 1) * steps)} steps, {schedule}")
-    if used["use_ema"]:
+            f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
+    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
+    return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
+
+
+def set_course(s, models, subjects, recipe, plan):
+    """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
+    steps, resolution = default(s.steps, recipe.steps), default(s.resolution, models.resolution)
+    if s.lr_warmup_steps >= steps:
+        raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {steps} steps of this run")
+    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
+    if levers.fused_backward and s.max_grad_norm:
+        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
+    # which of the steps --select_best keeps is not known, and so must not be where the rate has fallen
+    lr_scheduler = default(s.lr_scheduler, "constant" if s.select_best else recipe.lr_scheduler)
+    if averages_weights(s, recipe):
         say("Weights: their running average over about the last 100 steps is drawn and saved.")
-    decided = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", *SHAPING_LEVERS)
-    origin |= shaping_flags(s) | {"the number of processes": accelerator.num_processes} | {
-        f"the {key.replace('_', ' ')}": used[key] for key in decided}
-    if not schedule.startswith("constant") or any(group.until < 1 for group in groups):
-        origin["--steps"] = steps  # elsewhere a longer training begins as a shorter one does
-    run = prepare_training(s, models, groups, cache, steps, accelerator, levers, origin, schedule, used["use_ema"])
-    return subjects, run, levers, used
+    return Course(steps, resolution, plan.precision, levers, lr_scheduler, averages_weights(s, recipe))
 
 
 def captioned(concept, subject):
@@ -2606,19 +2613,33 @@ def report_training(s, subjects, history, seconds):
 # Checkpoints: what an interrupted training goes on from
 
 TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
-# Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see prepare().
+# Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
 FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing",
               "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last", "lr_scheduler", "use_ema")
-SHAPING_LEVERS = ("optimizer", "weights", "fused_backward")  # compared as they were decided, not as flags
+# Compared as they were decided, not as flags.
+SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
+                     "fused_backward")
 
 
 def shaping_flags(s):
     """{"--flag": value} of those flags that the trained weights depend on."""
     return {f"--{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)
             if f.name not in FREE_FLAGS and "train" in MODES[f.metadata["mode"]]}
+
+
+def origin_of(s, course, groups, fingerprint, pictures, processes):
+    """{what: value} that a resumed training must have in common with the one it goes on from."""
+    origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
+              "the number of processes": processes}
+    decided = dataclasses.asdict(course) | dataclasses.asdict(course.levers) | {
+        "learning_rates": {group.name: group.lr for group in groups}}
+    origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
+    if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
+        origin["--steps"] = course.steps  # elsewhere a longer training begins as a shorter one does
+    return origin
 
 
 def pictures_digest(photos, class_images):
@@ -2819,7 +2840,7 @@ def load_checkpoint(run, path):
     state = read_state(path)
     check_origin(path, state, run.origin)
     done = len(state["history"])
-    if done > run.steps:
+    if done > run.course.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
     saved = load_file(path / TENSORS_FILE)
     averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
@@ -2828,7 +2849,7 @@ def load_checkpoint(run, path):
     param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
                     for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
     run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
-    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.levers.offload_optimizer)
+    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
     run.lr_scheduler.last_epoch = done
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -2837,7 +2858,7 @@ def load_checkpoint(run, path):
         run.scores.extend(state["scores"])
     elif state["scores"]:
         say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
-    say(f"Going on after step {done} of {run.steps}, from {short_path(path)}.")
+    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2987,10 +3008,11 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 
-def save_output(folder, s, models, subjects, used, history, seconds):
+def save_output(folder, run, models, subjects, seconds):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     from importlib.metadata import version
 
+    s, course, history = run.s, run.course, run.history
     models.pipeline.to("cpu")
     for save in METHODS[s.method].saves:
         save(folder, models, subjects)
@@ -3000,7 +3022,12 @@ def save_output(folder, s, models, subjects, used, history, seconds):
         "method": s.method,
         "base_model": models.name,
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
-        "used": used,
+        "used": {
+            "steps": course.steps, "resolution": course.resolution, "precision": course.precision,
+            "lr_scheduler": course.lr_scheduler, "use_ema": course.use_ema, **dataclasses.asdict(course.levers),
+            "learning_rates": {group.name: group.lr for group in run.groups},
+            "guidance_scale": guidance_scale(s, models.unet.config),
+            "selected_step": best_of(run.scores)["step"] if run.scores else None},
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
         "settings": dataclasses.asdict(s),
@@ -4059,9 +4086,9 @@ class Viewer:
     scored: tuple = ()  # (number of the subject, prompt, caption for CLIP)
 
 
-def make_viewer(run, concepts, subjects, metric_names, side):
+def make_viewer(run, concepts, subjects, metric_names):
     """The Viewer of a run. `metric_names` as metric_models() gives them, or None. UserError for an unusable prompt."""
-    s = run.s
+    s, side = run.s, run.course.resolution
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
         usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
@@ -4080,8 +4107,8 @@ def make_viewer(run, concepts, subjects, metric_names, side):
     metrics = load_metrics(*metric_names, run.accelerator.device)
     real = tuple(metrics.images([load_square(path) for path, _ in concept.photos])[0] for concept in concepts)
     prompts = dict.fromkeys([*(prompt for _, prompt, _ in scored), *(subject.class_prompt for subject in subjects)])
-    every = default(s.validation_steps, math.ceil(run.steps / 10))
-    times = -(-run.steps // every)
+    every = default(s.validation_steps, math.ceil(run.course.steps / 10))
+    times = -(-run.course.steps // every)
     say(f"Choosing the best of {times} checkpoints, one every {every} steps, by {len(scored) * SEEDS_SEEN} pictures each.")
     return Viewer(tuple(prompt for prompt in prompts if prompt), side, every, metrics, real, tuple(scored))
 

@@ -103,7 +103,7 @@ def synchronize(device):
 
 
 def prepare(s, models, cache, steps, resolution):
-    """(Run, Levers, Plan) of a training with these settings."""
+    """(Run, Plan) of a training with these settings."""
     from accelerate import Accelerator
 
     plan = db.plan_device(s)
@@ -113,12 +113,11 @@ def prepare(s, models, cache, steps, resolution):
     recipe = db.with_own_rate(db.RECIPES[db.family_of(models.unet.config)][s.method], s)
     subjects = [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)
+    course = db.Course(steps, resolution, plan.precision, levers, db.default(s.lr_scheduler, "constant"))
     if db.METHODS[s.method].is_adapter:
         models.unet.to(plan.dtype)
     groups = db.parameter_groups(s, models, subjects, recipe)
-    if levers.gradient_checkpointing:
-        db.set_checkpointing(models, groups)
-    return db.prepare_training(s, models, groups, cache, steps, accelerator, levers, {}, db.default(s.lr_scheduler, "constant")), levers, plan
+    return db.prepare_training(s, course, models, groups, cache, accelerator, {}), plan
 
 
 def bare_step(unet, run, plan):
@@ -223,13 +222,13 @@ def main():
     unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
     sizes = [(5, 100), (50, 100), (500, 100), (5, 500), (5, 2000)] if args.scaling else [(5, 200)]
     caches = [made_up_cache(models, resolution, *size) for size in sizes]
-    run, levers, plan = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
+    run, plan = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
               **{name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers")},
               "model": args.arch or (Path(models.name).name if s.model_name else "bundled"), "method": s.method,
               "resolution": resolution, "precision": plan.precision,
               "batch": f"{s.train_batch_size} photos + {s.train_batch_size * db.preserves_prior(s)} class images",
-              "plan": db.flags_of(levers), "trained_weights": sum(p.numel() for g in run.groups for p in g.parameters)}
+              "plan": db.flags_of(run.course.levers), "trained_weights": sum(p.numel() for g in run.groups for p in g.parameters)}
     with tempfile.TemporaryDirectory() as folder:
         if args.scaling:
             runs = [dataclasses.replace(run, cache=cache, history=[]) for cache in caches]

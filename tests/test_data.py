@@ -207,6 +207,18 @@ def test_only_missing_class_images_are_drawn(tmp_path, tiny_model, drawn):
     assert contents(class_images(tmp_path, tiny_model("sd1"), count=5))[:4] == first and drawn == [4]
 
 
+def test_class_images_take_15_steps_from_the_noisiest_timestep(tmp_path, tiny_model, monkeypatch):
+    timesteps, draw = [], db.draw
+
+    def watched(pipeline, jobs, **options):
+        hook = pipeline.unet.register_forward_pre_hook(lambda unet, inputs: timesteps.append(int(inputs[1])))
+        yield from draw(pipeline, jobs, **options)
+        hook.remove()
+    monkeypatch.setattr(db, "draw", watched)
+    class_images(tmp_path, tiny_model("sd1"), count=1)
+    assert len(timesteps) == 15 and timesteps[0] == 999 and timesteps == sorted(timesteps, reverse=True)
+
+
 def test_interrupted_class_images_continue(tmp_path, tiny_model, drawn, monkeypatch):
     draw = db.draw
 

@@ -1,5 +1,6 @@
 """What saves memory changes nothing else: optimizers, fused backward pass, split batches, and the plan that chooses them."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -33,13 +34,12 @@ def make_run(tiny_model, method="full", family="sd1", precision="no", levers=db.
     if db.METHODS[method].is_adapter:
         models.unet.to(plan.dtype)
     groups = db.parameter_groups(s, models, subjects, db.with_own_rate(recipe, s))
-    if levers.gradient_checkpointing:
-        db.set_checkpointing(models, groups)
     latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
                            ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
     accelerator = Accelerator(mixed_precision=precision, cpu=True, gradient_accumulation_steps=s.gradient_accumulation_steps)
-    return db.prepare_training(s, models, groups, cache, 4, accelerator, levers, {}, "cosine")
+    course = db.Course(4, 64, precision, levers, "cosine")
+    return db.prepare_training(s, course, models, groups, cache, accelerator, {})
 
 
 def steps(run, first, last):
@@ -78,6 +78,25 @@ def test_every_optimizer_resumes_exactly(precision, levers, tiny_model, tmp_path
     assert not any(torch.equal(tensor, half[name]) for name, tensor in expected.items() if tensor.ndim > 1)
     codes = [t for name, t in load_file(checkpoint / db.TENSORS_FILE).items() if name.endswith(".codes")]
     assert (levers.optimizer == "adamw8bit") == bool(codes) and all(t.dtype == torch.uint8 and t.any() for t in codes)
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_offloaded_states_are_brought_for_the_step_of_their_tensor_alone(offloads, tiny_model, monkeypatch):
+    brought, brings, inside = [], db.brought, []
+
+    @contextlib.contextmanager
+    def watched(state, device):
+        brought.append((id(state), device.type))
+        inside.append(state)
+        with brings(state, device):
+            assert len(inside) == 1  # never two tensors' states at once
+            yield
+        inside.pop()
+    monkeypatch.setattr(db, "brought", watched)
+    run = make_run(tiny_model, levers=db.Levers(fused_backward=True, offload_optimizer=offloads))
+    steps(run, 0, 2)
+    tensors = len(run.groups[0].parameters)
+    assert len(brought) == 2 * tensors * offloads and len(set(brought)) == tensors * offloads
 
 
 def test_optimizers_differ(tiny_model):
