@@ -1290,7 +1290,12 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     own = {picture for pool in photos for picture in pool}
     pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
     prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    rows, rows_of = [], {}
+    variants = 2 if random_flip else 1
+    rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
+    side = resolution // models.latent_scale
+    # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
+    mean, std = torch.empty(2, variants * len(pictures), vae.config.latent_channels, side, side)
+    time_ids, prompt = [], []
     for picture in tqdm(pictures, desc="encoding", unit="image", disable=not is_first_process()):
         path, caption = picture
         image = load_image(path)
@@ -1298,17 +1303,17 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
             say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
         image, sizes = square(image, resolution)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for variant in (pixels, pixels.flip(-1)) if random_flip else (pixels,):
+        for row, variant in zip(rows_of[picture], (pixels, pixels.flip(-1))):
             with torch.no_grad():
                 moments = vae.encode(variant).latent_dist
-            rows_of.setdefault(picture, []).append(len(rows))
-            rows.append((moments.mean.float().cpu(), moments.std.float().cpu(), sizes, prompts.index(caption)))
+            mean[row], std[row] = moments.mean[0], moments.std[0]
+            time_ids.append(sizes)
+            prompt.append(prompts.index(caption))
     vae.to("cpu")
-    mean, std, time_ids, prompt = zip(*rows)
     scale = vae.config.scaling_factor
     pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
-    return LatentCache(torch.cat(mean) * scale, torch.cat(std) * scale, torch.tensor(time_ids, dtype=torch.float32),
-                       torch.tensor(prompt), prompts, *pools)
+    return LatentCache(mean.mul_(scale), std.mul_(scale), torch.tensor(time_ids, dtype=torch.float32), torch.tensor(prompt),
+                       prompts, *pools)
 
 
 def random_source(*key):

@@ -22,11 +22,12 @@ import time
 from pathlib import Path
 
 import torch
+from methods import REPOSITORY, program
+from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+import dreambooth_implementation as db
+
 RESULTS = REPOSITORY / "benchmarks" / "results"
-sys.path.insert(0, str(REPOSITORY))
-import dreambooth_implementation as db  # noqa: E402
 
 # The hub's configs of stable-diffusion-v1-5, -2-1 and -xl-base-1.0, where they differ from diffusers' defaults.
 UNETS = {
@@ -166,6 +167,17 @@ def timed(steps, device, rounds, warm_up):
     return seconds
 
 
+def peak_of_training(photos, class_images, side, flags, folder):
+    """Peak memory in MB of a whole training of 20 steps on so many made-up pictures, in a process of its own."""
+    for kind, count in {"photos": photos, "class": class_images}.items():
+        (folder / kind).mkdir(parents=True)
+        for number in range(count):
+            Image.effect_noise((side, side), 80).convert("RGB").save(folder / kind / f"{number}.png")
+    return program("--train", "--instance_data_dir", folder / "photos", "--class_data_dir", folder / "class", "--class_prompt",
+                   "a dog", "--num_class_images", class_images, "--steps", 20, "--output_dir", folder / "output",
+                   "--sample_batch_size", 1, "--num_inference_steps", 1, *flags)[2]  # samples that hardly count
+
+
 def fastest_product(plan):
     """Operations per second of the fastest of some matrix products here: what 100 % of the roofline means below."""
     side = 8192 if plan.device.type == "cuda" else 1024
@@ -196,8 +208,9 @@ def table(results):
                      f"{r['seconds_per_step']} | {r.get('bare_seconds_per_step', '')} | {r.get('ratio', '')} | "
                      f"{r['share_of_fastest_product']:.0%} | {r['device']}, {r['date']} |")
     for r in (r for r in results if "scaling" in r):
-        lines += ["", "| photos | class images | s / step | cached latents |", "|---|---|---|---|"]
-        lines += [f"| {row['photos']} | {row['class_images']} | {row['seconds_per_step']} | {row['cache_MB']} MB |"
+        lines += ["", "| photos | class images | s / step | cached latents | peak memory of the process |", "|---|---|---|---|---|"]
+        lines += [f"| {row['photos']} | {row['class_images']} | {row['seconds_per_step']} | {row['cache_MB']} MB | "
+                  f"{row.get('peak_MB', '?')} MB |"
                   for row in r["scaling"]]
     return "\n".join(lines)
 
@@ -238,6 +251,9 @@ def main():
                                   "seconds_per_step": round(statistics.median(times), 4),
                                   "cache_MB": round((cache.mean.nbytes + cache.std.nbytes) / 1e6, 2)}
                                  for size, cache, times in zip(sizes, caches, seconds)]
+            if not args.arch:
+                for row, size in zip(result["scaling"], sizes):
+                    row["peak_MB"] = round(peak_of_training(*size, resolution, rest, Path(folder, "x".join(map(str, size)))))
         else:
             steps = [program_step(run, folder)] + ([bare_step(unet.to(plan.device), run, plan)] if args.bare else [])
             flops = counted(steps[0])
