@@ -173,7 +173,7 @@ class Settings:
     adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
-                                  shown="on with --select_best where the learning rate would otherwise fall; else off")
+                                  shown="on for --method full of small models with --select_best, else off")
     max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
                            "on; auto: what a CUDA GPU has free, without one no limit")
     gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory",
@@ -348,6 +348,8 @@ class Recipe:
     embedding_lr: float | None = None
     lora_target: str = "attention"
     lr_scheduler: str = "constant"
+    use_ema: bool = False
+    selecting: "Recipe | None" = None  # taken instead with --select_best
 
 
 # diffusers' guides: LoRA 1e-4; textual inversion 5e-4, 3000 steps; pivotal tuning 1e-4 and 3e-4, 1000 steps.
@@ -361,8 +363,10 @@ RECIPES = {
     "stable-diffusion-xl": {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES},
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
-        # Falling at the end: at this rate, constant, likeness and prompt vary from one step to the next.
-        "full": Recipe(1600, 3e-4, 3e-4, 5e-5, lr_scheduler="warmup_stable_decay"),
+        # Falling at the end: at this rate, constant, likeness and prompt vary from one step to the next. --select_best may
+        # keep any step, so there the rate falls nowhere and is lower.
+        "full": Recipe(1600, 3e-4, 3e-4, 5e-5, lr_scheduler="warmup_stable_decay",
+                       selecting=Recipe(1600, 2e-4, 2e-4, 5e-5, use_ema=True)),
         "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
         "textual_inversion": Recipe(800, embedding_lr=2e-3),
         "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")},
@@ -1750,6 +1754,12 @@ def objection(s, levers, precision):
     ) if wrong), None)
 
 
+def recipe_for(family, s):
+    """The Recipe of this training on a model of `family`."""
+    recipe = RECIPES[family][s.method]
+    return with_own_rate(recipe.selecting if s.select_best and recipe.selecting else recipe, s)
+
+
 def with_own_rate(recipe, s):
     """`recipe` with the learning rate of an optimizer that has its own."""
     lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
@@ -1898,7 +1908,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
             predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
     frozen = sum(tensor.nbytes for tensor in beside - set(trained))
-    if averages_weights(s, recipe):
+    if default(s.use_ema, recipe.use_ema):
         frozen += sum(p.nbytes for p in trained)
     copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
@@ -2199,11 +2209,6 @@ def train_step(run, step):
 def ema_decay(step):
     """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
     return min(0.99, (1 + step) / (10 + step))
-
-
-def averages_weights(s, recipe):
-    """Whether a training keeps a running average of its weights: at a high constant rate single steps are noisy."""
-    return default(s.use_ema, s.select_best and recipe.lr_scheduler != "constant")
 
 
 @contextlib.contextmanager
@@ -2532,7 +2537,7 @@ def prepare(s, name, concepts, plan, accelerator):
 
     models = load_models(name, torch.float32)
     family = family_of(models.unet.config)
-    recipe = with_own_rate(RECIPES[family][s.method], s)
+    recipe = recipe_for(family, s)
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
         f"{default(s.resolution, models.resolution)} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
@@ -2567,11 +2572,10 @@ def set_course(s, models, subjects, recipe, plan):
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
     if levers.fused_backward and s.max_grad_norm:
         say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
-    # which of the steps --select_best keeps is not known, and so must not be where the rate has fallen
-    lr_scheduler = default(s.lr_scheduler, "constant" if s.select_best else recipe.lr_scheduler)
-    if averages_weights(s, recipe):
+    lr_scheduler, use_ema = default(s.lr_scheduler, recipe.lr_scheduler), default(s.use_ema, recipe.use_ema)
+    if use_ema:
         say("Weights: their running average over about the last 100 steps is drawn and saved.")
-    return Course(steps, resolution, plan.precision, levers, lr_scheduler, averages_weights(s, recipe))
+    return Course(steps, resolution, plan.precision, levers, lr_scheduler, use_ema)
 
 
 def captioned(concept, subject):

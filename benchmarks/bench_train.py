@@ -111,7 +111,7 @@ def prepare(s, models, cache, steps, resolution):
     db.check_levers(s, plan)
     accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
                               gradient_accumulation_steps=s.gradient_accumulation_steps)
-    recipe = db.with_own_rate(db.RECIPES[db.family_of(models.unet.config)][s.method], s)
+    recipe = db.recipe_for(db.family_of(models.unet.config), s)
     subjects = [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)
     course = db.Course(steps, resolution, plan.precision, levers, db.default(s.lr_scheduler, "constant"))

@@ -53,7 +53,8 @@ def scores(monkeypatch, *values):
     monkeypatch.setattr(db, "score_samples", scored)
 
 
-AS_SELECTING = ["--lr_scheduler", "constant", "--use_ema"]  # what --select_best makes of a full training of a small model
+# What --select_best makes of a full training of a small model.
+AS_SELECTING = ["--lr_scheduler", "constant", "--use_ema", "--learning_rate", db.RECIPES["small"]["full"].selecting.learning_rate]
 
 
 @pytest.mark.parametrize("method", METHODS)
