@@ -167,12 +167,13 @@ def timed(steps, device, rounds, warm_up):
     return seconds
 
 
-def peak_of_training(photos, class_images, side, flags, folder):
+def peak_of_training(photos, class_images, flags, folder):
     """Peak memory in MB of a whole training of 20 steps on so many made-up pictures, in a process of its own."""
+    folder = Path(folder, f"{photos}-{class_images}")
     for kind, count in {"photos": photos, "class": class_images}.items():
         (folder / kind).mkdir(parents=True)
         for number in range(count):
-            Image.effect_noise((side, side), 80).convert("RGB").save(folder / kind / f"{number}.png")
+            Image.effect_noise((64, 64), 80).convert("RGB").save(folder / kind / f"{number}.png")
     return program("--train", "--instance_data_dir", folder / "photos", "--class_data_dir", folder / "class", "--class_prompt",
                    "a dog", "--num_class_images", class_images, "--steps", 20, "--output_dir", folder / "output",
                    "--sample_batch_size", 1, "--num_inference_steps", 1, *flags)[2]  # samples that hardly count
@@ -230,10 +231,13 @@ def main():
         return print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]))
 
     s = db.parse_settings(["--train", *rest])
+    sizes, peaks = [(5, 100), (50, 100), (500, 100), (5, 500), (5, 2000)] if args.scaling else [(5, 200)], []
+    if args.scaling and not args.arch:  # first: the peak of a process counts what its parent had when it began
+        with tempfile.TemporaryDirectory() as folder:
+            peaks = [peak_of_training(*size, rest, folder) for size in sizes]
     models = random_models(args.arch) if args.arch else db.load_models(s.model_name or str(db.BUNDLED_MODEL), torch.float32)
     resolution = s.resolution or models.resolution
     unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
-    sizes = [(5, 100), (50, 100), (500, 100), (5, 500), (5, 2000)] if args.scaling else [(5, 200)]
     caches = [made_up_cache(models, resolution, *size) for size in sizes]
     run, plan = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
@@ -251,9 +255,8 @@ def main():
                                   "seconds_per_step": round(statistics.median(times), 4),
                                   "cache_MB": round((cache.mean.nbytes + cache.std.nbytes) / 1e6, 2)}
                                  for size, cache, times in zip(sizes, caches, seconds)]
-            if not args.arch:
-                for row, size in zip(result["scaling"], sizes):
-                    row["peak_MB"] = round(peak_of_training(*size, resolution, rest, Path(folder, "x".join(map(str, size)))))
+            for row, peak in zip(result["scaling"], peaks):
+                row["peak_MB"] = round(peak)
         else:
             steps = [program_step(run, folder)] + ([bare_step(unet.to(plan.device), run, plan)] if args.bare else [])
             flops = counted(steps[0])
