@@ -2578,6 +2578,13 @@ def set_course(s, models, subjects, recipe, plan):
     return Course(steps, resolution, plan.precision, levers, lr_scheduler, use_ema)
 
 
+def decisions(course, groups):
+    """{name: value} of all that was settled for a training."""
+    settled = dataclasses.asdict(course)
+    levers = settled.pop("levers")
+    return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
+
+
 def captioned(concept, subject):
     """A subject's photos as (path, caption): its own caption, or the instance prompt."""
     return [(path, fill_identifier(caption, [subject], "the caption") if caption else subject.instance_prompt)
@@ -2644,8 +2651,7 @@ def origin_of(s, course, groups, fingerprint, pictures, processes):
     """{what: value} that a resumed training must have in common with the one it goes on from."""
     origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
               "the number of processes": processes}
-    decided = dataclasses.asdict(course) | dataclasses.asdict(course.levers) | {
-        "learning_rates": {group.name: group.lr for group in groups}}
+    decided = decisions(course, groups)
     origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
     if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
         origin["--steps"] = course.steps  # elsewhere a longer training begins as a shorter one does
@@ -3022,7 +3028,7 @@ def save_output(folder, run, models, subjects, seconds):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     from importlib.metadata import version
 
-    s, course, history = run.s, run.course, run.history
+    s, history = run.s, run.history
     models.pipeline.to("cpu")
     for save in METHODS[s.method].saves:
         save(folder, models, subjects)
@@ -3032,10 +3038,7 @@ def save_output(folder, run, models, subjects, seconds):
         "method": s.method,
         "base_model": models.name,
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
-        "used": {
-            "steps": course.steps, "resolution": course.resolution, "precision": course.precision,
-            "lr_scheduler": course.lr_scheduler, "use_ema": course.use_ema, **dataclasses.asdict(course.levers),
-            "learning_rates": {group.name: group.lr for group in run.groups},
+        "used": decisions(run.course, run.groups) | {
             "guidance_scale": guidance_scale(s, models.unet.config),
             "selected_step": best_of(run.scores)["step"] if run.scores else None},
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},

@@ -15,7 +15,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from methods import REPOSITORY, SUBJECTS, program
+from methods import COMPARED, REPOSITORY, SUBJECTS, program
 from PIL import Image, ImageDraw, ImageFont
 
 PROMPTS = REPOSITORY / "demo" / "prompts.txt"
@@ -150,8 +150,7 @@ def draw_plot(runs, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--subjects", nargs="+", metavar="FOLDER",
-                        default=["robot-t", "backpack-n", "duck-n", "teapot-n", "cat-n", "hiking-boot-t"])
+    parser.add_argument("--subjects", nargs="+", metavar="FOLDER", default=COMPARED)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
                         help=", ".join(VARIANTS))

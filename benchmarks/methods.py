@@ -18,6 +18,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 SUBJECTS = REPOSITORY / "demo" / "subjects"
+COMPARED = ["robot-t", "backpack-n", "duck-n", "teapot-n", "cat-n", "hiking-boot-t"]  # of these, where methods are measured
 RUNS = {
     "full": [],
     "full, text encoder": ["--train_text_encoder"],

@@ -12,11 +12,14 @@ import json
 import re
 from pathlib import Path
 
-from methods import REPOSITORY, SUBJECTS, program
+from methods import COMPARED, REPOSITORY, SUBJECTS, program
+
+import dreambooth_implementation as db
 
 ROW = re.compile(r" *(\d+) +([\d.]+) +([\d.]+) +([\d.]+)  \w+")
-# As the program decides by itself without --select_best; with it these are given by hand.
-DEFAULT = ["--lr_scheduler", "warmup_stable_decay", "--learning_rate", "3e-4", "--no-use_ema"]
+RECIPE = db.RECIPES["small"]["full"]
+# What the program decides by itself without --select_best, which has a recipe of its own.
+DEFAULT = ["--lr_scheduler", RECIPE.lr_scheduler, "--learning_rate", RECIPE.learning_rate, "--no-use_ema"]
 
 
 def curve(subject, steps, every, args, *flags):
@@ -41,9 +44,8 @@ def table(subjects):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--subjects", nargs="+", metavar="FOLDER",
-                        default=["robot-t", "backpack-n", "duck-n", "teapot-n", "cat-n", "hiking-boot-t"])
-    parser.add_argument("--steps", type=int, default=1600, help="of the default")
+    parser.add_argument("--subjects", nargs="+", metavar="FOLDER", default=COMPARED)
+    parser.add_argument("--steps", type=int, default=RECIPE.steps, help="of the default")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "output-select-best")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "select_best.json")
     args = parser.parse_args()
