@@ -1,6 +1,7 @@
 """LoRA, textual inversion and pivotal tuning: what trains, what is saved, and that plain diffusers draws the same."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -190,6 +191,23 @@ def test_words_start_as_the_class_noun(tiny_model, photos):
         teddy, bear = (table[tokenizer(word, add_special_tokens=False).input_ids[0]] for word in ("teddy", "bear"))
         assert torch.equal(rows, torch.stack([teddy, bear])) and rows.requires_grad and not table.requires_grad
         assert tokenizer.tokenize("a <rex> <rex>_1") == ["a</w>", "<rex>", "<rex>_1"]
+
+
+def test_words_of_pivotal_tuning_start_as_different_rare_words(tiny_model, capsys):
+    subjects = [db.Subject("<rex>", "a dog", ""), db.Subject("<tom>", "a cat", "")]
+    recipe = db.Recipe(1, embedding_lr=1.0)
+
+    def started(**options):
+        models = db.load_models(str(tiny_model("sd1")), torch.float32)
+        rows, = db.pivotal_words(db.Settings("train", method="pivotal", **options), models, subjects, recipe).parameters
+        said = re.findall(r'New word "<\w+>" starts as "(\w+)"', capsys.readouterr().out)
+        ids = [models.tokenizers[0](word, add_special_tokens=False).input_ids for word in said]
+        table = models.text_encoders[0].get_input_embeddings().weight
+        assert len(ids) == 2 and torch.equal(rows, table[sum(ids, [])])
+        return said
+    words = {tuple(started(seed=seed)) for seed in range(4)}
+    assert len(words) > 1 and all(a != b and {a, b} <= set(db.RARE_WORDS.split()) for a, b in words)
+    assert started(initializer_token="dog") == ["dog", "dog"]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

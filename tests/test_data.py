@@ -180,7 +180,8 @@ def contents(paths):
 def drawn(monkeypatch):
     """The seeds that were drawn, in order."""
     seeds, draw = [], db.draw
-    monkeypatch.setattr(db, "CLASS_IMAGE_STEPS", 2)
+    for steps in ("CLASS_IMAGE_STEPS", "UNGUIDED_CLASS_IMAGE_STEPS"):
+        monkeypatch.setattr(db, steps, 2)
     monkeypatch.setattr(db, "draw", lambda pipeline, jobs, **o: seeds.extend(seed for _, seed in jobs) or draw(pipeline, jobs, **o))
     return seeds
 
@@ -207,16 +208,29 @@ def test_only_missing_class_images_are_drawn(tmp_path, tiny_model, drawn):
     assert contents(class_images(tmp_path, tiny_model("sd1"), count=5))[:4] == first and drawn == [4]
 
 
-def test_class_images_take_15_steps_from_the_noisiest_timestep(tmp_path, tiny_model, monkeypatch):
+@pytest.mark.parametrize("options, steps, rows", [({}, 10, 1), ({"class_guidance_scale": 4.0}, 15, 2)])
+def test_class_images_start_from_the_noisiest_timestep(options, steps, rows, tmp_path, tiny_model, monkeypatch):
+    """Small models draw them without guidance: in fewer steps, and without the second row of the empty prompt in each."""
     timesteps, draw = [], db.draw
 
+    def note(unet, inputs):
+        assert len(inputs[0]) == rows
+        timesteps.append(int(inputs[1]))
+
     def watched(pipeline, jobs, **options):
-        hook = pipeline.unet.register_forward_pre_hook(lambda unet, inputs: timesteps.append(int(inputs[1])))
+        hook = pipeline.unet.register_forward_pre_hook(note)
         yield from draw(pipeline, jobs, **options)
         hook.remove()
     monkeypatch.setattr(db, "draw", watched)
-    class_images(tmp_path, tiny_model("sd1"), count=1)
-    assert len(timesteps) == 15 and timesteps[0] == 999 and timesteps == sorted(timesteps, reverse=True)
+    class_images(tmp_path, tiny_model("sd1"), count=1, guidance_scale=7.5, **options)
+    assert len(timesteps) == steps and timesteps[0] == 999 and timesteps == sorted(timesteps, reverse=True)
+
+
+def test_class_images_of_stable_diffusion_are_guided():
+    configs = {"stable-diffusion": (None, 768), "stable-diffusion-xl": ("text_time", 2048), "small": (None, 160)}
+    looks = {family: db.class_image_look(settings(), {"addition_embed_type": kind, "cross_attention_dim": channels})
+             for family, (kind, channels) in configs.items()}
+    assert looks == {"stable-diffusion": (15, 7.5), "stable-diffusion-xl": (15, 5.0), "small": (10, 1.0)}
 
 
 def test_interrupted_class_images_continue(tmp_path, tiny_model, drawn, monkeypatch):
@@ -241,7 +255,7 @@ def test_changed_prompt_model_size_or_guidance_draws_anew(tmp_path, tiny_model, 
     sets = [class_images(tmp_path, tiny_model("sd1"), count=2),
             class_images(tmp_path, tiny_model("sd1"), count=2, prompt="a cat"),
             class_images(tmp_path, tiny_model("sd1"), count=2, resolution=48),
-            class_images(tmp_path, tiny_model("sd1"), count=2, guidance_scale=2.0),
+            class_images(tmp_path, tiny_model("sd1"), count=2, class_guidance_scale=2.0),
             class_images(tmp_path, tiny_model("sd1", seed=1), count=2)]
     assert drawn == [0, 1] * 5
     assert len({tuple(paths) for paths in sets}) == 5 and len({c for paths in sets for c in contents(paths)}) == 10

@@ -146,7 +146,7 @@ def two(tmp_path):
 
 def test_subjects_are_balanced_and_keep_their_captions(two, tiny_model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(db, "CLASS_IMAGE_STEPS", 1)
+    monkeypatch.setattr(db, "UNGUIDED_CLASS_IMAGE_STEPS", 1)
     s = settings(concepts="concepts.json", num_class_images=2, seed=5)
     concepts = db.read_concepts(s)
     models = db.load_models(str(tiny_model("sd1")), torch.float32)
