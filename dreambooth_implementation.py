@@ -370,8 +370,8 @@ RECIPES = {
     # Small models like the bundled one: chosen by experiment on it.
     "small": {
         # Falling at the end: at this rate, constant, likeness and prompt vary from one step to the next. --select_best may
-        # keep any step, so there the rate falls nowhere and is lower.
-        "full": Recipe(1600, 3e-4, 3e-4, 5e-5, lr_scheduler="warmup_stable_decay",
+        # keep any step, so there the rate falls nowhere and the weights are averaged.
+        "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay",
                        selecting=Recipe(1600, 2e-4, 2e-4, 5e-5, use_ema=True)),
         "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
         "textual_inversion": Recipe(800, embedding_lr=2e-3),
