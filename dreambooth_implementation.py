@@ -1473,7 +1473,7 @@ def new_words(s, models, subjects, recipe, starts=()):
     nouns = [noun_of(subject.class_prompt or subject.name) for subject in subjects]
     starts = [s.initializer_token] * len(subjects) if s.initializer_token else starts or nouns
     for subject, start in zip(subjects, starts):
-        say(f'New word "{subject.identifier}" starts as "{start}".')
+        say_once(f'New word "{subject.identifier}" starts as "{start}".')
     rows, finishers = [], []
     for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
         first = len(tokenizer)

@@ -198,6 +198,7 @@ def test_words_of_pivotal_tuning_start_as_different_rare_words(tiny_model, capsy
     recipe = db.Recipe(1, embedding_lr=1.0)
 
     def started(**options):
+        db.say_once.cache_clear()
         models = db.load_models(str(tiny_model("sd1")), torch.float32)
         rows, = db.pivotal_words(db.Settings("train", method="pivotal", **options), models, subjects, recipe).parameters
         said = re.findall(r'New word "<\w+>" starts as "(\w+)"', capsys.readouterr().out)
