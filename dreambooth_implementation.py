@@ -1227,33 +1227,34 @@ def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolut
     paths = [folder / class_image_name(i) for i in range(count)]
     missing = missing_class_images(folder, count)
     say(f"Class images: {len(paths) - len(missing)} of {len(paths)} are in {folder}"
-        + ("; drawing {} in {} steps, guidance {:g}.".format(len(missing), *class_image_look(s, models.unet.config))
+        + (f"; drawing {len(missing)} in {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}."
            if missing else "."))
     accelerator.wait_for_everyone()  # all have counted before any draws
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         share = missing[accelerator.process_index::accelerator.num_processes]
-        draw_class_images(s, models, class_prompt, resolution, plan, folder, share)
+        draw_class_images(s, models, settings, plan, folder, share)
     accelerator.wait_for_everyone()
     return paths
 
 
-def draw_class_images(s, models, class_prompt, resolution, plan, folder, indices):
-    """Draw the class images of these indices into `folder` and enter each in its manifest."""
+def draw_class_images(s, models, settings, plan, folder, indices):
+    """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
     from diffusers import DPMSolverMultistepScheduler
 
     # In half precision the model is read a second time, so that the weights to be trained keep all their digits.
     pipeline = models.pipeline if plan.precision == "no" else load_pipeline(models.name, plan.dtype)
     own_scheduler = pipeline.scheduler
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config, timestep_spacing=CLASS_IMAGE_SPACING)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
+                                                                  timestep_spacing=settings["timestep_spacing"])
     pipeline.to(plan.device)
-    steps, scale = class_image_look(s, models.unet.config)
-    look = dict(steps=steps, guidance_scale=scale, height=resolution, width=resolution, title="class images")
-    pictures = draw(pipeline, [(class_prompt, index) for index in indices], batch_size=s.sample_batch_size, **look)
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
+                height=settings["resolution"], width=settings["resolution"])
+    pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
         if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
-            picture = next(draw(pipeline, [(class_prompt, index + 2**32)], batch_size=1, **look))
+            picture = next(draw(pipeline, [(settings["prompt"], index + 2**32)], batch_size=1, **look))
         name = class_image_name(index)
         with whole_file(folder / name) as part:
             picture.save(part, format="PNG")
@@ -1448,8 +1449,7 @@ def add_lora(s, module, **options):
 
 def unet_lora(s, models, subjects, recipe):
     """Low-rank changes of the UNet's layers."""
-    target = s.lora_target or recipe.lora_target
-    parameters = add_lora(s, models.unet, target_modules=LORA_TARGETS[target], use_dora=s.use_dora)
+    parameters = add_lora(s, models.unet, target_modules=LORA_TARGETS[recipe.lora_target], use_dora=s.use_dora)
     return ParameterGroup("unet_lora", [models.unet], parameters, default(s.learning_rate, recipe.learning_rate))
 
 
@@ -1779,9 +1779,11 @@ def objection(s, levers, precision):
 
 
 def recipe_for(family, s):
-    """The Recipe of this training on a model of `family`."""
+    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
     recipe = RECIPES[family][s.method]
-    return with_own_rate(recipe.selecting if s.select_best and recipe.selecting else recipe, s)
+    recipe = with_own_rate(recipe.selecting if s.select_best and recipe.selecting else recipe, s)
+    given = {name: getattr(s, name) for name in ("steps", "lora_target", "lr_scheduler", "use_ema")}
+    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 def with_own_rate(recipe, s):
@@ -1932,7 +1934,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
             predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
     frozen = sum(tensor.nbytes for tensor in beside - set(trained))
-    if default(s.use_ema, recipe.use_ema):
+    if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
     copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
@@ -2590,16 +2592,15 @@ def prepare(s, name, concepts, plan, accelerator):
 
 def set_course(s, models, subjects, recipe, plan):
     """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
-    steps, resolution = default(s.steps, recipe.steps), default(s.resolution, models.resolution)
-    if s.lr_warmup_steps >= steps:
-        raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {steps} steps of this run")
+    resolution = default(s.resolution, models.resolution)
+    if s.lr_warmup_steps >= recipe.steps:
+        raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {recipe.steps} steps of this run")
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
     if levers.fused_backward and s.max_grad_norm:
         say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
-    lr_scheduler, use_ema = default(s.lr_scheduler, recipe.lr_scheduler), default(s.use_ema, recipe.use_ema)
-    if use_ema:
+    if recipe.use_ema:
         say("Weights: their running average over about the last 100 steps is drawn and saved.")
-    return Course(steps, resolution, plan.precision, levers, lr_scheduler, use_ema)
+    return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema)
 
 
 def decisions(course, groups):
