@@ -36,6 +36,7 @@ FLAGS = {  # flag -> values, good and bad
     "--checkpointing_steps": ["0", "1"],
     "--seed": ["0", "4294967295", "-5"],
     "--guidance_scale": ["0", "1", "7.5"],
+    "--class_guidance_scale": ["0", "1", "7.5"],
 }
 SWITCHES = ["--train_text_encoder", "--use_dora", "--no-with_prior_preservation", "--with_prior_preservation", "--random_flip",
             "--gradient_checkpointing", "--overwrite", "--resume"]
