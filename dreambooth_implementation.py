@@ -640,7 +640,7 @@ def encode_prompts(models, prompts):
     hidden, pooled = [], None
     joined = models.pipeline.unet.config.addition_embed_type == "text_time"
     for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        ids = tokenize(models.pipeline, tokenizer, prompts).to(next(text_encoder.parameters()).device)
+        ids = moved(tokenize(models.pipeline, tokenizer, prompts), next(text_encoder.parameters()).device)
         out = text_encoder(ids, output_hidden_states=joined)
         hidden.append(out.hidden_states[-2] if joined else out.last_hidden_state)
         pooled = out.text_embeds if joined and "text_embeds" in out else pooled
@@ -655,6 +655,11 @@ def tokenize(pipeline, tokenizer, prompts):
     prompts = pipeline.maybe_convert_prompt(list(prompts), tokenizer)
     return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                      return_tensors="pt").input_ids
+
+
+def moved(tensor, device):
+    """A small CPU tensor on `device`. From pinned memory the copy to a GPU waits its turn there, and the CPU goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def predict(unet, noisy_latents, timesteps, hidden, pooled, time_ids):
@@ -2214,7 +2219,7 @@ def train_step(run, step):
     for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
         batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
                            accelerator.process_index, accelerator.num_processes)
-        batch = {key: value if key == "prompt" else value.to(accelerator.device) for key, value in batch.items()}
+        batch = {key: value if key == "prompt" else moved(value, accelerator.device) for key, value in batch.items()}
         with accelerator.accumulate(*run.modules):
             losses = []
             for start in range(0, len(batch["weight"]), run.at_once):
@@ -2453,6 +2458,7 @@ def prompt_conditioning(models, prompts, trains, device):
     def conditioning(numbers):
         distinct, numbers = numbers.unique(return_inverse=True) if trains else (None, numbers)
         hidden, pooled = encode_prompts(models, [prompts[i] for i in distinct]) if trains else frozen
+        numbers = moved(numbers, device)
         return hidden[numbers], None if pooled is None else pooled[numbers]
 
     return conditioning

@@ -42,6 +42,20 @@ def make_run(tiny_model, method="full", family="sd1", precision="no", levers=db.
     return db.prepare_training(s, course, models, groups, cache, accelerator, {})
 
 
+def test_small_tensors_go_to_a_gpu_from_pinned_memory_without_waiting():
+    class Tensor:
+        pinned = False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            return device.type, self.pinned, non_blocking
+    assert db.moved(Tensor(), torch.device("cuda")) == ("cuda", True, True)
+    assert db.moved(Tensor(), torch.device("cpu")) == ("cpu", False, False)
+
+
 def steps(run, first, last):
     """Take the steps first .. last - 1; returns what train_step() measured of them."""
     measured = [db.train_step(run, step)[-1] for step in range(first, last)]
