@@ -1922,9 +1922,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
         if METHODS[s.method].is_adapter:
             hollow.unet.to(plan.dtype)
         if plan.device.type == "cuda" and plan.precision != "no":
-            for module in (module for part in parts for module in part.modules()):
-                if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                    module.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
+            normalize_in_float32(parts)
         groups = parameter_groups(s, hollow, subjects, recipe)
     check_rates(s, groups)
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
@@ -1943,6 +1941,14 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
         frozen += sum(p.nbytes for p in trained)
     copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
+
+
+def normalize_in_float32(parts):
+    import torch
+
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
 
 
 def fake_weights(parts, trained):
@@ -2665,8 +2671,9 @@ TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
 FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
-              "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights", "gradient_checkpointing",
-              "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last", "lr_scheduler", "use_ema")
+              "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
+              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
+              "lr_scheduler", "use_ema")
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
