@@ -352,7 +352,7 @@ class Recipe:
     lora_target: str = "attention"
     lr_scheduler: str = "constant"
     use_ema: bool = False
-    selecting: "Recipe | None" = None  # taken instead with --select_best
+    selecting: tuple = ()  # (name, value) of what is otherwise with --select_best
 
 
 # diffusers' guides: LoRA 1e-4; textual inversion 5e-4, 3000 steps; pivotal tuning 1e-4 and 3e-4, 1000 steps.
@@ -372,7 +372,7 @@ RECIPES = {
         # Falling at the end: at this rate, constant, likeness and prompt vary from one step to the next. --select_best may
         # keep any step, so there the rate falls nowhere and the weights are averaged.
         "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay",
-                       selecting=Recipe(1600, 2e-4, 2e-4, 5e-5, use_ema=True)),
+                       selecting=(("lr_scheduler", "constant"), ("use_ema", True))),
         "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
         "textual_inversion": Recipe(800, embedding_lr=2e-3),
         "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")},
@@ -433,9 +433,20 @@ def find_model(name, flag):
     if name.endswith(PICKLES) and not Path(name).is_dir():
         raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
                         f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+    try:
+        kind = json.loads(model_index(name, flag).read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
+    if kind not in PIPELINES:
+        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
+    return name
+
+
+def model_index(name, flag):
+    """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
     if name.endswith(".safetensors"):
-        index = checkpoint_configs(name, flag) / "model_index.json"
-    elif Path(name).is_dir():
+        return checkpoint_configs(name, flag) / "model_index.json"
+    if Path(name).is_dir():
         index = Path(name) / "model_index.json"
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
@@ -443,24 +454,17 @@ def find_model(name, flag):
             raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust "
                             f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
                             f".save_pretrained(...)")
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        try:
-            index = hub_file(name, "model_index.json")
-        except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
-            reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
-                            f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
-                            f"which came with the program") from None
-    else:
+        return index
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
-    if kind not in PIPELINES:
-        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
-    return name
+        return hub_file(name, "model_index.json")
+    except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
+        reason = str(problem).strip().split("\n")[0][:100]
+        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
+                        f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
+                        f"which came with the program") from None
 
 
 def hub_file(name, file, **revision):
@@ -1485,7 +1489,8 @@ def new_words(s, models, subjects, recipe, starts=()):
         for subject, start in zip(subjects, starts):
             ids = tokenizer(start, add_special_tokens=False).input_ids
             if not ids:
-                raise UserError(f'--initializer_token "{start}": no word; give one that says what the subject is, such as "dog"')
+                given = "--initializer_token" if s.initializer_token else "--class_prompt"
+                raise UserError(f'{given} "{start}": no word; give one that says what the subject is, such as "dog"')
             table = text_encoder.get_input_embeddings().weight
             add_word(tokenizer, text_encoder, subject.identifier, table[(ids * s.num_vectors)[-s.num_vectors:]])
         table = text_encoder.get_input_embeddings()
@@ -1781,28 +1786,6 @@ def objection(s, levers, precision):
         (levers.optimizer == "prodigy" and s.method == "pivotal",
          "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
     ) if wrong), None)
-
-
-def recipe_for(family, s):
-    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
-    recipe = RECIPES[family][s.method]
-    recipe = with_own_rate(recipe.selecting if s.select_best and recipe.selecting else recipe, s)
-    given = {name: getattr(s, name) for name in ("steps", "lora_target", "lr_scheduler", "use_ema")}
-    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
-
-
-def with_own_rate(recipe, s):
-    """`recipe` with the learning rate of an optimizer that has its own."""
-    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
-    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
-    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
-
-
-def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
-    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
-        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
-                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
 
 
 def check_levers(s, plan):
@@ -2602,6 +2585,27 @@ def prepare(s, name, concepts, plan, accelerator):
     return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
 
 
+def recipe_for(family, s):
+    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
+    recipe = with_own_rate(RECIPES[family][s.method], s)
+    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
+    return dataclasses.replace(recipe, **(dict(recipe.selecting) if s.select_best else {}) | flags)
+
+
+def with_own_rate(recipe, s):
+    """`recipe` with the learning rate of an optimizer that has its own."""
+    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
+    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
+    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
+
+
+def check_rates(s, groups):
+    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
+    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
+        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
+                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
+
+
 def set_course(s, models, subjects, recipe, plan):
     """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
     resolution = default(s.resolution, models.resolution)
@@ -3298,31 +3302,39 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     import torch
     from tqdm import tqdm
 
-    size, start = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4), 0
-    with tqdm(total=len(jobs), desc=title, unit="image", disable=not is_first_process()) as bar:
-        while start < len(jobs):
-            prompts, seeds = zip(*jobs[start:start + size])
-            try:
-                pictures = pipeline(
-                    list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                    num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
-            except torch.OutOfMemoryError:
-                if batch_size or size == 1:
-                    raise
-                pictures = None
-            if pictures is None:  # not within the except clause, where what filled the memory is still held
-                size //= 2
-                torch.cuda.empty_cache()
-                say(f"Memory is full: pictures are drawn {size} at a time from here.")
-                continue
-            for prompt, picture in zip(prompts, pictures):
-                bar.update()
-                if is_flat(picture) and pipeline.dtype != torch.float32:
-                    raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; '
-                                    f"give --mixed_precision no")
-                yield picture
-            start += size
+    look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
+    drawn = tqdm(drawn, desc=title, unit="image", total=len(jobs), disable=not is_first_process())
+    for picture, (prompt, _) in zip(drawn, jobs):
+        if is_flat(picture) and pipeline.dtype != torch.float32:
+            raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
+                            f"--mixed_precision no")
+        yield picture
+
+
+def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
+    """Yield the pictures of draw(), `size` at a time; half as many once memory is full, if `may_halve`."""
+    import torch
+
+    start = 0
+    while start < len(jobs):
+        prompts, seeds = zip(*jobs[start:start + size])
+        try:
+            pictures = pipeline(
+                list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
+        except torch.OutOfMemoryError:
+            if size == 1 or not may_halve:
+                raise
+            pictures = None
+        if pictures is None:  # not within the except clause, where what filled the memory is still held
+            size //= 2
+            torch.cuda.empty_cache()
+            say(f"Memory is full: pictures are drawn {size} at a time from here.")
+            continue
+        yield from pictures
+        start += size
 
 
 def is_flat(picture):

@@ -18,8 +18,8 @@ import dreambooth_implementation as db
 
 ROW = re.compile(r" *(\d+) +([\d.]+) +([\d.]+) +([\d.]+)  \w+")
 RECIPE = db.RECIPES["small"]["full"]
-# What the program decides by itself without --select_best, which has a recipe of its own.
-DEFAULT = ["--lr_scheduler", RECIPE.lr_scheduler, "--learning_rate", RECIPE.learning_rate, "--no-use_ema"]
+# What the program decides by itself without --select_best, which has a schedule of its own.
+DEFAULT = ["--lr_scheduler", RECIPE.lr_scheduler, "--no-use_ema"]
 
 
 def curve(subject, steps, every, args, *flags):
