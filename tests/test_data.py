@@ -362,6 +362,13 @@ def test_batches_keep_latents_prompt_and_size_together(tmp_path, tiny_model):
     assert len(seen) == 7
 
 
+def test_all_latents_lie_in_one_piece_of_memory(tmp_path, tiny_model):
+    """A piece for each picture, among the VAE's large tensors, once took 1.6 GB for 2000 class images instead of 33 MB."""
+    _, _, cache = make_cache(tmp_path, tiny_model)
+    assert cache.mean.untyped_storage().data_ptr() == cache.std.untyped_storage().data_ptr()
+    assert cache.mean.untyped_storage().nbytes() == cache.mean.nbytes + cache.std.nbytes
+
+
 def test_latents_are_sampled_afresh(tmp_path, tiny_model):
     _, _, cache = make_cache(tmp_path, tiny_model)
     s = settings()
