@@ -1259,7 +1259,7 @@ def draw_class_images(s, models, settings, plan, folder, indices):
                                                                   timestep_spacing=settings["timestep_spacing"])
     pipeline.to(plan.device)
     look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
-                height=settings["resolution"], width=settings["resolution"])
+                height=settings["resolution"], width=settings["resolution"], may_offload=pipeline is not models.pipeline)
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
         if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
@@ -2286,11 +2286,14 @@ def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None)
 
 @contextlib.contextmanager
 def brought(state, device):
-    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it."""
+    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it.
+
+    But for the count of its steps: that stays where the optimizer wants it.
+    """
     import torch
 
     def bring(place):
-        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value)})
+        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value) and value.dim()})
     bring(device)
     yield
     bring("cpu")
@@ -2317,7 +2320,7 @@ def rounded_by_chance(values):
 
 
 def unwrap(run):
-    """Make ordinary modules of what trained.
+    """Make ordinary modules of what trained, and forget what training alone needs.
 
     accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
     """
@@ -2333,6 +2336,8 @@ def unwrap(run):
         module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     for group in run.groups:
         group.finish()
+    run.optimizer.state.clear()
+    run.averages.clear()
 
 
 @contextlib.contextmanager
@@ -2373,17 +2378,19 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
     if levers.gradient_checkpointing:
         set_checkpointing(models, groups)
-    for module in training:  # before the optimizer is made, which looks at where the parameters are
+    trains_text = any(t in training for t in models.text_encoders)
+    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
         module.to(device).train()
     if s.channels_last:
         models.unet.to(memory_format=torch.channels_last)
     if s.compile:
         say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
         models.unet.compile_repeated_blocks()
-    for group in groups:
-        for parameter in group.parameters:
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
     optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
                                                   s.adam_weight_decay, device)
     # The schedule stays ours: accelerate would advance it once per process.
@@ -2395,12 +2402,11 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
 
     def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
         return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
-    trains_text = any(t in training for t in models.text_encoders)
     parts = [models.unet, *models.text_encoders]
     ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
     modules = [module for module, part in zip(ready, parts) if part in training]
     models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
-    conditioning = prompt_conditioning(models, cache.prompts, trains_text, device)
+    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
@@ -2428,25 +2434,28 @@ def split_means(losses, is_class):
     return torch.stack([(losses * chosen).sum() / chosen.sum() for chosen in (~is_class, is_class)])
 
 
-def prompt_conditioning(models, prompts, trains, device):
-    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
-
-    Every distinct prompt is encoded once: for good when no text encoder trains, which then leaves the GPU, else once
-    per call. The numbers stay on the CPU, where counting them does not wait for the GPU.
-    """
+def encode_for_good(models, prompts, device):
+    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
     import torch
 
-    if not trains:
-        with torch.no_grad():
-            for text_encoder in models.text_encoders:
-                text_encoder.to(device)
-            frozen = encode_prompts(models, prompts)
-            for text_encoder in models.text_encoders:
-                text_encoder.to("cpu")
+    for text_encoder in models.text_encoders:
+        text_encoder.to(device)
+    with torch.no_grad():
+        encoded = encode_prompts(models, prompts)
+    for text_encoder in models.text_encoders:
+        text_encoder.to("cpu")
+    return encoded
 
+
+def prompt_conditioning(models, prompts, encoded, device):
+    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
+
+    `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
+    numbers stay on the CPU, where counting them does not wait for the GPU.
+    """
     def conditioning(numbers):
-        distinct, numbers = numbers.unique(return_inverse=True) if trains else (None, numbers)
-        hidden, pooled = encode_prompts(models, [prompts[i] for i in distinct]) if trains else frozen
+        distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
+        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
         numbers = moved(numbers, device)
         return hidden[numbers], None if pooled is None else pooled[numbers]
 
@@ -2860,7 +2869,7 @@ def give_state(optimizer, state, stays_on_cpu):
         for key, value in values.items():
             if type(value) is torch.Tensor and value.shape == parameter.shape:
                 value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-            if torch.is_tensor(value) and not stays_on_cpu and (key != "step" or group.get("fused")):
+            if torch.is_tensor(value) and (group.get("fused") if key == "step" else not stays_on_cpu):
                 value = value.to(parameter.device)  # torch counts steps on the CPU unless its kernel is fused
             optimizer.state[parameter][key] = value
 
@@ -3294,17 +3303,19 @@ def write_file(path, write):
 # Inference
 
 
-def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing",
+         may_offload=True):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
+    Where memory is full all the same, the pipeline is offloaded if it may be, and then stays so.
     """
     import torch
     from tqdm import tqdm
 
     look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, may_offload, negative_prompt, look)
     drawn = tqdm(drawn, desc=title, unit="image", total=len(jobs), disable=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
         if is_flat(picture) and pipeline.dtype != torch.float32:
@@ -3313,8 +3324,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
         yield picture
 
 
-def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
-    """Yield the pictures of draw(), `size` at a time; half as many once memory is full, if `may_halve`."""
+def draw_batches(pipeline, jobs, size, may_halve, may_offload, negative_prompt, look):
+    """Yield the pictures of draw(), `size` at a time, or what make_room() makes of it once memory is full."""
     import torch
 
     start = 0
@@ -3325,16 +3336,28 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
                 list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
         except torch.OutOfMemoryError:
-            if size == 1 or not may_halve:
+            can_halve, can_offload = may_halve and size > 1, may_offload and pipeline.device.type == "cuda"
+            if not (can_halve or can_offload):
                 raise
             pictures = None
         if pictures is None:  # not within the except clause, where what filled the memory is still held
-            size //= 2
-            torch.cuda.empty_cache()
-            say(f"Memory is full: pictures are drawn {size} at a time from here.")
+            size = make_room(pipeline, size, can_halve)
             continue
         yield from pictures
         start += size
+
+
+def make_room(pipeline, size, can_halve):
+    """How many pictures to draw at once now that memory is full. Where no fewer will do, the pipeline is offloaded."""
+    import torch
+
+    torch.cuda.empty_cache()
+    if can_halve:
+        say(f"Memory is full: pictures are drawn {size // 2} at a time from here.")
+        return size // 2
+    say("Memory is full: the parts of the model take turns on the GPU from here, which is slower.")
+    pipeline.enable_model_cpu_offload(device=pipeline.device)
+    return size
 
 
 def is_flat(picture):
@@ -4209,7 +4232,7 @@ def draw_view(run, folder, viewer, writer):
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
-                             title=f"samples of step {done}"))
+                             title=f"samples of step {done}", may_offload=False))
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):

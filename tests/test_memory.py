@@ -113,6 +113,39 @@ def test_offloaded_states_are_brought_for_the_step_of_their_tensor_alone(offload
     assert len(brought) == 2 * tensors * offloads and len(set(brought)) == tensors * offloads
 
 
+def test_the_count_of_steps_stays_where_the_optimizer_keeps_it(monkeypatch):
+    state, moved = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "RMS": 0.5}, []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, place: moved.append((tensor.numel(), str(place))) or tensor)
+    with db.brought(state, torch.device("meta")):
+        assert moved == [(2, "meta")]
+    assert moved == [(2, "meta"), (2, "cpu")]
+
+
+def test_nothing_comes_to_the_device_larger_than_it_trains(tiny_model, monkeypatch):
+    """SDXL's UNet in float32 would fill a GPU of 10 GiB before its plan, bf16 weights, came into effect."""
+    arrivals, move = [], torch.nn.Module.to
+
+    def watched(module, *args, **options):
+        if args and isinstance(args[0], (str, torch.device)):
+            arrivals.append((type(module).__name__, {p.dtype for p in module.parameters()}, type(args[0])))
+        return move(module, *args, **options)
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    make_run(tiny_model, family="sdxl", precision="bf16", levers=db.Levers("adafactor", "bf16", fused_backward=True))
+    names = [name for name, _, _ in arrivals]
+    unet = names.index("UNet2DConditionModel")
+    assert arrivals[unet][1] == {torch.bfloat16}
+    assert names[:unet] == ["CLIPTextModel", "CLIPTextModelWithProjection"] * 2  # there and back
+    assert [place for _, _, place in arrivals[:unet]] == [torch.device] * 2 + [str] * 2
+
+
+def test_what_the_optimizer_remembers_is_freed_before_samples_are_drawn(flags, run, monkeypatch):
+    seen, save = [], db.save_output
+    monkeypatch.setattr(db, "save_output", lambda folder, run, *rest: seen.append(run) or save(folder, run, *rest))
+    status, _, err = run(*flags("full"), "--use_ema", *QUICK)
+    assert status == 0, err
+    assert not seen[0].optimizer.state and not seen[0].averages
+
+
 def test_optimizers_differ(tiny_model):
     results = []
     for optimizer in db.OPTIMIZERS:
@@ -553,6 +586,33 @@ def test_pictures_are_drawn_as_many_at_once_as_fit(monkeypatch, capsys):
     assert pipeline.asked == (4, 2, 2, 2, 1) and capsys.readouterr().out.count("2 at a time") == 1
     with pytest.raises(torch.OutOfMemoryError):  # what was asked for by hand is not changed
         list(db.draw(SmallMemory(), jobs, batch_size=4, **look))
+
+
+class TinyMemory(SmallMemory):
+    """A pipeline that holds no picture beside all of its parts."""
+
+    device = torch.device("cuda", 0)
+
+    def enable_model_cpu_offload(self, device):
+        assert device == torch.device("cuda", 0)
+        self.device = torch.device("cpu")
+
+    def __call__(self, prompts, generator, **look):
+        if self.device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().__call__(prompts, generator, **look)
+
+
+@pytest.mark.parametrize("batch_size, at_once", [(None, (1, 1, 1)), (2, (2, 1))])
+def test_where_no_picture_fits_the_parts_of_the_model_take_turns(batch_size, at_once, monkeypatch, capsys):
+    monkeypatch.setattr(db, "is_flat", lambda picture: False)
+    jobs = [(f"p{i}", i) for i in range(3)]
+    look = dict(steps=1, guidance_scale=1, height=512, width=512, batch_size=batch_size)
+    pipeline = TinyMemory()
+    assert list(db.draw(pipeline, jobs, **look)) == [f"p{i} {i}" for i in range(3)]
+    assert pipeline.asked == at_once and capsys.readouterr().out.count("take turns") == 1
+    with pytest.raises(torch.OutOfMemoryError):  # a model in training is not taken apart
+        list(db.draw(TinyMemory(), jobs, may_offload=False, **look))
 
 
 def test_a_configuration_that_splits_the_model_is_refused():

@@ -58,7 +58,7 @@ def test_accumulated_steps_equal_one_large_batch(tiny_model, photos, run, tmp_pa
     dogs = [[(photos / "0.png", "a dog"), (photos / "2.png", "a dog")]]
     cache = db.cache_latents(models, [[(photos / f"{i}.png", "a sks dog") for i in range(2)]], dogs, 32, "cpu")
     s = db.Settings("train", gradient_accumulation_steps=2)
-    conditioning = db.prompt_conditioning(models, cache.prompts, False, torch.device("cpu"))
+    conditioning = db.prompt_conditioning(models, cache.prompts, db.encode_for_good(models, cache.prompts, "cpu"), torch.device("cpu"))
 
     def gradient(batch):
         models.unet.requires_grad_(True).zero_grad()
