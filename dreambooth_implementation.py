@@ -2018,7 +2018,7 @@ def peak_of(demand, checkpointing, fused):
 
 RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
 COPIES_TO_ROUND = 5  # in float32: a tensor, its gradient, and three of their size that Adafactor works with
-SLACK = 0.05  # of all else: what a step needs in passing, and what lies unused between tensors
+SLACK = 0.03  # of all else: what lies unused between tensors
 
 
 def estimate(demand, levers):

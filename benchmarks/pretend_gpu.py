@@ -1,0 +1,198 @@
+"""What a training would hold on a CUDA GPU, counted without one, beside what the memory plan expects.
+
+    python benchmarks/pretend_gpu.py --arch sdxl --max_vram 10
+
+The program's own loop runs on models of full size whose tensors have no memory: torch's FakeTensor does all of a step but the
+arithmetic, and pretend_gpu.cpp (compiled here, with g++) tells torch that there is a GPU to do it on. A tensor left on the
+wrong device ends the run, as on a GPU. Counted are tensors alone, not the workspaces of CUDA's libraries. With adamw8bit more
+is counted than there would be: its step, compiled on a GPU, is taken piece by piece. All flags of --train can be given.
+What was counted is entered in benchmarks/results/pretend-gpu.json, and all that is there printed as a table.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__" and "PRETENDING" not in os.environ:
+    home, folder = Path(torch.__file__).parent, tempfile.mkdtemp()
+    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{home}/include", f"-L{home}/lib", "-o", f"{folder}/pretend_gpu.so",
+                    Path(__file__).with_suffix(".cpp"), "-ltorch_cpu", "-lc10"], check=True)
+    os.environ |= {"PRETENDING": "1", "LD_PRELOAD": f"{folder}/pretend_gpu.so", "LD_LIBRARY_PATH": f"{home}/lib"}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from bench_train import RESULTS, UNETS, made_up_cache, random_models
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import dreambooth_implementation as db
+
+GPU = torch.device("cuda", 0)
+PHOTOS = 5
+
+
+def outside_modes(function):
+    """`function`, run on real tensors."""
+    def wrapped(*args, **options):
+        with _disable_current_modes():
+            return function(*args, **options)
+    return wrapped
+
+
+def convert_in_place(module, convert, recurse=True):
+    """Module._apply() for fake tensors, whose own would make other parameters: those that the optimizer has must stay."""
+    for child in module.children():
+        convert_in_place(child, convert)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                new = convert(parameter)
+            parameter.data = new
+            if isinstance(parameter, FakeTensor):
+                parameter.fake_device = new.fake_device
+    module._buffers.update({name: convert(buffer) for name, buffer in module._buffers.items() if buffer is not None})
+    return module
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """scaled_dot_product_attention() by the kernel that a GPU would choose: FlashAttention in half precision."""
+    if query.device != GPU:
+        return OWN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if attn_mask is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+
+
+def tensor_anywhere(data, *args, device=None, **options):
+    """torch.tensor(), on the GPU as well."""
+    if device is None or torch.device(device).type != "cuda":
+        return OWN_TENSOR(data, *args, device=device, **options)
+    like = OWN_TENSOR(data, **options)
+    return torch.empty(like.shape, dtype=like.dtype, device=GPU)
+
+
+OWN_ATTENTION, OWN_TENSOR = torch.nn.functional.scaled_dot_product_attention, torch.tensor
+
+
+def pretend(mode):
+    """Have torch believe in a GPU, and what needs the values of tensors run on real ones."""
+    answers = dict(is_available=True, is_bf16_supported=True, current_device=0, device_count=1, get_device_capability=(9, 0),
+                   _is_in_bad_fork=False, _lazy_init=None, set_device=None, empty_cache=None, synchronize=None, manual_seed_all=None)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
+    torch.nn.Module._apply = convert_in_place
+    torch.nn.functional.scaled_dot_product_attention, torch.tensor = attention, tensor_anywhere
+    torch.Tensor.pin_memory = lambda tensor: tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+    torch.Tensor.unique = outside_modes(lambda numbers, **_: (list(range(len(numbers))), torch.arange(len(numbers))))
+    torch.manual_seed = lambda seed: torch.default_generator
+    torch.compiler.set_stance("force_eager")
+    with contextlib.suppress(ImportError):  # tables that are computed once
+        from torchao.optim import subclass_8bit
+
+        subclass_8bit.get_qmap_signed(), subclass_8bit.get_qmap_unsigned()
+    db.make_batch = outside_modes(db.make_batch)
+    db.OPTIMIZERS |= {name: dataclasses.replace(kind, make=outside_modes(kind.make)) for name, kind in db.OPTIMIZERS.items()}
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of tensors on the GPU, now and at most, and lists what copies from the GPU waited for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak, self.known, self.waits = 0, 0, set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        places = [{t.device.type for t in tree_leaves(group) if torch.is_tensor(t)} for group in ((args, kwargs), result)]
+        if "cuda" in places[0] and places[1] == {"cpu"}:
+            self.waits.append(str(function))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor) and tensor.device == GPU:
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage):
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key not in self.known:
+            self.known.add(key)
+            self.held += size
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key, size):
+        self.known.remove(key)
+        self.held -= size
+
+
+def enter(row, path):
+    """Put a row into the JSON at `path`, in place of what was counted of the same before; all rows of it."""
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    rows = [old for old in rows if (old["arch"], old["flags"]) != (row["arch"], row["flags"])] + [row]
+    path.write_text(json.dumps(sorted(rows, key=lambda row: (row["arch"], row["flags"])), indent=1) + "\n")
+    return rows
+
+
+def table(rows):
+    """A Markdown table of what was counted, in GiB."""
+    lines = ["| model | flags | plan | expected | with reserve | counted | prepared at most |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        figures = (f"{row[what]:.2f}" for what in ("expected", "with_reserve", "counted", "preparing"))
+        plan = f"`{row['plan']}`" if row["plan"] else "nothing has to be saved"
+        lines.append(f"| {row['arch']} | `{row['flags']}` | {plan} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", choices=UNETS, default="sd15")
+    parser.add_argument("--results", type=Path, default=RESULTS / "pretend-gpu.json")
+    own, passed_on = parser.parse_known_args()
+    s = db.parse_settings(["--train", "--mixed_precision", "bf16", "--max_vram", "80", *passed_on])
+    mode, memory, plan = FakeTensorMode(allow_non_fake_inputs=True), Memory(), db.Plan(GPU, s.mixed_precision)
+    pretend(mode)
+    accelerator = Accelerator(mixed_precision=plan.precision, cpu=True)
+    PartialState._shared_state["device"] = accelerator.state.device = GPU
+
+    models = random_models(own.arch, "meta")
+    resolution = db.default(s.resolution, models.resolution)
+    recipe, subjects = db.recipe_for(db.family_of(models.unet.config), s), [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
+    levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)
+    parts = db.estimate(db.survey(s, models, subjects, recipe, resolution, plan, levers), levers)
+    cache = made_up_cache(models, resolution, PHOTOS, PHOTOS * db.preserves_prior(s))
+    with mode:
+        models = random_models(own.arch)
+        if db.METHODS[s.method].is_adapter:
+            models.unet.to(plan.dtype)
+        groups = db.parameter_groups(s, models, subjects, recipe)
+        with memory:
+            course = db.Course(2, resolution, plan.precision, levers, "constant", recipe.use_ema)
+            run = db.prepare_training(s, course, models, groups, cache, accelerator, {})
+            preparing, memory.peak, memory.waits = memory.peak, 0, []
+            for step in range(2):
+                db.train_step(run, step)
+    if memory.waits:
+        print(f"A step waits for the GPU: {', '.join(sorted(set(memory.waits)))}")
+    figures = {"expected": sum(parts.values()) - parts["reserve"], "with_reserve": sum(parts.values()), "counted": memory.peak,
+               "preparing": preparing}
+    row = {"arch": own.arch, "flags": " ".join(passed_on), "plan": db.flags_of(levers), "date": datetime.date.today().isoformat(),
+           "torch": torch.__version__, **{what: size / db.GIB for what, size in figures.items()}}
+    print(table(enter(row, own.results)))
+
+
+if __name__ == "__main__":
+    main()
