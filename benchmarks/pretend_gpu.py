@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,12 +24,13 @@ from pathlib import Path
 
 import torch
 
-if __name__ == "__main__" and "PRETENDING" not in os.environ:
-    home, folder = Path(torch.__file__).parent, tempfile.mkdtemp()
-    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{home}/include", f"-L{home}/lib", "-o", f"{folder}/pretend_gpu.so",
+if "PRETENDING" not in os.environ:  # start again, with the library before all others
+    home, library = Path(torch.__file__).parent, tempfile.mkdtemp() + "/pretend_gpu.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{home}/include", f"-L{home}/lib", "-o", library,
                     Path(__file__).with_suffix(".cpp"), "-ltorch_cpu", "-lc10"], check=True)
-    os.environ |= {"PRETENDING": "1", "LD_PRELOAD": f"{folder}/pretend_gpu.so", "LD_LIBRARY_PATH": f"{home}/lib"}
+    os.environ |= {"PRETENDING": library, "LD_PRELOAD": library, "LD_LIBRARY_PATH": f"{home}/lib"}
     os.execv(sys.executable, [sys.executable, *sys.argv])
+shutil.rmtree(Path(os.environ["PRETENDING"]).parent, ignore_errors=True)  # it is loaded by now
 
 from accelerate import Accelerator
 from accelerate.state import PartialState
@@ -143,7 +145,8 @@ def enter(row, path):
     """Put a row into the JSON at `path`, in place of what was counted of the same before; all rows of it."""
     rows = json.loads(path.read_text()) if path.is_file() else []
     rows = [old for old in rows if (old["arch"], old["flags"]) != (row["arch"], row["flags"])] + [row]
-    path.write_text(json.dumps(sorted(rows, key=lambda row: (row["arch"], row["flags"])), indent=1) + "\n")
+    rows.sort(key=lambda row: (row["arch"], row["flags"]))
+    path.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
