@@ -1876,7 +1876,6 @@ class Demand:
 
     trained: tuple  # the shapes of the tensors that train
     frozen: int  # bytes of what lies beside them
-    copies: int  # bytes of the copies that autocast makes of weights and keeps while it passes forward
     passes: int  # backward passes whose gradients add up to one step
     events: tuple
 
@@ -1914,7 +1913,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
         latents, timesteps, time_ids = (torch.empty(pictures, *shape)
                                         for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
-        with torch.autocast("cpu", plan.dtype, plan.precision != "no"), listening(parts, trained) as events:
+        with torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False), listening(parts, trained) as events:
             with torch.set_grad_enabled(trains_text):
                 hidden, pooled = encode_prompts(hollow, prompts)
             predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
@@ -1922,8 +1921,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
     frozen = sum(tensor.nbytes for tensor in beside - set(trained))
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
-    copies = sum(2 * p.numel() for p in trained if plan.precision != "no" and p.dtype == torch.float32)
-    return Demand(tuple(tuple(p.shape) for p in trained), frozen, copies, passes, tuple(events))
+    return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
 
 
 def normalize_in_float32(parts):
@@ -2001,7 +1999,7 @@ def peak_of(demand, checkpointing, fused):
     total = sum(size for what, size, _ in demand.events if what == "gradient")
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
     gradients = total if demand.passes > 1 else 0  # those of the passes before
-    peak = (gradients, kept + demand.copies if checkpointing else kept)  # without it, `kept` has the copies
+    peak = (gradients, kept)
     for number, events in reversed(stretches):
         if number is not None:
             kept += sum(size for what, size, _ in events if what == "kept")
@@ -2525,10 +2523,7 @@ def train(s):
     plan = plan_device(s)
     check_levers(s, plan)
 
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
-                              gradient_accumulation_steps=s.gradient_accumulation_steps)
+    accelerator = make_accelerator(s, plan)
     check_distribution(accelerator)
     started = time.monotonic()
     with accelerator.main_process_first():
@@ -2559,6 +2554,20 @@ def train(s):
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
         draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
+
+
+def make_accelerator(s, plan):
+    """What brings models to their devices, wraps them for half precision, and lets several processes train together.
+
+    Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
+    that it kept would lie there from its layer to the end of the pass for nothing.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
+
+    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
+                       gradient_accumulation_steps=s.gradient_accumulation_steps,
+                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
 
 
 def prepare(s, name, concepts, plan, accelerator):

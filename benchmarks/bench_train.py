@@ -105,12 +105,9 @@ def synchronize(device):
 
 def prepare(s, models, cache, steps, resolution):
     """(Run, Plan) of a training with these settings."""
-    from accelerate import Accelerator
-
     plan = db.plan_device(s)
     db.check_levers(s, plan)
-    accelerator = Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
-                              gradient_accumulation_steps=s.gradient_accumulation_steps)
+    accelerator = db.make_accelerator(s, plan)
     recipe = db.recipe_for(db.family_of(models.unet.config), s)
     subjects = [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)

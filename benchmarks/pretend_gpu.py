@@ -32,7 +32,6 @@ if "PRETENDING" not in os.environ:  # start again, with the library before all o
     os.execv(sys.executable, [sys.executable, *sys.argv])
 shutil.rmtree(Path(os.environ["PRETENDING"]).parent, ignore_errors=True)  # it is loaded by now
 
-from accelerate import Accelerator
 from accelerate.state import PartialState
 from bench_train import RESULTS, UNETS, made_up_cache, random_models
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -168,7 +167,7 @@ def main():
     s = db.parse_settings(["--train", "--mixed_precision", "bf16", "--max_vram", "80", *passed_on])
     mode, memory, plan = FakeTensorMode(allow_non_fake_inputs=True), Memory(), db.Plan(GPU, s.mixed_precision)
     pretend(mode)
-    accelerator = Accelerator(mixed_precision=plan.precision, cpu=True)
+    accelerator = db.make_accelerator(s, dataclasses.replace(plan, device=torch.device("cpu")))
     PartialState._shared_state["device"] = accelerator.state.device = GPU
 
     models = random_models(own.arch, "meta")

@@ -22,7 +22,6 @@ sys.path[:0] = [{tests!r}, {repository!r}]
 import torch
 import dreambooth_implementation as db
 from safetensors.torch import save_file
-from accelerate import Accelerator
 
 def made(cache, s, micro_step, steps, process, processes):
     # one process draws the pictures of both
@@ -36,7 +35,7 @@ groups = db.parameter_groups(s, models, [], db.RECIPES["small"]["full"])
 latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 cache = db.LatentCache(latents, torch.full_like(latents, 0.1), torch.full((9, 6), 32.0), (torch.arange(9) > 3).long(),
                        ["a sks dog", "a dog"], [[0, 1, 2, 3]], [[4, 5, 6, 7, 8]])
-accelerator = Accelerator(cpu=True, mixed_precision={precision!r})
+accelerator = db.make_accelerator(s, db.Plan(torch.device("cpu"), {precision!r}))
 run = db.prepare_training(s, db.Course(1, 64, {precision!r}, db.Levers({levers})), models, groups, cache, accelerator, {{}})
 object.__setattr__(run, "at_once", {at_once} or 2 * (3 - run.accelerator.num_processes))
 name = f"{{run.accelerator.num_processes}}-{{run.accelerator.process_index}}.safetensors"
