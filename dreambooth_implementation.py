@@ -433,8 +433,9 @@ def find_model(name, flag):
     if name.endswith(PICKLES) and not Path(name).is_dir():
         raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
                         f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+    index = model_index(name, flag)
     try:
-        kind = json.loads(model_index(name, flag).read_text(encoding="utf-8"))["_class_name"]
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
     if kind not in PIPELINES:
@@ -2480,18 +2481,19 @@ def report_losses(run, folder, unread, bar, writer):
                             f"coarse: give a smaller --learning_rate, or --mixed_precision no"
                             + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
         run.history.append((instance, prior if has_class else None, norm))
-        if writer:
-            values = {"loss/instance": instance, "loss/prior": prior if has_class else None, "gradient_norm": norm}
-            for name, value in values.items():
-                if value is not None:
-                    writer.add_scalar(name, value, done)
-    if writer:
-        for group, lr in zip(run.groups, run.lr_scheduler.get_last_lr()):
-            writer.add_scalar(f"lr/{group.name}", lr, len(run.history))
+        log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
+    rates = zip(run.groups, run.lr_scheduler.get_last_lr())
+    log_scalars(writer, len(run.history), {f"lr/{group.name}": lr for group, lr in rates})
     shown = {k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None}
     device, lr = run.accelerator.device, run.lr_scheduler.get_last_lr()[0]
     used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
     bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
+
+
+def log_scalars(writer, step, values):
+    """Write {name: value} to TensorBoard in the process that has a writer."""
+    for name, value in values.items() if writer else ():
+        writer.add_scalar(name, value, step)
 
 
 def loss_means(history):

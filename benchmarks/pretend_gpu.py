@@ -24,13 +24,12 @@ from pathlib import Path
 
 import torch
 
-if "PRETENDING" not in os.environ:  # start again, with the library before all others
+if __name__ == "__main__" and "PRETENDING" not in os.environ:  # start again, with the library before all others
     home, library = Path(torch.__file__).parent, tempfile.mkdtemp() + "/pretend_gpu.so"
     subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{home}/include", f"-L{home}/lib", "-o", library,
                     Path(__file__).with_suffix(".cpp"), "-ltorch_cpu", "-lc10"], check=True)
     os.environ |= {"PRETENDING": library, "LD_PRELOAD": library, "LD_LIBRARY_PATH": f"{home}/lib"}
     os.execv(sys.executable, [sys.executable, *sys.argv])
-shutil.rmtree(Path(os.environ["PRETENDING"]).parent, ignore_errors=True)  # it is loaded by now
 
 from accelerate.state import PartialState
 from bench_train import RESULTS, UNETS, made_up_cache, random_models
@@ -164,6 +163,7 @@ def main():
     parser.add_argument("--arch", choices=UNETS, default="sd15")
     parser.add_argument("--results", type=Path, default=RESULTS / "pretend-gpu.json")
     own, passed_on = parser.parse_known_args()
+    shutil.rmtree(Path(os.environ["PRETENDING"]).parent)  # the library is loaded
     s = db.parse_settings(["--train", "--mixed_precision", "bf16", "--max_vram", "80", *passed_on])
     mode, memory, plan = FakeTensorMode(allow_non_fake_inputs=True), Memory(), db.Plan(GPU, s.mixed_precision)
     pretend(mode)

@@ -621,6 +621,19 @@ def test_where_no_picture_fits_the_parts_of_the_model_take_turns(batch_size, at_
         list(db.draw(TinyMemory(), jobs, may_offload=False, **look))
 
 
+def test_a_model_that_is_to_train_is_not_taken_apart(flags, run, monkeypatch):
+    """Offloading would leave hooks on it. Without half precision its own pipeline draws the class images."""
+    allowed, draw = {}, db.draw
+
+    def watched(*args, title="drawing", may_offload=True, **look):
+        allowed[title] = may_offload
+        return draw(*args, title=title, may_offload=may_offload, **look)
+    monkeypatch.setattr(db, "draw", watched)
+    status, _, err = run(*flags("full"), "--steps", 2, "--validation_steps", 1, "--validation_prompt", "a dog")
+    assert status == 0, err
+    assert allowed == {"class images": False, "samples of step 1": False, "samples of step 2": False, "drawing": True}
+
+
 def test_a_configuration_that_splits_the_model_is_refused():
     kinds = {kind: types.SimpleNamespace(distributed_type=types.SimpleNamespace(value=kind)) for kind in
              ("FSDP", "DEEPSPEED", "MULTI_GPU", "NO")}
