@@ -398,6 +398,7 @@ class Models:
     vae: typing.Any
     unet: typing.Any
     noise_scheduler: typing.Any  # DDPM with the model's own betas and prediction type, for training
+    arithmetic: typing.Any = None  # the torch.dtype that the UNet will compute in; None: that of its weights
 
     @property
     def latent_scale(self):
@@ -411,13 +412,17 @@ class Models:
 
     @functools.cached_property
     def fingerprint(self):
-        """A hex digest of all weights as they were loaded: tells one model from another wherever it lies."""
+        """A hex digest of all weights as they were loaded: tells one model from another wherever it lies.
+
+        Rounded to `arithmetic`, so that it is the same whether the UNet was loaded in that precision or comes to it later.
+        """
         import torch
 
         digest = hashlib.sha256()
         for module in (self.unet, self.vae, *self.text_encoders):
             for name, tensor in module.state_dict().items():
-                digest.update(f"{name} {tuple(tensor.shape)} {torch.hash_tensor(tensor).item()}".encode())
+                value = torch.hash_tensor(tensor.to(self.arithmetic or tensor.dtype)).item()
+                digest.update(f"{name} {tuple(tensor.shape)} {value}".encode())
         return digest.hexdigest()
 
 
@@ -542,14 +547,15 @@ def hub_configs(name):
     return folder if is_whole else Path(ask())
 
 
-def load_single_file(name, flag, **options):
+def load_single_file(name, flag, dtype, **options):
     """The diffusers pipeline in a single-file checkpoint. Raises ValueError if weights are missing."""
     import diffusers
 
     configs = checkpoint_configs(name, flag)
     kind = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     try:
-        pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), **options)
+        pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), dtype=dtype["default"], **options)
+        pipeline.unet.to(dtype.get("unet"))
         parts = pipeline.unet, pipeline.vae, *text_encoders_of(pipeline).values()
         is_whole = not any(tensor.is_meta for part in parts for tensor in part.parameters())
     except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
@@ -562,10 +568,11 @@ def load_single_file(name, flag, **options):
     return pipeline
 
 
-def load_pipeline(name, dtype, flag="--model_name"):
+def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
-    Only safetensors are read. The network is asked only for what the cache lacks.
+    Its UNet in `unet_dtype`, if given, or `unet` in its place. Only safetensors are read. The network is asked only for what
+    the cache lacks.
     """
     import diffusers
     import transformers
@@ -579,9 +586,11 @@ def load_pipeline(name, dtype, flag="--model_name"):
         image_encoder=None, requires_safety_checker=False)
     if name.endswith(".safetensors"):
         load = functools.partial(load_single_file, flag=flag)
+    parts = {} if unet is None else {"unet": unet}
+    dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
     for cached_only in (True,) if Path(name).exists() else (True, False):
         try:
-            pipeline = load(name, dtype=dtype, local_files_only=cached_only)
+            pipeline = load(name, dtype=dtypes, local_files_only=cached_only, **parts)
             # transformers makes up a tokenizer of two words where its files are missing
             if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
                 raise ValueError("the files of its tokenizer are missing")
@@ -621,9 +630,15 @@ def take_apart(name, pipeline):
         noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
 
 
-def load_models(name, dtype):
-    """Load a pipeline for training and take it apart. Raises UserError if it cannot be trained here."""
-    models = take_apart(name, load_pipeline(name, dtype))
+def load_models(name, arithmetic, freezes_unet=False):
+    """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
+
+    A UNet that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
+    """
+    import torch
+
+    unet_dtype = arithmetic if freezes_unet else torch.float32
+    models = dataclasses.replace(take_apart(name, load_pipeline(name, torch.float32, unet_dtype=unet_dtype)), arithmetic=arithmetic)
     if models.unet.config.in_channels != models.vae.config.latent_channels:
         raise UserError(f"--model_name {name}: its UNet takes {models.unet.config.in_channels} channels (an inpainting or "
                         f"depth model?); give a text-to-image model")
@@ -1253,14 +1268,16 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
     from diffusers import DPMSolverMultistepScheduler
 
-    # In half precision the model is read a second time, so that the weights to be trained keep all their digits.
-    pipeline = models.pipeline if plan.precision == "no" else load_pipeline(models.name, plan.dtype)
+    # In half precision the model is read a second time, but for a UNet that is in half precision already: what is to be
+    # trained keeps all its digits.
+    shared = models.unet.to(plan.device) if models.unet.dtype == plan.dtype else None
+    pipeline = models.pipeline if plan.precision == "no" else load_pipeline(models.name, plan.dtype, unet=shared)
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
                                                                   timestep_spacing=settings["timestep_spacing"])
     pipeline.to(plan.device)
     look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
-                height=settings["resolution"], width=settings["resolution"], may_offload=pipeline is not models.pipeline)
+                height=settings["resolution"], width=settings["resolution"])
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
         if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
@@ -1271,6 +1288,8 @@ def draw_class_images(s, models, settings, plan, folder, indices):
         with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
             manifest.write(f"{file_digest(folder / name)}  {name}\n")
     pipeline.scheduler = own_scheduler
+    pipeline.remove_all_hooks()
+    models.unet.to("cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2233,15 +2252,15 @@ def ema_decay(step):
 @contextlib.contextmanager
 def averaged(run):
     """Within the block, what trains has its running average, where there is one."""
-    parameters = [parameter for group in run.groups for parameter in group.parameters]
-    own = [parameter.data for parameter in parameters]
-    for parameter, average in zip(parameters, run.averages):
-        parameter.data = average
+    tensors = list(trained_tensors(run.groups).values()) if run.averages else []
+    own = [tensor.to("cpu", copy=True) for tensor in tensors]
+    for tensor, average in zip(tensors, run.averages):
+        tensor.copy_(average)
     try:
         yield
     finally:
-        for parameter, data in zip(parameters, own):
-            parameter.data = data
+        for tensor, values in zip(trained_tensors(run.groups).values(), own):
+            tensor.copy_(values)
 
 
 def clip_gradients(run):
@@ -2576,7 +2595,8 @@ def prepare(s, name, concepts, plan, accelerator):
     """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
-    models = load_models(name, torch.float32)
+    is_adapter = METHODS[s.method].is_adapter
+    models = load_models(name, plan.dtype, freezes_unet=is_adapter)
     family = family_of(models.unet.config)
     recipe = recipe_for(family, s)
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
@@ -2591,8 +2611,6 @@ def prepare(s, name, concepts, plan, accelerator):
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
-    if METHODS[s.method].is_adapter:
-        models.unet.to(plan.dtype)  # it stays as it is, and is not saved
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
     check_space(s, models, groups, course.use_ema)
@@ -2668,7 +2686,7 @@ def set_checkpointing(models, groups):
     """Have activations recomputed in whatever gradients pass."""
     say("Gradient checkpointing: on (less memory, but slower).")
     for module in {models.unet, *(module for group in groups for module in group.modules)}:
-        enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+        enable = getattr(module, "enable_gradient_checkpointing", None) or module.activation_checkpointing_enable
         enable()
 
 
@@ -3314,19 +3332,18 @@ def write_file(path, write):
 # Inference
 
 
-def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing",
-         may_offload=True):
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
-    Where memory is full all the same, the pipeline is offloaded if it may be, and then stays so.
+    Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
     import torch
     from tqdm import tqdm
 
     look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, may_offload, negative_prompt, look)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
     drawn = tqdm(drawn, desc=title, unit="image", total=len(jobs), disable=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
         if is_flat(picture) and pipeline.dtype != torch.float32:
@@ -3335,7 +3352,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
         yield picture
 
 
-def draw_batches(pipeline, jobs, size, may_halve, may_offload, negative_prompt, look):
+def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
     """Yield the pictures of draw(), `size` at a time, or what make_room() makes of it once memory is full."""
     import torch
 
@@ -3347,7 +3364,7 @@ def draw_batches(pipeline, jobs, size, may_halve, may_offload, negative_prompt, 
                 list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
         except torch.OutOfMemoryError:
-            can_halve, can_offload = may_halve and size > 1, may_offload and pipeline.device.type == "cuda"
+            can_halve, can_offload = may_halve and size > 1, pipeline.device.type == "cuda"
             if not (can_halve or can_offload):
                 raise
             pictures = None
@@ -4185,6 +4202,8 @@ class Viewer:
 
 def make_viewer(run, concepts, subjects, metric_names):
     """The Viewer of a run. `metric_names` as metric_models() gives them, or None. UserError for an unusable prompt."""
+    import torch
+
     s, side = run.s, run.course.resolution
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
@@ -4201,7 +4220,7 @@ def make_viewer(run, concepts, subjects, metric_names):
                 scored.append((number, *fill_template(template, subject, names_class)))
     if not scored:
         raise UserError("--validation_prompt: --select_best scores prompts with [identifier], and none has it")
-    metrics = load_metrics(*metric_names, run.accelerator.device)
+    metrics = load_metrics(*metric_names, torch.device("cpu"))  # a few pictures, and the GPU may be full
     real = tuple(metrics.images([load_square(path) for path, _ in concept.photos])[0] for concept in concepts)
     prompts = dict.fromkeys([*(prompt for _, prompt, _ in scored), *(subject.class_prompt for subject in subjects)])
     every = default(s.validation_steps, math.ceil(run.course.steps / 10))
@@ -4212,18 +4231,27 @@ def make_viewer(run, concepts, subjects, metric_names):
 
 @contextlib.contextmanager
 def ready_to_draw(run):
-    """The pipeline of a training under way, with all its parts on the device; afterwards everything is as it was."""
+    """The pipeline of a training under way, ready to draw on the device; afterwards everything is as it was.
+
+    All its parts are there, or take turns where training has to save memory: gradients and activations, whose place text
+    encoders and VAE could take, are small then.
+    """
     import torch
 
     pipeline, device = run.models.pipeline, run.accelerator.device
     parts = [pipeline.vae, pipeline.unet, *text_encoders_of(pipeline).values()]
     before = [(part, part.device, part.training) for part in parts]
     for part in parts:
-        part.to(device).eval()
+        part.eval()
+    if run.course.levers == Levers():
+        pipeline.to(device)
+    else:
+        pipeline.enable_model_cpu_offload(device=device)
     try:
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled again, for a few pictures
             yield pipeline
     finally:
+        pipeline.remove_all_hooks()
         for part, place, training in before:
             part.to(place).train(training)
 
@@ -4243,7 +4271,7 @@ def draw_view(run, folder, viewer, writer):
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
-                             title=f"samples of step {done}", may_offload=False))
+                             title=f"samples of step {done}"))
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):

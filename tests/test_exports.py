@@ -274,10 +274,12 @@ def test_training_from_a_checkpoint_is_training_from_its_folder(checkpoint, run,
     assert index["requires_safety_checker"] is False
 
 
-def test_a_lora_finds_its_base_in_a_checkpoint(checkpoint, run, photos):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_lora_finds_its_base_in_a_checkpoint(precision, checkpoint, run, photos):
     file, _ = checkpoint("sd1")
     flags = ["--model_name", file, "--instance_data_dir", photos, *QUICK, "--method", "lora", "--rank", "2"]
-    assert run("--train", *flags)[0] == 0
+    status, _, err = run("--train", *flags, "--mixed_precision", precision)
+    assert status == 0, err
     status, out, err = run("--infer", "--num_images", 1, "--num_inference_steps", 1)
     assert status == 0 and str(file) in out, err
 

@@ -617,21 +617,66 @@ def test_where_no_picture_fits_the_parts_of_the_model_take_turns(batch_size, at_
     pipeline = TinyMemory()
     assert list(db.draw(pipeline, jobs, **look)) == [f"p{i} {i}" for i in range(3)]
     assert pipeline.asked == at_once and capsys.readouterr().out.count("take turns") == 1
-    with pytest.raises(torch.OutOfMemoryError):  # a model in training is not taken apart
-        list(db.draw(TinyMemory(), jobs, may_offload=False, **look))
 
 
-def test_a_model_that_is_to_train_is_not_taken_apart(flags, run, monkeypatch):
-    """Offloading would leave hooks on it. Without half precision its own pipeline draws the class images."""
-    allowed, draw = {}, db.draw
+@pytest.mark.parametrize("levers", [db.Levers(), db.Levers(gradient_checkpointing=True, fused_backward=True)], ids=str)
+def test_where_memory_is_saved_the_parts_of_a_model_in_training_take_turns(levers, tiny_model):
+    look = dict(num_inference_steps=2, height=32, width=32, output_type="np")
+    pictures = []
+    for each in (db.Levers(), levers):
+        run = make_run(tiny_model, family="sdxl", levers=each, train_text_encoder=True)
+        pipeline = run.models.pipeline
+        parts = [pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
+        before = [(part.device, part.training, part.forward) for part in parts]
+        db.train_step(run, 0)
+        with db.ready_to_draw(run) as ready:
+            assert [hasattr(part, "_hf_hook") for part in parts] == [each != db.Levers()] * 4
+            assert not any(part.training for part in parts)
+            pictures.append(ready("a dog", generator=torch.Generator().manual_seed(0), **look).images)
+        assert not any(hasattr(part, "_hf_hook") for part in parts)
+        assert [(part.device, part.training, part.forward) for part in parts] == before
+        db.train_step(run, 1)
+    assert pictures[0].shape == (1, 32, 32, 3)
+    assert abs(pictures[0] - pictures[1]).max() < 1e-2  # a fused step scales gradients down by themselves
 
-    def watched(*args, title="drawing", may_offload=True, **look):
-        allowed[title] = may_offload
-        return draw(*args, title=title, may_offload=may_offload, **look)
-    monkeypatch.setattr(db, "draw", watched)
-    status, _, err = run(*flags("full"), "--steps", 2, "--validation_steps", 1, "--validation_prompt", "a dog")
+
+def test_class_images_leave_no_hooks_on_a_model_that_is_to_train(flags, run, monkeypatch):
+    """Without half precision its own pipeline draws them."""
+    offloaded, draw, train_step = [], db.draw, db.train_step
+
+    def short_of_memory(pipeline, *args, title="drawing", **look):
+        if title == "class images":
+            pipeline.enable_model_cpu_offload(device="cpu")
+            offloaded.append(pipeline)
+        return draw(pipeline, *args, title=title, **look)
+
+    def watched(run, step):
+        assert offloaded == [run.models.pipeline] and not hasattr(offloaded[0].unet, "_hf_hook")
+        return train_step(run, step)
+    monkeypatch.setattr(db, "draw", short_of_memory)
+    monkeypatch.setattr(db, "train_step", watched)
+    status, _, err = run(*flags("full"), "--steps", 1, "--validation_prompt", "a dog")
     assert status == 0, err
-    assert allowed == {"class images": False, "samples of step 1": False, "samples of step 2": False, "drawing": True}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model, monkeypatch, tmp_path):
+    whole, half = (db.load_models(str(tiny_model(family)), torch.bfloat16, freezes_unet=freezes) for freezes in (False, True))
+    assert (whole.unet.dtype, half.unet.dtype) == (torch.float32, torch.bfloat16)
+    assert {part.dtype for part in (half.vae, *half.text_encoders)} == {torch.float32}
+    assert half.fingerprint == whole.fingerprint  # one cache of class images serves both
+    drawn_with, draw = [], db.draw
+    monkeypatch.setattr(db, "draw", lambda pipeline, *args, **look: drawn_with.append(pipeline) or draw(pipeline, *args, **look))
+    s, plan = db.parse_settings(["--train"]), db.Plan(torch.device("cpu"), "bf16")
+    for models in (whole, half):
+        settings = db.class_image_settings(s, models, "a dog", 32, plan)
+        folder = tmp_path / str(len(drawn_with))
+        folder.mkdir()
+        db.draw_class_images(s, models, settings, plan, folder, [0])
+    assert [pipeline.unet is models.unet for pipeline, models in zip(drawn_with, (whole, half))] == [False, True]
+    assert all(pipeline.vae is not models.vae for pipeline, models in zip(drawn_with, (whole, half)))
+    first, second = (next((tmp_path / number).glob("*.png")).read_bytes() for number in "01")
+    assert first == second
 
 
 def test_a_configuration_that_splits_the_model_is_refused():
