@@ -3356,7 +3356,7 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
     """Yield the pictures of draw(), `size` at a time, or what make_room() makes of it once memory is full."""
     import torch
 
-    start = 0
+    start, precision = 0, pipeline.vae.dtype
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
         try:
@@ -3369,6 +3369,7 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
                 raise
             pictures = None
         if pictures is None:  # not within the except clause, where what filled the memory is still held
+            pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
             size = make_room(pipeline, size, can_halve)
             continue
         yield from pictures

@@ -3,8 +3,8 @@
     python benchmarks/pretend_gpu.py --arch sdxl --max_vram 10
 
 The program's own loop runs on models of full size whose tensors have no memory: torch's FakeTensor does all of a step but the
-arithmetic, and pretend_gpu.cpp (compiled here, with g++) tells torch that there is a GPU to do it on. A tensor left on the
-wrong device ends the run, as on a GPU. Counted are tensors alone, not the workspaces of CUDA's libraries. With adamw8bit more
+arithmetic, and pretend_gpu.cpp (compiled here, with g++) tells torch that there is a GPU to do it on. Two steps are taken and
+one picture drawn, as --validation_steps does. A tensor left on the wrong device ends the run, as on a GPU. Counted are tensors alone, not the workspaces of CUDA's libraries. With adamw8bit more
 is counted than there would be: its step, compiled on a GPU, is taken piece by piece. All flags of --train can be given.
 What was counted is entered in benchmarks/results/pretend-gpu.json, and all that is there printed as a table.
 """
@@ -32,7 +32,9 @@ if __name__ == "__main__" and "PRETENDING" not in os.environ:  # start again, wi
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 from accelerate.state import PartialState
+from PIL import Image
 from bench_train import RESULTS, UNETS, made_up_cache, random_models
+from methods import REPOSITORY
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -41,6 +43,7 @@ import dreambooth_implementation as db
 
 GPU = torch.device("cuda", 0)
 PHOTOS = 5
+PHOTO = REPOSITORY / "instance_images" / "0.png"
 
 
 def outside_modes(function):
@@ -109,12 +112,40 @@ def pretend(mode):
     db.OPTIMIZERS |= {name: dataclasses.replace(kind, make=outside_modes(kind.make)) for name, kind in db.OPTIMIZERS.items()}
 
 
+class NoScheduler:
+    """A scheduler of one step that needs no values of tensors."""
+
+    init_noise_sigma, order, config = 1.0, 1, {}
+
+    def set_timesteps(self, steps, device=None):
+        self.timesteps = [torch.full((), 999)]
+
+    def scale_model_input(self, latents, timestep):
+        return latents
+
+    def step(self, prediction, timestep, latents, return_dict=False):
+        return [latents - prediction]
+
+
+def draw_one(run, resolution):
+    """Draw one picture beside a training, as far as it can be drawn."""
+    run.models.pipeline.scheduler = NoScheduler()
+    run.models.pipeline.image_processor.postprocess = lambda pixels, **_: [Image.effect_noise((8, 8), 80).convert("RGB")]
+    with db.ready_to_draw(run) as pipeline:
+        list(db.draw(pipeline, [("a <dog> dog", 0)], steps=1, guidance_scale=5, height=resolution, width=resolution, batch_size=1))
+
+
 class Memory(TorchDispatchMode):
     """Counts the bytes of tensors on the GPU, now and at most, and lists what copies from the GPU waited for it."""
 
     def __init__(self):
         super().__init__()
         self.held, self.peak, self.known, self.waits = 0, 0, set(), []
+
+    def stage(self):
+        """The peak since the last stage; what waits is counted anew."""
+        peak, self.peak, self.waits = self.peak, self.held, []
+        return peak
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -150,9 +181,10 @@ def enter(row, path):
 
 def table(rows):
     """A Markdown table of what was counted, in GiB."""
-    lines = ["| model | flags | plan | expected | with reserve | counted | prepared at most |", "|---|---|---|---|---|---|---|"]
+    lines = ["| model | flags | plan | expected | with reserve | counted | prepared at most | drawn at most |",
+             "|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        figures = (f"{row[what]:.2f}" for what in ("expected", "with_reserve", "counted", "preparing"))
+        figures = (f"{row[what]:.2f}" for what in ("expected", "with_reserve", "counted", "preparing", "drawing"))
         plan = f"`{row['plan']}`" if row["plan"] else "nothing has to be saved"
         lines.append(f"| {row['arch']} | `{row['flags']}` | {plan} | {' | '.join(figures)} |")
     return "\n".join(lines)
@@ -182,15 +214,20 @@ def main():
             models.unet.to(plan.dtype)
         groups = db.parameter_groups(s, models, subjects, recipe)
         with memory:
-            course = db.Course(2, resolution, plan.precision, levers, "constant", recipe.use_ema)
+            db.cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)
+            course = db.Course(3, resolution, plan.precision, levers, "constant", recipe.use_ema)
             run = db.prepare_training(s, course, models, groups, cache, accelerator, {})
-            preparing, memory.peak, memory.waits = memory.peak, 0, []
+            preparing = memory.stage()
             for step in range(2):
                 db.train_step(run, step)
-    if memory.waits:
-        print(f"A step waits for the GPU: {', '.join(sorted(set(memory.waits)))}")
-    figures = {"expected": sum(parts.values()) - parts["reserve"], "with_reserve": sum(parts.values()), "counted": memory.peak,
-               "preparing": preparing}
+            if memory.waits:
+                print(f"A step waits for the GPU: {', '.join(sorted(set(memory.waits)))}")
+            counted = memory.stage()
+            draw_one(run, resolution)
+            drawing = memory.stage()
+            db.train_step(run, 2)  # everything is where it was
+    figures = {"expected": sum(parts.values()) - parts["reserve"], "with_reserve": sum(parts.values()), "counted": counted,
+               "preparing": preparing, "drawing": drawing}
     row = {"arch": own.arch, "flags": " ".join(passed_on), "plan": db.flags_of(levers), "date": datetime.date.today().isoformat(),
            "torch": torch.__version__, **{what: size / db.GIB for what, size in figures.items()}}
     print(table(enter(row, own.results)))

@@ -572,14 +572,23 @@ def test_full_memory_names_the_next_plan(flags, run, monkeypatch, tmp_path):
     assert "step-000002 is intact" in err and (tmp_path / "output.partial" / "checkpoints" / "step-000002").is_dir()
 
 
+class Decoder(torch.nn.Linear):
+    dtype = property(lambda self: self.weight.dtype)
+
+
 class SmallMemory:
     """A pipeline that holds three pictures at most."""
 
     device, dtype, asked = torch.device("cpu"), torch.float32, ()
 
+    def __init__(self):
+        self.vae = Decoder(1, 1).half()
+
     def __call__(self, prompts, generator, **look):
         self.asked = (*self.asked, len(prompts))
+        assert self.vae.dtype == torch.float16
         if len(prompts) > 3:
+            self.vae.float()  # as SDXL's pipeline does to decode
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return types.SimpleNamespace(images=[f"{prompt} {g.initial_seed()}" for prompt, g in zip(prompts, generator)])
 
@@ -605,6 +614,7 @@ class TinyMemory(SmallMemory):
 
     def __call__(self, prompts, generator, **look):
         if self.device.type == "cuda":
+            self.vae.float()
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().__call__(prompts, generator, **look)
 
