@@ -2039,12 +2039,25 @@ COPIES_TO_ROUND = 5  # in float32: a tensor, its gradient, and three of their si
 SLACK = 0.03  # of all else: what lies unused between tensors
 
 
+BYTES = {"fp32": 4, "bf16": 2}  # of a weight
+
+
+def is_stepped_in_float32(levers):
+    """Whether a tensor in half precision is in float32 for its step."""
+    return levers.weights == "bf16" and not OPTIMIZERS[levers.optimizer].rounds
+
+
+def state_sizes(shapes, levers):
+    """How many bytes the optimizer remembers of each of these tensors."""
+    per_weight = 4 if is_stepped_in_float32(levers) else BYTES[levers.weights]
+    return [OPTIMIZERS[levers.optimizer].state_bytes(shape, per_weight) for shape in shapes]
+
+
 def estimate(demand, levers):
     """{part: bytes} that a training takes at its peak."""
-    per_weight, optimizer = {"fp32": 4, "bf16": 2}[levers.weights], OPTIMIZERS[levers.optimizer]
+    per_weight, copied = BYTES[levers.weights], is_stepped_in_float32(levers)
     gradients, activations = peak_of(demand, levers.gradient_checkpointing, levers.fused_backward)
-    copied = levers.weights == "bf16" and not optimizer.rounds  # for its step a tensor is in float32
-    states = [optimizer.state_bytes(shape, 4 if copied else per_weight) for shape in demand.trained]
+    states = state_sizes(demand.trained, levers)
     sizes = [math.prod(shape) for shape in demand.trained]
     buffered = processes() > 1 and not levers.fused_backward  # processes exchange gradients in buffers of their own
     parts = {"weights": per_weight * sum(sizes), "gradients": gradients,
@@ -2319,13 +2332,16 @@ def brought(state, device):
 
 @contextlib.contextmanager
 def in_float32(parameter):
-    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically."""
-    gradient = parameter.grad.float()
-    parameter.data = parameter.data.float()  # before the gradient, whose precision must be the same
+    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically.
+
+    The weights keep their place: if all moved with every step, they would leave memory in pieces.
+    """
+    place, gradient = parameter.data, parameter.grad.float()
+    parameter.data = place.float()  # before the gradient, whose precision must be the same
     parameter.grad = gradient
     yield
     parameter.grad = None
-    parameter.data = rounded_by_chance(parameter.data)
+    parameter.data = place.copy_(rounded_by_chance(parameter.data))
 
 
 def rounded_by_chance(values):
@@ -2613,7 +2629,7 @@ def prepare(s, name, concepts, plan, accelerator):
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
-    check_space(s, models, groups, course.use_ema)
+    check_space(s, course, models, groups)
     cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
     check_length(models.pipeline, cache.prompts)
     for group in groups:
@@ -3078,15 +3094,20 @@ def short_path(path):
         return str(path)
 
 
-def check_space(s, models, groups, averages):
-    """UserError unless the disk has room for the output and for one checkpoint more than are kept."""
-    trained = sum(p.numel() for group in groups for p in group.parameters)
-    output = 2 * trained if METHODS[s.method].is_adapter else sum(
-        module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders))
-    state_bytes = OPTIMIZERS[s.optimizer or Levers.optimizer].state_bytes
-    checkpoint = sum(4 * p.numel() + state_bytes(p.shape, 4) for group in groups for p in group.parameters)
-    checkpoint += 4 * trained * averages
-    needed = 4 * (output + 2 * trained * s.select_best) + checkpoint * (s.checkpoints_total_limit + 1)  # float32
+def disk_sizes(s, course, models, groups):
+    """Bytes of (the output, a checkpoint, the weights alone that --select_best keeps)."""
+    shapes = [parameter.shape for group in groups for parameter in group.parameters]
+    weights = sum(map(math.prod, shapes))
+    frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
+    trained = BYTES[course.levers.weights] * weights
+    output = 2 * trained if METHODS[s.method].is_adapter else trained + 4 * frozen
+    return output, trained * (2 if course.use_ema else 1) + sum(state_sizes(shapes, course.levers)), trained
+
+
+def check_space(s, course, models, groups):
+    """UserError unless the disk has room for the output, one checkpoint more than are kept, and two bests."""
+    output, checkpoint, best = disk_sizes(s, course, models, groups)
+    needed = output + checkpoint * (s.checkpoints_total_limit + 1) + 2 * best * s.select_best
     free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
     if free < needed:
         raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "

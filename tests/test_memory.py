@@ -236,9 +236,10 @@ def test_bf16_weights_are_rounded_by_chance_alone(optimizer):
     weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     made = db.OPTIMIZERS[optimizer].make([{"params": [weight], "lr": 1e-4}], 0.0, torch.device("cpu"))
     db.fuse_backward(made, 0, [], db.Levers(optimizer, "bf16", fused_backward=True))
+    place = weight.data_ptr()
     for _ in range(300):
         weight.sum().backward()
-    assert weight.dtype == torch.bfloat16 and weight.grad is None
+    assert weight.dtype == torch.bfloat16 and weight.grad is None and weight.data_ptr() == place
     assert {t.dtype for t in made.state[weight].values() if type(t) is torch.Tensor and t.ndim == 2} <= {torch.float32}
     assert weight.float().mean().item() == pytest.approx(1 - 300 * 1e-4, abs=2e-3)
     assert len(weight.unique()) > 3

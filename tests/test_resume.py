@@ -234,6 +234,22 @@ def test_the_disk_is_measured_before_training(flags, run, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("output*"))
 
 
+@pytest.mark.parametrize("more", [[], ["--use_ema"], [
+    "--optimizer", "adafactor", "--weights", "bf16", "--fused_backward", "--mixed_precision", "bf16"]], ids=" ".join)
+def test_output_and_checkpoints_take_the_disk_that_was_expected(more, flags, run, tmp_path, monkeypatch):
+    """To the byte of every tensor."""
+    expected, ask = [], db.disk_sizes
+    monkeypatch.setattr(db, "disk_sizes", lambda *args: expected.append(ask(*args)) or expected[-1])
+    status, _, err = run(*flags("full"), *more, "--steps", 2, "--checkpointing_steps", 1)
+    assert status == 0, err
+
+    def size_of(paths):
+        return sum(tensor.nbytes for path in paths for tensor in load_file(path).values())
+    checkpoint = tmp_path / "output" / "checkpoints" / "step-000001"
+    parts = [next((tmp_path / "output" / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")]
+    assert [sizes[:2] for sizes in expected] == [(size_of(parts), size_of([checkpoint / db.TENSORS_FILE]))]
+
+
 def test_two_trainings_do_not_share_an_output(flags, run, tmp_path):
     from filelock import FileLock
 
