@@ -330,6 +330,48 @@ def test_a_missing_package_is_named(run, photos, tiny_model, monkeypatch):
         assert status == 2 and f"pip install {package}" in err and err.count("\n") == 1, err
 
 
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    """fp16_on_a_cpu(scale): accelerate scales losses in fp16 as it does on a CUDA GPU."""
+    def install(scale):
+        def scaling(s, plan):
+            accelerator = make(s, plan)
+            if plan.precision == "fp16":
+                accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+            return accelerator
+        make = db.make_accelerator
+        monkeypatch.setattr(db, "make_accelerator", scaling)
+    return install
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("levers", [db.Levers(), db.Levers("adafactor", split_batch=True, gradient_checkpointing=True)], ids=str)
+def test_fp16_learns_what_float32_does(method, levers, tiny_model, fp16_on_a_cpu):
+    fp16_on_a_cpu(2.0**16)
+    run = make_run(tiny_model, method, precision="fp16", levers=levers)
+    before, coarse = trained(run), steps(run, 0, 4)
+    assert all(tensor.dtype == torch.float32 for tensor in before.values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(run).items())
+    fine = steps(make_run(tiny_model, method, precision="no", levers=levers), 0, 4)
+    assert torch.allclose(coarse, fine, rtol=1e-2)
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_its_scale_resumed(tiny_model, fp16_on_a_cpu, tmp_path):
+    fp16_on_a_cpu(2.0**40)
+    run = make_run(tiny_model, precision="fp16")
+    before, bar = trained(run), types.SimpleNamespace(set_postfix=lambda values: None)
+    db.report_losses(run, tmp_path, db.train_step(run, 0), bar, None)  # a norm that is not finite stops nothing
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained(run).items())
+    assert run.accelerator.scaler.get_scale() == 2.0**39
+    db.write_checkpoint(run, tmp_path)
+    run = make_run(tiny_model, precision="fp16")
+    db.load_checkpoint(run, tmp_path / "checkpoints" / "step-000001")
+    assert run.accelerator.scaler.get_scale() == 2.0**39
+    for step in range(1, 40):
+        db.train_step(run, step)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(run).items())
+
+
 def test_fused_backward_does_not_go_with_fp16():
     s = db.Settings("train", fused_backward=True)
     assert db.objection(s, db.Levers(fused_backward=True), "no") is None
