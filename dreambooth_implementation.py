@@ -1718,7 +1718,11 @@ def make_adamw8bit(groups, weight_decay, device):
     from torchao.optim import AdamW8bit
 
     optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
-    if device.type != "cuda":  # compiling a kernel for every shape of tensor would take minutes there
+    lacking = missing_compiler(device)
+    if device.type == "cuda":
+        say("8-bit AdamW: " + (f"slower than it could be, as it is not compiled; that needs {lacking}." if lacking else
+                               "the first step takes longer, as a kernel is compiled for every shape of tensor."))
+    if device.type != "cuda" or lacking:  # on a CPU compiling takes minutes
         optimizer.step = types.MethodType(torch.compiler.set_stance("force_eager")(AdamW8bit.step), optimizer)
     return optimizer
 
@@ -1814,8 +1818,8 @@ def check_levers(s, plan):
     if wrong := objection(s, levers, plan.precision):
         raise UserError(wrong)
     check_package(levers)
-    if s.compile:
-        check_compiler(plan.device)
+    if s.compile and (lacking := missing_compiler(plan.device)):
+        raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
     memory_limit(s, plan)
 
 
@@ -1834,14 +1838,14 @@ def check_package(levers):
         raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
 
 
-def check_compiler(device):
-    """UserError if torch.compile lacks what turns its code into a program for the device."""
+def missing_compiler(device):
+    """What torch.compile lacks to turn its code into a program for the device, in words; None if nothing."""
     from importlib.util import find_spec
 
     if device.type == "cuda" and find_spec("triton") is None:
-        raise UserError("--compile needs triton for a CUDA GPU: pip install triton, or leave it out")
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
-        raise UserError("--compile needs a C++ compiler on a CPU, such as g++; install one, or leave it out")
+        return "triton (pip install triton, on Windows triton-windows)"
+    has_compiler = any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl")))
+    return None if has_compiler else "a C++ compiler, such as g++"
 
 
 GIB = 2**30

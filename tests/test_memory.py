@@ -287,6 +287,17 @@ def test_without_a_compiler_it_says_so(run, photos, tiny_model, monkeypatch):
     assert status == 2 and "C++ compiler" in err and err.count("\n") == 1, err
 
 
+@pytest.mark.parametrize("device, lacking, compiles, said", [
+    ("cuda", None, True, "first step takes longer"), ("cuda", "triton", False, "needs triton"), ("cpu", None, False, "")])
+def test_8_bit_adamw_is_compiled_where_it_can_be(device, lacking, compiles, said, monkeypatch, capsys):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(db, "missing_compiler", lambda device: lacking)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 1e-4}]
+    optimizer = db.make_adamw8bit(groups, 0.0, torch.device(device))
+    assert ("step" not in vars(optimizer)) == compiles
+    assert said in capsys.readouterr().out
+
+
 def test_bf16_weights_train_and_draw(flags, run, tmp_path):
     need("adamw8bit")
     options = [*flags("full", "sd2"), "--optimizer", "adamw8bit", "--weights", "bf16", "--mixed_precision", "bf16",
