@@ -4272,6 +4272,7 @@ def ready_to_draw(run):
     if run.course.levers == Levers():
         pipeline.to(device)
     else:
+        say_once("Samples: the parts of the model take turns, as memory is to be saved.")
         pipeline.enable_model_cpu_offload(device=device)
     try:
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled again, for a few pictures

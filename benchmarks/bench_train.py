@@ -104,18 +104,28 @@ def synchronize(device):
 
 
 def prepare(s, models, cache, steps, resolution):
-    """(Run, Plan) of a training with these settings."""
+    """(Run, Plan, {part: bytes} that the memory plan expects it to take) of a training with these settings."""
     plan = db.plan_device(s)
     db.check_levers(s, plan)
     accelerator = db.make_accelerator(s, plan)
     recipe = db.recipe_for(db.family_of(models.unet.config), s)
     subjects = [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)
+    expected = db.estimate(db.survey(s, models, subjects, recipe, resolution, plan, levers), levers)
     course = db.Course(steps, resolution, plan.precision, levers, db.default(s.lr_scheduler, "constant"))
     if db.METHODS[s.method].is_adapter:
         models.unet.to(plan.dtype)
     groups = db.parameter_groups(s, models, subjects, recipe)
-    return db.prepare_training(s, course, models, groups, cache, accelerator, {}), plan
+    return db.prepare_training(s, course, models, groups, cache, accelerator, {}), plan, expected
+
+
+def memory_figures(expected, device):
+    """What training was expected to take and what it took, in GiB. On a CPU what it took cannot be told from the rest."""
+    figures = {"expected_GiB": sum(expected.values()) / db.GIB}
+    if device.type == "cuda":
+        figures |= {"peak_GiB": torch.cuda.max_memory_allocated() / db.GIB,
+                    "peak_with_unused_GiB": torch.cuda.max_memory_reserved() / db.GIB}
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def bare_step(unet, run, plan):
@@ -221,6 +231,7 @@ def main():
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True,
                         help="time bare steps, too (of a second model)")
     parser.add_argument("--scaling", action="store_true", help="5 to 500 photos, 100 to 2000 class images")
+    parser.add_argument("--cap", type=float, help="GiB of the GPU's memory that the process may have at all")
     parser.add_argument("--name", help="of the file in benchmarks/results")
     parser.add_argument("--table", action="store_true", help="only print the README's tables of the results there are")
     args, rest = parser.parse_known_args()
@@ -236,7 +247,9 @@ def main():
     resolution = s.resolution or models.resolution
     unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
     caches = [made_up_cache(models, resolution, *size) for size in sizes]
-    run, plan = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
+    if args.cap:
+        torch.cuda.set_per_process_memory_fraction(args.cap * db.GIB / torch.cuda.get_device_properties(0).total_memory)
+    run, plan, expected = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
               **{name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers")},
               "model": args.arch or (Path(models.name).name if s.model_name else "bundled"), "method": s.method,
@@ -264,7 +277,9 @@ def main():
             result |= {"rounds": args.rounds, "seconds_per_step": round(medians[0], 4),
                        "tera_operations_per_step": round(flops / 1e12, 4),
                        "share_of_fastest_product": round(flops / medians[0] / fastest_product(plan), 3),
-                       "peak_memory" + " with the bare copy" * args.bare: db.peak_memory(plan.device)}
+                       "peak_memory" + " with the bare copy" * args.bare: db.peak_memory(plan.device),
+                       "cap_GiB": args.cap, **memory_figures(expected, plan.device),
+                       "loss_of_last_100_steps": db.loss_means(run.history[-100:])}
             if args.bare:
                 ratios = [program / bare for program, bare in zip(*seconds)]
                 result |= {"bare_seconds_per_step": round(medians[1], 4), "ratio": round(statistics.median(ratios), 3)}
