@@ -776,23 +776,26 @@ def list_images(folder, flag):
     folder, images = Path(folder), []
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    names = {path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    captions = {f"{path.stem}.txt" for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in (SAMPLE_LIST, CLASS_PROMPT_FILE, CAPTION_LIST):
+        if path.name.startswith(".") or path.name in (SAMPLE_LIST, CLASS_PROMPT_FILE, CAPTION_LIST, *captions):
             continue
-        if path.suffix == ".txt" and path.stem in names:  # a caption
-            continue
-        if not path.resolve().is_relative_to(folder.resolve()):
-            say(f"Skipped {path}: a link to a file elsewhere; copy that file into {folder} to use it.")
-        elif path.is_dir():
-            say(f"Skipped {path}{os.sep}: folders inside {folder} are not searched.")
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            say(f"Skipped {path}: not an image.")
+        if reason := why_skipped(path):
+            say(f"Skipped {path}{reason}")
         else:
             images.append(path)
     if not images:
         raise UserError(f"{flag} {folder}: no images in this folder; put 3-5 photos ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
     return images
+
+
+def why_skipped(path):
+    """Why what lies in a folder of images is left out, as the end of a sentence; None if it is an image."""
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        return f": a link to a file elsewhere; copy that file into {path.parent} to use it."
+    if path.is_dir():
+        return f"{os.sep}: folders inside {path.parent} are not searched."
+    return None if path.suffix.lower() in IMAGE_SUFFIXES else ": not an image."
 
 
 def load_image(path):
@@ -2015,27 +2018,34 @@ def peak_of(demand, checkpointing, fused):
 
     A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
     """
-    import itertools
-
-    stretches = [(number, list(events)) for number, events in itertools.groupby(
-        demand.events, lambda event: event[2] if checkpointing else None)]
-    kept = sum(size for number, events in stretches if number is None for what, size, _ in events if what == "kept")
+    kept = sum(size for what, size, stretch in demand.events if what == "kept" and (stretch is None or not checkpointing))
     total = sum(size for what, size, _ in demand.events if what == "gradient")
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
     gradients = total if demand.passes > 1 else 0  # those of the passes before
     peak = (gradients, kept)
-    for number, events in reversed(stretches):
-        if number is not None:
-            kept += sum(size for what, size, _ in events if what == "kept")
-        for what, size, _ in reversed(events):
-            if what == "gradient" and demand.passes == 1:
-                gradients += size
-            peak = max(peak, (gradients, kept + in_hand), key=sum)
-            if what == "kept":
-                kept -= size
-            elif fused:
-                gradients -= size
+    for what, size in backward_order(demand.events, checkpointing):
+        if what == "recomputed":
+            kept += size
+            continue
+        if what == "gradient" and demand.passes == 1:
+            gradients += size
+        peak = max(peak, (gradients, kept + in_hand), key=sum)
+        if what == "kept":
+            kept -= size
+        elif fused:
+            gradients -= size
     return peak
+
+
+def backward_order(events, checkpointing):
+    """(what, bytes) of events as the backward pass meets them; ahead of a stretch to recompute, "recomputed" and what it keeps."""
+    import itertools
+
+    for stretch, inside in itertools.groupby(reversed(events), lambda event: event[2] if checkpointing else None):
+        inside = [(what, size) for what, size, _ in inside]
+        if stretch is not None:
+            yield "recomputed", sum(size for what, size in inside if what == "kept")
+        yield from inside
 
 
 RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
