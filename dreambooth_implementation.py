@@ -178,7 +178,7 @@ class Settings:
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
                                   shown="on for --method full of small models with --select_best, else off")
     max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
-                           "on; auto: what a CUDA GPU has free, without one no limit")
+                           "on; auto: nearly all that a CUDA GPU has free, without one no limit")
     gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory",
                                                  shown="as --max_vram needs")
     split_batch: bool | None = _field("train", None, "photos and class images one after the other within a step: half the "
@@ -1878,12 +1878,15 @@ def flags_of(levers):
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
 
 
+AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
+
+
 def memory_limit(s, plan):
     """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
     import torch
 
     if s.max_vram == "auto":
-        return torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else None
+        return AUTO * torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else None
     try:
         limit = float(s.max_vram) * GIB
     except ValueError:

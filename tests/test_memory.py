@@ -584,6 +584,14 @@ def test_every_further_lever_saves(tiny_model):
     assert saved[0] > 100 and saved[1] < 1
 
 
+def test_a_little_of_what_a_gpu_has_free_is_left(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    s = db.Settings("train")
+    assert db.memory_limit(s, db.Plan(torch.device("cuda"), "bf16")) == 970
+    assert db.memory_limit(dataclasses.replace(s, max_vram="2"), db.Plan(torch.device("cuda"), "bf16")) == 2 * db.GIB
+    assert db.memory_limit(s, db.Plan(torch.device("cpu"), "no")) is None
+
+
 @pytest.mark.parametrize("limit", ["lots", "0", "-3", "nan", "inf"])
 def test_a_limit_must_be_a_number(limit, run, photos, tiny_model):
     status, _, err = run("--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, "--class_prompt",
