@@ -1826,13 +1826,6 @@ def check_levers(s, plan):
     memory_limit(s, plan)
 
 
-def check_distribution(accelerator):
-    """UserError if accelerate's configuration asks for a way to share the work that this program does not know."""
-    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(f"accelerate's configuration says {kind}, which would split the model, and this program trains it whole "
-                        f"on each GPU; take the plain multi-GPU one: --max_vram fits the model by other means")
-
-
 def check_package(levers):
     """UserError if the optimizer's library is not installed."""
     from importlib.util import find_spec
@@ -2577,8 +2570,8 @@ def train(s):
     plan = plan_device(s)
     check_levers(s, plan)
 
+    ignore_splitting()
     accelerator = make_accelerator(s, plan)
-    check_distribution(accelerator)
     started = time.monotonic()
     with accelerator.main_process_first():
         finish_renaming(s)
@@ -2610,6 +2603,15 @@ def train(s):
     accelerator.wait_for_everyone()
 
 
+def ignore_splitting():
+    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
+                f"averaged, as a plain multi-GPU configuration has it.")
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
+
+
 def make_accelerator(s, plan):
     """What brings models to their devices, wraps them for half precision, and lets several processes train together.
 
@@ -2628,8 +2630,7 @@ def prepare(s, name, concepts, plan, accelerator):
     """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
-    is_adapter = METHODS[s.method].is_adapter
-    models = load_models(name, plan.dtype, freezes_unet=is_adapter)
+    models = load_models(name, plan.dtype, freezes_unet=METHODS[s.method].is_adapter)
     family = family_of(models.unet.config)
     recipe = recipe_for(family, s)
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "

@@ -751,15 +751,6 @@ def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model
     assert first == second
 
 
-def test_a_configuration_that_splits_the_model_is_refused():
-    kinds = {kind: types.SimpleNamespace(distributed_type=types.SimpleNamespace(value=kind)) for kind in
-             ("FSDP", "DEEPSPEED", "MULTI_GPU", "NO")}
-    for kind in ("FSDP", "DEEPSPEED"):
-        with pytest.raises(db.UserError, match=f"says {kind}.*--max_vram"):
-            db.check_distribution(kinds[kind])
-    db.check_distribution(kinds["MULTI_GPU"]), db.check_distribution(kinds["NO"])
-
-
 def test_on_cuda_autocast_normalizes_in_float32(tiny_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * db.GIB, 8 * db.GIB))
     for precision in ("no", "fp16", "bf16"):

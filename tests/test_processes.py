@@ -124,6 +124,18 @@ def test_work_is_shared_and_resumed_exactly(train, tmp_path):
     assert status.returncode == 2 and "the number of processes (2, now 1)" in status.stderr, status.stderr[-2000:]
 
 
+def test_a_configuration_that_splits_the_model_trains_it_whole(tiny_model, photos, tmp_path, run, monkeypatch):
+    """In as many steps as the flags say."""
+    flags = ["--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", photos, *QUICK]
+    assert run(*flags, "--output_dir", "plain")[0] == 0
+    for name, value in {"USE_FSDP": "true", "USE_DEEPSPEED": "true", "GRADIENT_ACCUMULATION_STEPS": "2"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    status, out, err = run(*flags)
+    assert status == 0 and out.count("which splits the model") == 2, err
+    one, other = (load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("plain", "output"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_killed_process_ends_the_run(tiny_model, photos, tmp_path):
     """With an error and no output; the checkpoint before it stays."""
     command = launch(REPOSITORY / "dreambooth_implementation.py", "--train", "--model_name", tiny_model("sd1"),
