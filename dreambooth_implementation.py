@@ -1879,7 +1879,10 @@ def memory_limit(s, plan):
     import torch
 
     if s.max_vram == "auto":
-        return AUTO * torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else None
+        if plan.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(plan.device)
+        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
     try:
         limit = float(s.max_vram) * GIB
     except ValueError:
