@@ -1706,6 +1706,7 @@ class OptimizerKind:
     package: str | None = None  # what to install for it
     lr: float | None = None  # its own learning rate; None: as RECIPES say
     by_tensor: bool = True  # a tensor's step depends on no other's
+    copies: int = 0  # tensors of a parameter's size, in float32, that a step works with
     rounds: bool = False  # it rounds bf16 weights stochastically by itself
 
 
@@ -1761,7 +1762,7 @@ def adafactor_bytes(shape, per_weight):
 OPTIMIZERS = {
     "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
     "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao", rounds=True),
-    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes),
+    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes, copies=3),
     "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
                              by_tensor=False),
 }
@@ -1826,11 +1827,17 @@ def check_levers(s, plan):
     memory_limit(s, plan)
 
 
-def check_package(levers):
-    """UserError if the optimizer's library is not installed."""
+def missing_package(levers):
+    """The optimizer's library if it is not installed, else None."""
     from importlib.util import find_spec
 
-    if (package := OPTIMIZERS[levers.optimizer].package) and find_spec(package) is None:
+    package = OPTIMIZERS[levers.optimizer].package
+    return package if package and find_spec(package) is None else None
+
+
+def check_package(levers):
+    """UserError if the optimizer's library is not installed."""
+    if package := missing_package(levers):
         raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
 
 
@@ -1853,8 +1860,9 @@ PLANS = (  # from the fastest to the most frugal
     Levers(gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
     Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", gradient_checkpointing=True, fused_backward=True),  # saves in matrices, hardly in convolutions
     Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
-    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),  # saves in matrices, hardly in convolutions
+    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
 )
 
@@ -2048,7 +2056,6 @@ def backward_order(events, checkpointing):
 
 
 RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
-COPIES_TO_ROUND = 5  # in float32: a tensor, its gradient, and three of their size that Adafactor works with
 SLACK = 0.03  # of all else: what lies unused between tensors
 
 
@@ -2066,9 +2073,16 @@ def state_sizes(shapes, levers):
     return [OPTIMIZERS[levers.optimizer].state_bytes(shape, per_weight) for shape in shapes]
 
 
+def step_copies(levers):
+    """How many float32 tensors of a parameter's size there are during its step within the backward pass: what the optimizer
+    works with and, if weights are in half precision, they and their gradient, and in the end what rounded_by_chance() needs."""
+    copies = OPTIMIZERS[levers.optimizer].copies
+    return max(2 + copies, 4) if is_stepped_in_float32(levers) else copies
+
+
 def estimate(demand, levers):
     """{part: bytes} that a training takes at its peak."""
-    per_weight, copied = BYTES[levers.weights], is_stepped_in_float32(levers)
+    per_weight = BYTES[levers.weights]
     gradients, activations = peak_of(demand, levers.gradient_checkpointing, levers.fused_backward)
     states = state_sizes(demand.trained, levers)
     sizes = [math.prod(shape) for shape in demand.trained]
@@ -2076,14 +2090,17 @@ def estimate(demand, levers):
     parts = {"weights": per_weight * sum(sizes), "gradients": gradients,
              "optimizer": max(states) if levers.offload_optimizer else sum(states),
              "exchange": per_weight * sum(sizes) if buffered else 0,
-             "rounding": COPIES_TO_ROUND * 4 * max(sizes) if copied else 0, "activations": activations,
+             "step": step_copies(levers) * 4 * max(sizes) if levers.fused_backward else 0, "activations": activations,
              "frozen": demand.frozen}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
 
 
 def choose_levers(s, models, subjects, recipe, resolution, plan):
-    """The first of the plans that fits into --max_vram; says what it is expected to take. UserError if none does."""
-    limit, rows, demands, least = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf
+    """The first of the plans that fits into --max_vram; says what it is expected to take. UserError if none does.
+
+    Those that need a library which is not installed are passed over, and that is said.
+    """
+    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf, None
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
@@ -2103,11 +2120,17 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         parts = estimate(demands[passing], levers)
         needed = sum(parts.values())
         least = min(least, needed)
-        if needed <= limit:
-            check_package(levers)
+        if needed <= limit and missing_package(levers):
+            uninstalled = uninstalled or levers
+        elif needed <= limit:
+            if uninstalled:
+                say(f"Note: {flags_of(uninstalled)} would do, too, but needs {missing_package(uninstalled)}: "
+                    f"pip install {missing_package(uninstalled)}.")
             say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {needed / GIB:.2f} of "
                 f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size) + ")")
             return levers
+    if uninstalled:
+        check_package(uninstalled)
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
                     f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
                     "flags that rule plans out")

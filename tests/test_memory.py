@@ -515,14 +515,16 @@ def test_the_peak_of_a_backward_pass():
 def test_an_estimate_is_arithmetic():
     some = dataclasses.replace(demand(("kept", 1000, None), ("gradient", 400, None)), frozen=50)
     parts = db.estimate(some, db.Levers())
-    assert parts == {"weights": 400, "gradients": 400, "optimizer": 804, "exchange": 0, "rounding": 0, "activations": 4000,
+    assert parts == {"weights": 400, "gradients": 400, "optimizer": 804, "exchange": 0, "step": 0, "activations": 4000,
                      "frozen": 50, "reserve": db.RESERVE + db.SLACK * 5654}
     assert db.estimate(some, db.Levers("adamw8bit", "bf16"))["weights"] == 200
     two = dataclasses.replace(some, trained=((4, 25), (10,)))
     parts = db.estimate(two, db.Levers("adafactor", "bf16", fused_backward=True))
-    assert (parts["weights"], parts["optimizer"], parts["rounding"]) == (220, 4 + 4 * 29 + 4 + 40, 5 * 400)
+    assert (parts["weights"], parts["optimizer"], parts["step"]) == (220, 4 + 4 * 29 + 4 + 40, 5 * 400)
     parts = db.estimate(two, db.Levers("adamw", fused_backward=True, offload_optimizer=True))
-    assert (parts["weights"], parts["optimizer"], parts["rounding"]) == (440, 804, 0)
+    assert (parts["weights"], parts["optimizer"], parts["step"]) == (440, 804, 0)
+    parts = db.estimate(two, db.Levers("adafactor"))
+    assert (parts["gradients"], parts["activations"], parts["step"]) == (400, 4000, 0)
 
 
 def test_several_processes_exchange_gradients_in_buffers(monkeypatch):
@@ -571,12 +573,29 @@ def test_the_first_plan_that_fits_is_taken(by_hand, tiny_model, capsys, monkeypa
         db.choose_levers(dataclasses.replace(s, max_vram=repr(min(needs) / 2 / db.GIB)), models, subjects, recipe, 64, plan)
 
 
+def test_plans_that_need_what_is_not_installed_come_last(tiny_model, capsys, monkeypatch):
+    s, models, subjects, recipe, plan = tiny_training(tiny_model, precision="bf16")
+    monkeypatch.setattr(db, "missing_package", lambda levers: "torchao" if levers.optimizer == "adamw8bit" else None)
+
+    def sizes(demand, levers):
+        return {"all": fits.get(levers.optimizer, 2) * db.GIB}
+    monkeypatch.setattr(db, "estimate", sizes)
+    s = dataclasses.replace(s, max_vram="1")
+    fits = {"adamw8bit": 0.9, "adafactor": 0.8}
+    assert db.choose_levers(s, models, subjects, recipe, 64, plan) == db.Levers(
+        "adafactor", gradient_checkpointing=True, fused_backward=True)
+    assert "--split_batch would do, too, but needs torchao: pip install torchao." in capsys.readouterr().out
+    fits = {"adamw8bit": 0.9}
+    with pytest.raises(db.UserError, match="adamw8bit needs torchao: pip install torchao"):
+        db.choose_levers(s, models, subjects, recipe, 64, plan)
+
+
 def test_every_further_lever_saves(tiny_model):
     """On pictures so small that weights matter more than activations."""
     training = tiny_training(tiny_model, "full", "sdxl", "bf16")
     needs = {row: sum(db.estimate(survey(training, row, 16), row).values()) for row in db.PLANS if not row.split_batch}
-    adafactor, = (row for row in db.PLANS if row.optimizer == "adafactor")
-    del needs[adafactor]  # what it saves depends on the layers' shapes
+    for adafactor in [row for row in db.PLANS if row.optimizer == "adafactor"]:
+        del needs[adafactor]  # what it saves depends on the layers' shapes
     assert list(needs.values()) == sorted(needs.values(), reverse=True) and len(set(needs.values())) == len(needs) == 6
     matrices, kernels = demand(trained=((1280, 1280),) * 9), demand(trained=((64, 64, 3, 3),) * 99)
     without = dataclasses.replace(adafactor, optimizer="adamw8bit")
