@@ -555,7 +555,7 @@ def load_single_file(name, flag, dtype, **options):
     kind = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     try:
         pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), dtype=dtype["default"], **options)
-        pipeline.unet.to(dtype.get("unet"))
+        pipeline.unet.to(dtype["unet"])
         parts = pipeline.unet, pipeline.vae, *text_encoders_of(pipeline).values()
         is_whole = not any(tensor.is_meta for part in parts for tensor in part.parameters())
     except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
@@ -2120,20 +2120,26 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         parts = estimate(demands[passing], levers)
         needed = sum(parts.values())
         least = min(least, needed)
-        if needed <= limit and missing_package(levers):
-            uninstalled = uninstalled or levers
-        elif needed <= limit:
-            if uninstalled:
-                say(f"Note: {flags_of(uninstalled)} would do, too, but needs {missing_package(uninstalled)}: "
-                    f"pip install {missing_package(uninstalled)}.")
-            say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {needed / GIB:.2f} of "
-                f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size) + ")")
+        if needed > limit:
+            continue
+        if not missing_package(levers):
+            say_plan(levers, parts, limit, uninstalled)
             return levers
+        uninstalled = uninstalled or levers
     if uninstalled:
         check_package(uninstalled)
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
                     f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
                     "flags that rule plans out")
+
+
+def say_plan(levers, parts, limit, uninstalled):
+    """Say what was chosen and what it is expected to take, after a plan that was passed over for want of a library, if any."""
+    if uninstalled:
+        package = missing_package(uninstalled)
+        say(f"Note: {flags_of(uninstalled)} would do, too, but needs {package}: pip install {package}.")
+    say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {sum(parts.values()) / GIB:.2f} of "
+        f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size) + ")")
 
 
 @contextlib.contextmanager
@@ -2914,15 +2920,14 @@ def flatten_state(state):
     A quantized tensor becomes the plain ones it is made of.
     """
     tensors, numbers = {}, {}
-    for i, values in state.items():
-        for key, value in values.items():
-            name = f"optimizer.{i}.{key}"
-            if not hasattr(value, "shape"):
-                numbers[name] = value
-            elif hasattr(value, "__tensor_flatten__"):
-                tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
-            else:
-                tensors[name] = value
+    named = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+    for name, value in named.items():
+        if not hasattr(value, "shape"):
+            numbers[name] = value
+        elif hasattr(value, "__tensor_flatten__"):
+            tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        else:
+            tensors[name] = value
     return tensors, numbers
 
 
