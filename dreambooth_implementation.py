@@ -1273,12 +1273,13 @@ def draw_class_images(s, models, settings, plan, folder, indices):
 
     # In half precision the model is read a second time, but for a UNet that is in half precision already: what is to be
     # trained keeps all its digits.
-    shared = models.unet.to(plan.device) if models.unet.dtype == plan.dtype else None
-    pipeline = models.pipeline if plan.precision == "no" else load_pipeline(models.name, plan.dtype, unet=shared)
+    pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
+    if plan.precision != "no":
+        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None)
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
                                                                   timestep_spacing=settings["timestep_spacing"])
-    pipeline.to(plan.device)
+    placed(pipeline, plan.device)
     look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
                 height=settings["resolution"], width=settings["resolution"])
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
@@ -3423,10 +3424,10 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
 
 def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
-    """Yield the pictures of draw(), `size` at a time, or what make_room() makes of it once memory is full."""
+    """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
     import torch
 
-    start, precision = 0, pipeline.vae.dtype
+    start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
         try:
@@ -3434,29 +3435,39 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
                 list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
         except torch.OutOfMemoryError:
-            can_halve, can_offload = may_halve and size > 1, pipeline.device.type == "cuda"
-            if not (can_halve or can_offload):
+            can_halve, pictures = may_halve and size > 1, []
+            if not (can_halve or all_there):
                 raise
-            pictures = None
-        if pictures is None:  # not within the except clause, where what filled the memory is still held
-            pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
-            size = make_room(pipeline, size, can_halve)
+        if pictures:
+            yield from pictures
+            start += size
             continue
-        yield from pictures
-        start += size
+        pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
+        pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
+        if can_halve:
+            size //= 2
+            say(f"Memory is full: pictures are drawn {size} at a time from here.")
+        else:
+            take_turns(pipeline, pipeline.device)
+            all_there = False
 
 
-def make_room(pipeline, size, can_halve):
-    """How many pictures to draw at once now that memory is full. Where no fewer will do, the pipeline is offloaded."""
+def placed(pipeline, device):
+    """`pipeline` with all its parts on the device; where memory is too small for that, they are to take turns there."""
     import torch
 
-    torch.cuda.empty_cache()
-    if can_halve:
-        say(f"Memory is full: pictures are drawn {size // 2} at a time from here.")
-        return size // 2
+    try:
+        return pipeline.to(device)
+    except torch.OutOfMemoryError:
+        pass  # the error holds what filled the memory until here
+    take_turns(pipeline, device)
+    return pipeline
+
+
+def take_turns(pipeline, device):
+    """Have each part of the pipeline come to the device when it is its turn, until remove_all_hooks()."""
     say("Memory is full: the parts of the model take turns on the GPU from here, which is slower.")
-    pipeline.enable_model_cpu_offload(device=pipeline.device)
-    return size
+    pipeline.enable_model_cpu_offload(device=device)
 
 
 def is_flat(picture):
@@ -3695,7 +3706,7 @@ def infer(s):
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
 
     plan = plan_device(s)
-    pipeline = load_trained(s, base, trained, adapters, plan.dtype).to(plan.device)
+    pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     model = {"Model": trained.source}
@@ -4096,7 +4107,7 @@ def draw_candidate(s, candidate, plan):
     A picture is there if its text chunk says that these weights drew it in this way.
     """
     started = time.monotonic()
-    pipeline = load_trained(s, candidate.base, candidate.trained, [], plan.dtype).to(plan.device)
+    pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
     model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
     side = (candidate.trained.record.get("used", {}).get("resolution")
             or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
@@ -4315,7 +4326,7 @@ def ready_to_draw(run):
     for part in parts:
         part.eval()
     if run.course.levers == Levers():
-        pipeline.to(device)
+        placed(pipeline, device)
     else:
         say_once("Samples: the parts of the model take turns, as memory is to be saved.")
         pipeline.enable_model_cpu_offload(device=device)
@@ -4441,7 +4452,7 @@ def keep_best(run, folder):
 def draw_samples(s, models, subjects, viewer, plan):
     """The sample grid of a finished training. The model is safe by then: whatever goes wrong here is only said."""
     try:
-        models.pipeline.to(plan.device, plan.dtype)
+        placed(models.pipeline.to(plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
                              range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
         save_card(Path(s.output_dir), s, models, subjects, grid)

@@ -677,6 +677,9 @@ class SmallMemory:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return types.SimpleNamespace(images=[f"{prompt} {g.initial_seed()}" for prompt, g in zip(prompts, generator)])
 
+    def maybe_free_model_hooks(self):
+        pass
+
 
 def test_pictures_are_drawn_as_many_at_once_as_fit(monkeypatch, capsys):
     monkeypatch.setattr(db, "is_flat", lambda picture: False)
@@ -688,17 +691,28 @@ def test_pictures_are_drawn_as_many_at_once_as_fit(monkeypatch, capsys):
         list(db.draw(SmallMemory(), jobs, batch_size=4, **look))
 
 
-class TinyMemory(SmallMemory):
-    """A pipeline that holds no picture beside all of its parts."""
+GPU = torch.device("cuda", 0)
 
-    device = torch.device("cuda", 0)
+
+class TinyMemory(SmallMemory):
+    """A pipeline that holds no picture beside all of its parts, and `room` of them beside one part."""
+
+    device, takes_turns = GPU, False
+
+    def __init__(self, room=3):
+        super().__init__()
+        self.room = room
 
     def enable_model_cpu_offload(self, device):
-        assert device == torch.device("cuda", 0)
-        self.device = torch.device("cpu")
+        assert device == GPU
+        self.device, self.takes_turns = torch.device("cpu"), True
+
+    def maybe_free_model_hooks(self):
+        self.device = torch.device("cpu") if self.takes_turns else GPU
 
     def __call__(self, prompts, generator, **look):
-        if self.device.type == "cuda":
+        if not self.takes_turns or len(prompts) > self.room:
+            self.device = GPU  # of the part that found no room
             self.vae.float()
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().__call__(prompts, generator, **look)
@@ -712,6 +726,21 @@ def test_where_no_picture_fits_the_parts_of_the_model_take_turns(batch_size, at_
     pipeline = TinyMemory()
     assert list(db.draw(pipeline, jobs, **look)) == [f"p{i} {i}" for i in range(3)]
     assert pipeline.asked == at_once and capsys.readouterr().out.count("take turns") == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        list(db.draw(TinyMemory(room=0), jobs, **look))
+
+
+def test_a_model_larger_than_memory_is_drawn_with_by_parts_in_turn(monkeypatch, capsys):
+    class Large(TinyMemory):
+        device = torch.device("cpu")
+
+        def to(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(db, "is_flat", lambda picture: False)
+    pipeline, look = Large(room=2), dict(steps=1, guidance_scale=1, height=512, width=512)
+    assert db.placed(pipeline, GPU) is pipeline and pipeline.takes_turns
+    assert list(db.draw(pipeline, [("p", 0), ("q", 1), ("r", 2)], batch_size=None, **look)) == ["p 0", "q 1", "r 2"]
+    assert pipeline.asked == (2, 1) and "2 at a time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("levers", [db.Levers(), db.Levers(gradient_checkpointing=True, fused_backward=True)], ids=str)
