@@ -1938,13 +1938,16 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
             part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
         if METHODS[s.method].is_adapter:
             hollow.unet.to(plan.dtype)
+        bf16_throughout = is_bf16_throughout(s, levers, plan.precision)
         if plan.device.type == "cuda" and plan.precision != "no":
-            normalize_in_float32(parts)
+            normalize_in_float32(parts[1:] if bf16_throughout else parts)
         groups = parameter_groups(s, hollow, subjects, recipe)
     check_rates(s, groups)
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
+        if bf16_throughout:
+            compute_in_bf16(hollow.unet)
         latents, timesteps, time_ids = (torch.empty(pictures, *shape)
                                         for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
@@ -1988,10 +1991,10 @@ def listening(parts, trained):
     """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward."""
     import torch
 
-    events, seen, stretch, hooks = [], {}, [None], []
+    events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
     for part in parts:
         seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
-    waiting = set(trained)
+    owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
 
     def keep(tensor, number):
         storage = tensor.untyped_storage()
@@ -2001,8 +2004,8 @@ def listening(parts, trained):
         return tensor
 
     def note_gradients(module, args, output):
-        events.extend(("gradient", p.nbytes, stretch[0]) for p in module.parameters(recurse=False) if p in waiting)
-        waiting.difference_update(module.parameters(recurse=False))
+        events.extend(("gradient", p.nbytes, stretch[0]) for p in owned[module] if p in waiting)
+        waiting.difference_update(owned[module])
 
     def recomputable(function, *args):
         for arg in args:
@@ -2109,7 +2112,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
 
         limit = min(gather_object([limit]))
     for levers in rows:
-        passing = (levers.split_batch, levers.weights)
+        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
@@ -2387,6 +2390,82 @@ def in_float32(parameter):
     parameter.data = place.copy_(rounded_by_chance(parameter.data))
 
 
+def is_bf16_throughout(s, levers, precision):
+    """Whether the UNet computes as compute_in_bf16() has it, rather than under autocast.
+
+    Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
+    together that are to be freed one by one. DoRA's magnitudes need float32.
+    """
+    is_frugal = levers.gradient_checkpointing or levers.fused_backward
+    return precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
+
+
+def compute_in_bf16(unet):
+    """Have a UNet compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
+
+    Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
+    half of the kernels that a step launches. Here many are cast at once. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
+    What comes last is in float32, since a good prediction differs from its target by little more than bf16's grain.
+    """
+    import torch
+
+    end, forward, places = [module for module in (unet.conv_norm_out, unet.conv_out) if module], unet.forward, {}
+    for module in unet.modules():
+        dtype = torch.float32 if module in end else torch.bfloat16
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dtype != dtype:
+                places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
+    groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
+
+    def in_bf16(sample, timestep, encoder_hidden_states, **rest):
+        widening = end[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        try:
+            for dtype, group in groups:
+                copies = cast_together()(dtype, *(weight for _, _, weight in group))
+                for (parameters, name, _), copy in zip(group, copies):
+                    parameters[name] = copy
+            with torch.autocast(sample.device.type, enabled=False):
+                return forward(sample.bfloat16(), timestep, encoder_hidden_states.bfloat16(), **rest)
+        finally:
+            widening.remove()
+            for parameters, name, weight in (place for _, group in groups for place in group):
+                parameters[name] = weight
+    unet.forward = in_bf16
+
+
+def grouped(places, size=2**25):
+    """`places` (dictionary, key, tensor) in lists one after the other, each of little more than `size` numbers."""
+    groups, held = [], size
+    for place in places:
+        if held >= size:
+            groups, held = [*groups, []], 0
+        groups[-1].append(place)
+        held += place[2].numel()
+    return groups
+
+
+@functools.cache
+def cast_together():
+    """A function of a dtype and tensors: these in that dtype, and in the backward pass their gradients in the tensors' own."""
+    import torch
+
+    def cast(tensors, dtype):
+        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(results, list(tensors))
+        return tuple(results)
+
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        def forward(context, dtype, *tensors):
+            context.dtype = tensors[0].dtype
+            return cast(tensors, dtype)
+
+        @staticmethod
+        def backward(context, *gradients):
+            return None, *cast(gradients, context.dtype)
+    return Cast.apply
+
+
 def rounded_by_chance(values):
     """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
     smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
@@ -2465,6 +2544,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
         module.to(device).train()
     if s.channels_last:
         models.unet.to(memory_format=torch.channels_last)
+    if is_bf16_throughout(s, levers, course.precision):
+        compute_in_bf16(models.unet)
     if s.compile:
         say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
         models.unet.compile_repeated_blocks()

@@ -4,9 +4,10 @@
 
 The program's own loop runs on models of full size whose tensors have no memory: torch's FakeTensor does all of a step but the
 arithmetic, and pretend_gpu.cpp (compiled here, with g++) tells torch that there is a GPU to do it on. Two steps are taken and
-one picture drawn, as --validation_steps does. A tensor left on the wrong device ends the run, as on a GPU. Counted are tensors alone, not the workspaces of CUDA's libraries. With adamw8bit more
-is counted than there would be: its step, compiled on a GPU, is taken piece by piece. All flags of --train can be given.
-What was counted is entered in benchmarks/results/pretend-gpu.json, and all that is there printed as a table.
+one picture drawn, as --validation_steps does. A tensor left on the wrong device ends the run, as on a GPU. Counted are tensors
+alone, not the workspaces of CUDA's libraries, and how often a step converts tensors from one precision to another. With adamw8bit
+more is counted than there would be: its step, compiled on a GPU, is taken piece by piece. All flags of --train can be given. What
+was counted is entered in benchmarks/results/pretend-gpu.json, and all that is there printed as a table.
 """
 
 import argparse
@@ -136,19 +137,20 @@ def draw_one(run, resolution):
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of tensors on the GPU, now and at most, and lists what copies from the GPU waited for it."""
+    """Counts the bytes of tensors on the GPU, now and at most, and casts, and lists what copies from the GPU waited for it."""
 
     def __init__(self):
         super().__init__()
-        self.held, self.peak, self.known, self.waits = 0, 0, set(), []
+        self.held, self.peak, self.casts, self.known, self.waits = 0, 0, 0, set(), []
 
     def stage(self):
-        """The peak since the last stage; what waits is counted anew."""
-        peak, self.peak, self.waits = self.peak, self.held, []
+        """The peak since the last stage; casts and what waits are counted anew."""
+        peak, self.peak, self.casts, self.waits = self.peak, self.held, 0, []
         return peak
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        self.casts += function in (torch.ops.aten._to_copy.default, torch.ops.aten._foreach_copy_.default)
         places = [{t.device.type for t in tree_leaves(group) if torch.is_tensor(t)} for group in ((args, kwargs), result)]
         if "cuda" in places[0] and places[1] == {"cpu"}:
             self.waits.append(str(function))
@@ -181,12 +183,12 @@ def enter(row, path):
 
 def table(rows):
     """A Markdown table of what was counted, in GiB."""
-    lines = ["| model | flags | plan | expected | with reserve | counted | prepared at most | drawn at most |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| model | flags | plan | expected | with reserve | counted | prepared at most | drawn at most | casts |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         figures = (f"{row[what]:.2f}" for what in ("expected", "with_reserve", "counted", "preparing", "drawing"))
         plan = f"`{row['plan']}`" if row["plan"] else "nothing has to be saved"
-        lines.append(f"| {row['arch']} | `{row['flags']}` | {plan} | {' | '.join(figures)} |")
+        lines.append(f"| {row['arch']} | `{row['flags']}` | {plan} | {' | '.join(figures)} | {row['casts']} |")
     return "\n".join(lines)
 
 
@@ -218,8 +220,10 @@ def main():
             course = db.Course(3, resolution, plan.precision, levers, "constant", recipe.use_ema)
             run = db.prepare_training(s, course, models, groups, cache, accelerator, {})
             preparing = memory.stage()
-            for step in range(2):
-                db.train_step(run, step)
+            db.train_step(run, 0)
+            memory.casts = 0
+            db.train_step(run, 1)
+            casts = memory.casts
             if memory.waits:
                 print(f"A step waits for the GPU: {', '.join(sorted(set(memory.waits)))}")
             counted = memory.stage()
@@ -229,7 +233,7 @@ def main():
     figures = {"expected": sum(parts.values()) - parts["reserve"], "with_reserve": sum(parts.values()), "counted": counted,
                "preparing": preparing, "drawing": drawing}
     row = {"arch": own.arch, "flags": " ".join(passed_on), "plan": db.flags_of(levers), "date": datetime.date.today().isoformat(),
-           "torch": torch.__version__, **{what: size / db.GIB for what, size in figures.items()}}
+           "torch": torch.__version__, "casts": casts, **{what: size / db.GIB for what, size in figures.items()}}
     print(table(enter(row, own.results)))
 
 

@@ -11,9 +11,9 @@ from conftest import REPOSITORY
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("arch, flags, limit", [("sd15", ["--max_vram", "8", "--train_text_encoder"], 8),
-                                                ("sdxl", ["--max_vram", "10"], 10)])
+                                                ("sdxl", ["--max_vram", "10"], 10), ("sd15", ["--max_vram", "15"], 15)])
 def test_full_size_models_train_and_draw_within_the_limit(arch, flags, limit, tmp_path):
-    if arch == "sd15":
+    if limit == 8:
         pytest.importorskip("torchao")  # its plan needs it
     results = tmp_path / "results.json"
     done = subprocess.run([sys.executable, REPOSITORY / "benchmarks" / "pretend_gpu.py", "--arch", arch, "--results", results, *flags],
@@ -21,5 +21,5 @@ def test_full_size_models_train_and_draw_within_the_limit(arch, flags, limit, tm
     assert done.returncode == 0, done.stdout[-2000:]
     assert "waits for the GPU" not in done.stdout
     row, = json.loads(results.read_text())
-    assert row["counted"] == pytest.approx(row["expected"], rel=0.05)
+    assert row["counted"] == pytest.approx(row["expected"], rel=0.07)
     assert max(row["counted"], row["preparing"], row["drawing"]) < row["with_reserve"] < limit
