@@ -4,8 +4,9 @@
     python benchmarks/bench_gpu.py --rounds 200 --reference PATH/TO/diffusers/examples/dreambooth/train_dreambooth.py
 
 Each case is a run of bench_train.py in a process of its own, on random weights, so nothing is downloaded. The cap is put on
-the process itself, whose memory plan finds it: what does not fit fails. With --reference, the script's training is timed beside ours, too (Stable
-Diffusion 1.5, bf16). Results go to benchmarks/results/gpu.json, and are printed as a table. --models bundled tries it on a CPU.
+the process itself, whose memory plan finds it: what does not fit fails. With --reference, the script's training is timed beside
+ours, too (Stable Diffusion 1.5, bf16). Results go to benchmarks/results/gpu.json, and are printed as a table. --models bundled
+tries it on a CPU.
 """
 
 import argparse
@@ -61,8 +62,9 @@ def table(results):
             continue
         peak, loss = row.get("peak_GiB"), row["loss_of_last_100_steps"]
         off = f"{row['expected_GiB'] / peak - 1:+.0%}" if peak else ""
+        instance, prior = (f"{loss[kind]:.4f}" if loss.get(kind) else "?" for kind in ("instance", "prior"))
         lines.append(f"{case}`{row['plan']}` | {row['seconds_per_step']} | {row['expected_GiB']} GiB | {peak or '?'} GiB | {off} | "
-                     f"{loss['instance']:.4f} | {loss['prior'] or 0:.4f} | {row['device']}, {row['date']} |")
+                     f"{instance} | {prior} | {row['device']}, {row['date']} |")
     return "\n".join(lines)
 
 
@@ -70,21 +72,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=CASES, default=["sd15", "sd21", "sdxl"])
     parser.add_argument("--rounds", type=int, default=50, help="timed steps of each case")
+    parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--reference", type=Path, help="diffusers' train_dreambooth.py")
     args = parser.parse_args()
     results = []
+
+    def enter(row):
+        results.append(row)  # at once, so that what was measured stays if a later case takes too long
+        args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for model, cap, flags in ((model, *case) for model in args.models for case in CASES[model]):
         own = (["--arch", model] if model != "bundled" else []) + (["--cap", cap] if cap else [])
         row = bench("bench_train.py", *own, "--no-bare", "--rounds", args.rounds, *flags)
-        results.append({"model": model, "cap": cap, "flags": flags} | row)
+        enter({"model": model, "cap": cap, "flags": flags} | row)
         print(table(results[-1:]).splitlines()[-1], flush=True)
     if args.reference:
         with tempfile.TemporaryDirectory() as folder:
             save_random("sd15", folder)
-            results.append({"reference": bench(
+            enter({"reference": bench(
                 "bench_reference.py", args.reference, "--model_name", folder, "--resolution", 512, "--mixed_precision", "bf16",
                 "--num_class_images", 16, "--steps", max(100, args.rounds))})
-    (RESULTS / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print("", table([row for row in results if "model" in row]), sep="\n")
     if args.reference:
         print(json.dumps(results[-1]["reference"], indent=2))
