@@ -1906,7 +1906,8 @@ class Demand:
     """What a training needs memory for, counted on a copy of the model that has none.
 
     `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
-    a tensor that the backward pass will need, and "gradient" one that appears there.
+    a tensor that the backward pass will need, and "gradient" one that appears there. A "gradient in bf16" appears instead where
+    the UNet computes in bf16 on copies; all of these are converted in the end.
     """
 
     trained: tuple  # the shapes of the tensors that train
@@ -1951,7 +1952,9 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
         latents, timesteps, time_ids = (torch.empty(pictures, *shape)
                                         for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
-        with torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False), listening(parts, trained) as events:
+        copied = {p for p in hollow.unet.parameters() if bf16_throughout and p.dtype == torch.float32}.intersection(trained)
+        with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
+              listening(parts, trained, copied) as events):
             with torch.set_grad_enabled(trains_text):
                 hidden, pooled = encode_prompts(hollow, prompts)
             predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
@@ -1987,8 +1990,11 @@ def fake_weights(parts, trained):
 
 
 @contextlib.contextmanager
-def listening(parts, trained):
-    """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward."""
+def listening(parts, trained, copied):
+    """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
+
+    Those of `trained` that are `copied` get their gradients in bf16 first.
+    """
     import torch
 
     events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
@@ -2004,7 +2010,8 @@ def listening(parts, trained):
         return tensor
 
     def note_gradients(module, args, output):
-        events.extend(("gradient", p.nbytes, stretch[0]) for p in owned[module] if p in waiting)
+        events.extend(("gradient in bf16", p.nbytes // 2, stretch[0]) if p in copied else ("gradient", p.nbytes, stretch[0])
+                      for p in owned[module] if p in waiting)
         waiting.difference_update(owned[module])
 
     def recomputable(function, *args):
@@ -2021,31 +2028,34 @@ def listening(parts, trained):
         yield events
     for hook in hooks:
         hook.remove()
-    events[:0] = [("gradient", p.nbytes, None) for p in waiting]
+    events[:0] = [("gradient", p.nbytes, None) for p in waiting] + [("gradient", p.nbytes // 2, None) for p in copied]
 
 
-def peak_of(demand, checkpointing, fused):
-    """(bytes of gradients, of activations) where their sum is largest in the last backward pass of a step.
+def peak_of(demand, levers):
+    """{"gradients", "step", "activations": bytes} where their sum is largest in the last backward pass of a step.
 
     A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
     """
-    kept = sum(size for what, size, stretch in demand.events if what == "kept" and (stretch is None or not checkpointing))
-    total = sum(size for what, size, _ in demand.events if what == "gradient")
+    fused = levers.fused_backward
+    kept = sum(size for what, size, stretch in demand.events
+               if what == "kept" and (stretch is None or not levers.gradient_checkpointing))
+    total = sum(size for what, size, _ in demand.events if what != "kept")
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
+    copies = step_copies(levers) * BYTES["fp32"] / BYTES[levers.weights] if fused else 0  # of a gradient's bytes
     gradients = total if demand.passes > 1 else 0  # those of the passes before
-    peak = (gradients, kept)
-    for what, size in backward_order(demand.events, checkpointing):
+    peak = (gradients, 0, kept)
+    for what, size in backward_order(demand.events, levers.gradient_checkpointing):
         if what == "recomputed":
             kept += size
             continue
-        if what == "gradient" and demand.passes == 1:
+        if what == "gradient in bf16" or (what == "gradient" and demand.passes == 1):
             gradients += size
-        peak = max(peak, (gradients, kept + in_hand), key=sum)
+        peak = max(peak, (gradients, copies * size if what == "gradient" else 0, kept + in_hand), key=sum)
         if what == "kept":
             kept -= size
         elif fused:
             gradients -= size
-    return peak
+    return dict(zip(("gradients", "step", "activations"), peak))
 
 
 def backward_order(events, checkpointing):
@@ -2087,15 +2097,11 @@ def step_copies(levers):
 def estimate(demand, levers):
     """{part: bytes} that a training takes at its peak."""
     per_weight = BYTES[levers.weights]
-    gradients, activations = peak_of(demand, levers.gradient_checkpointing, levers.fused_backward)
     states = state_sizes(demand.trained, levers)
     sizes = [math.prod(shape) for shape in demand.trained]
     buffered = processes() > 1 and not levers.fused_backward  # processes exchange gradients in buffers of their own
-    parts = {"weights": per_weight * sum(sizes), "gradients": gradients,
-             "optimizer": max(states) if levers.offload_optimizer else sum(states),
-             "exchange": per_weight * sum(sizes) if buffered else 0,
-             "step": step_copies(levers) * 4 * max(sizes) if levers.fused_backward else 0, "activations": activations,
-             "frozen": demand.frozen}
+    parts = {"weights": per_weight * sum(sizes), "optimizer": max(states) if levers.offload_optimizer else sum(states),
+             "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers), "frozen": demand.frozen}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
 
 
@@ -2152,6 +2158,7 @@ def naming_next_plan(s, levers, plan, folder):
     import torch
 
     if plan.device.type == "cuda":
+        torch.cuda.empty_cache()  # what drawing and encoding have left unused
         torch.cuda.reset_peak_memory_stats(plan.device)
     try:
         yield
@@ -2168,11 +2175,12 @@ def naming_next_plan(s, levers, plan, folder):
 
 
 def peak_memory(device):
-    """What was taken at most, in words: tensors on a CUDA GPU, else the whole process."""
+    """What was taken at most, in words: of a CUDA GPU, else by the whole process."""
     import torch
 
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB on the GPU"
+        held, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return f"{held / GIB:.2f} GiB of tensors on the GPU, {taken / GIB:.2f} GiB with what lies unused between them"
     try:
         import resource
     except ImportError:

@@ -90,6 +90,19 @@ def tensor_anywhere(data, *args, device=None, **options):
     return torch.empty(like.shape, dtype=like.dtype, device=GPU)
 
 
+class Silu(torch.autograd.Function):
+    """silu() whose backward pass is one operation, as on a GPU."""
+
+    @staticmethod
+    def forward(context, values, inplace=False):
+        context.save_for_backward(values)
+        return torch.ops.aten.silu(values)
+
+    @staticmethod
+    def backward(context, gradient):
+        return torch.empty_like(context.saved_tensors[0]), None
+
+
 OWN_ATTENTION, OWN_TENSOR = torch.nn.functional.scaled_dot_product_attention, torch.tensor
 
 
@@ -101,6 +114,7 @@ def pretend(mode):
         setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
     torch.nn.Module._apply = convert_in_place
     torch.nn.functional.scaled_dot_product_attention, torch.tensor = attention, tensor_anywhere
+    torch.nn.functional.silu = Silu.apply
     torch.Tensor.pin_memory = lambda tensor: tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
     torch.Tensor.unique = outside_modes(lambda numbers, **_: (list(range(len(numbers))), torch.arange(len(numbers))))
     torch.manual_seed = lambda seed: torch.default_generator

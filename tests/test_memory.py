@@ -454,7 +454,7 @@ def test_weights_gradients_and_states_take_what_was_estimated(method, family, op
     assert status == 2 and err.splitlines()[-1] == "error: enough", err
     (demand, levers), = surveyed
     parts = db.estimate(demand, levers)
-    assert sum(size for what, size, _ in demand.events if what == "gradient") == found["gradients"]
+    assert sum(size for what, size, _ in demand.events if what != "kept") == found["gradients"]
     assert {name: parts[name] for name in found} == {**found, "gradients": parts["gradients"]}
 
 
@@ -484,7 +484,7 @@ def test_activations_take_what_was_estimated(method, family, checkpointing, prec
         out.float().square().mean().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     real = peak - sum(t.nbytes for t in (*models.unet.parameters(), *models.unet.buffers()))
-    assert sum(db.peak_of(demand, checkpointing, False)) == pytest.approx(real, rel=0.1)
+    assert sum(db.peak_of(demand, levers).values()) == pytest.approx(real, rel=0.1)
 
 
 def demand(*events, passes=1, trained=((4, 25),)):
@@ -501,16 +501,23 @@ def test_autocast_keeps_no_copies_of_weights(tiny_model):
 
 def test_the_peak_of_a_backward_pass():
     """Two layers by hand; the largest kept tensor, 100 bytes, is in hand three times."""
+    def peak(demand, optimizer="adamw", **levers):
+        return tuple(db.peak_of(demand, db.Levers(optimizer, **levers)).values())
+    frugal = dict(gradient_checkpointing=True)
     plain = demand(("kept", 100, None), ("gradient", 40, None), ("kept", 60, 7), ("gradient", 400, 7), ("kept", 60, 7))
-    assert db.peak_of(plain, False, False) == (400, 160 + 300)  # second layer's last tensor used, first layer's still there
-    assert db.peak_of(plain, False, True) == (400, 160 + 300)
-    assert db.peak_of(plain, True, False) == (400, 160 + 300)
+    assert peak(plain) == (400, 0, 160 + 300)  # second layer's last tensor used, first layer's still there
+    assert peak(plain, fused_backward=True) == (400, 0, 160 + 300)
+    assert peak(plain, "adafactor", fused_backward=True) == (400, 3 * 400, 160 + 300)
+    assert peak(plain, **frugal) == (400, 0, 160 + 300)
     fused = demand(("kept", 100, None), ("gradient", 40, None), ("kept", 60, 7), ("kept", 60, 7), ("gradient", 10, 7))
-    assert db.peak_of(fused, False, False) == db.peak_of(fused, True, False) == (10, 220 + 300)
-    assert db.peak_of(demand(*fused.events, passes=2), False, False) == (50, 220 + 300)  # all gradients from before
+    assert peak(fused) == peak(fused, **frugal) == (10, 0, 220 + 300)
+    assert peak(demand(*fused.events, passes=2)) == (50, 0, 220 + 300)  # all gradients from before
     recomputed = demand(("kept", 10, None), *[("kept", 10, n) for n in (1, 1, 2, 2, 3, 3)])
-    assert db.peak_of(recomputed, False, False) == (0, 70 + 30)
-    assert db.peak_of(recomputed, True, False) == (0, 30 + 30)
+    assert peak(recomputed) == (0, 0, 70 + 30)
+    assert peak(recomputed, **frugal) == (0, 0, 30 + 30)
+    halves = ("gradient", 200, None), ("kept", 10, None), ("gradient in bf16", 200, None), ("kept", 10, None)
+    assert peak(demand(*halves)) == (400, 0, 30)  # all converted
+    assert peak(demand(*halves, passes=2)) == (600, 0, 10 + 30)  # those of the pass before, and these before they are added
 
 
 def test_an_estimate_is_arithmetic():
@@ -519,13 +526,13 @@ def test_an_estimate_is_arithmetic():
     assert parts == {"weights": 400, "gradients": 400, "optimizer": 804, "exchange": 0, "step": 0, "activations": 4000,
                      "frozen": 50, "reserve": db.RESERVE + db.SLACK * 5654}
     assert db.estimate(some, db.Levers("adamw8bit", "bf16"))["weights"] == 200
-    two = dataclasses.replace(some, trained=((4, 25), (10,)))
+    two = demand(("kept", 1000, None), ("gradient", 200, None), trained=((4, 25), (10,)))  # in bf16
     parts = db.estimate(two, db.Levers("adafactor", "bf16", fused_backward=True))
     assert (parts["weights"], parts["optimizer"], parts["step"]) == (220, 4 + 4 * 29 + 4 + 40, 5 * 400)
     parts = db.estimate(two, db.Levers("adamw", fused_backward=True, offload_optimizer=True))
     assert (parts["weights"], parts["optimizer"], parts["step"]) == (440, 804, 0)
     parts = db.estimate(two, db.Levers("adafactor"))
-    assert (parts["gradients"], parts["activations"], parts["step"]) == (400, 4000, 0)
+    assert (parts["gradients"], parts["activations"], parts["step"]) == (200, 4000, 0)
 
 
 def test_several_processes_exchange_gradients_in_buffers(monkeypatch):
@@ -637,6 +644,12 @@ def test_a_plan_is_followed_and_recorded(flags, run, tmp_path, tiny_model):
     used = json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]
     assert used["gradient_checkpointing"] and "--gradient_checkpointing" in line and "of 0.33 GiB (weights" in line
     assert "Peak memory of training: " in out
+
+
+def test_the_peak_on_a_gpu_is_said_with_and_without_gaps(monkeypatch):
+    for what, size in {"allocated": 3, "reserved": 4}.items():
+        monkeypatch.setattr(torch.cuda, f"max_memory_{what}", lambda device, size=size: size * db.GIB)
+    assert db.peak_memory(torch.device("cuda")) == "3.00 GiB of tensors on the GPU, 4.00 GiB with what lies unused between them"
 
 
 def test_without_a_gpu_and_a_limit_nothing_is_planned(flags, run, monkeypatch):
