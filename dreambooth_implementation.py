@@ -1917,42 +1917,29 @@ class Demand:
 
 
 def survey(s, models, subjects, recipe, resolution, plan, levers):
-    """The Demand of a training: models without memory are given what trains and pass one batch forward.
-
-    They pretend to be on the CPU, whose autocast leaves normalization in half precision; CUDA's does it in float32.
-    """
-    import copy
-
+    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     halves = 2 if preserves_prior(s) else 1
     pictures = s.train_batch_size * (1 if levers.split_batch else halves)
     passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
-    side = resolution // models.latent_scale
+    side, bf16_throughout = resolution // models.latent_scale, is_bf16_throughout(s, levers, plan.precision)
     with torch.device("meta"):
-        hollow = dataclasses.replace(
-            models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
-            text_encoders=[type(part)(part.config) for part in models.text_encoders])
-        parts = [hollow.unet, *hollow.text_encoders]
-        for part in parts:
-            part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
-        if METHODS[s.method].is_adapter:
-            hollow.unet.to(plan.dtype)
-        bf16_throughout = is_bf16_throughout(s, levers, plan.precision)
-        if plan.device.type == "cuda" and plan.precision != "no":
-            normalize_in_float32(parts[1:] if bf16_throughout else parts)
+        hollow = hollow_models(s, models, plan, levers)
         groups = parameter_groups(s, hollow, subjects, recipe)
+    parts = [hollow.unet, *hollow.text_encoders]
     check_rates(s, groups)
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
+        copied = set()
         if bf16_throughout:
+            copied = {p for p in hollow.unet.parameters() if p.dtype == torch.float32}.intersection(trained)
             compute_in_bf16(hollow.unet)
         latents, timesteps, time_ids = (torch.empty(pictures, *shape)
                                         for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
-        copied = {p for p in hollow.unet.parameters() if bf16_throughout and p.dtype == torch.float32}.intersection(trained)
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
               listening(parts, trained, copied) as events):
             with torch.set_grad_enabled(trains_text):
@@ -1963,6 +1950,28 @@ def survey(s, models, subjects, recipe, resolution, plan, levers):
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
+
+
+def hollow_models(s, models, plan, levers):
+    """Models like these with weights of the precision that they will have in training; made on torch's meta device, without memory.
+
+    They are to pretend to be on the CPU, whose autocast leaves normalization in half precision; CUDA's does it in float32.
+    """
+    import copy
+
+    import torch
+
+    hollow = dataclasses.replace(
+        models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
+        text_encoders=[type(part)(part.config) for part in models.text_encoders])
+    for part in (hollow.unet, *hollow.text_encoders):
+        part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
+    if METHODS[s.method].is_adapter:
+        hollow.unet.to(plan.dtype)
+    if plan.device.type == "cuda" and plan.precision != "no":
+        under_autocast = [] if is_bf16_throughout(s, levers, plan.precision) else [hollow.unet]
+        normalize_in_float32([*under_autocast, *hollow.text_encoders])
+    return hollow
 
 
 def normalize_in_float32(parts):
@@ -2412,7 +2421,8 @@ def compute_in_bf16(unet):
     """Have a UNet compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
 
     Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
-    half of the kernels that a step launches. Here many are cast at once. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
+    half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
+    both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
     What comes last is in float32, since a good prediction differs from its target by little more than bf16's grain.
     """
     import torch
@@ -3524,7 +3534,7 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
                 list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
         except torch.OutOfMemoryError:
-            can_halve, pictures = may_halve and size > 1, []
+            can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
             if not (can_halve or all_there):
                 raise
         if pictures:
