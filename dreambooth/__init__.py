@@ -1,0 +1,1 @@
+"""DreamBooth in modules; dreambooth_implementation.py is made from them by `make single`."""

@@ -1,0 +1,117 @@
+"""Class images: pictures of the class by the model as it was, which keep it from being forgotten (paper, section 3.2).
+
+They are cached by all that shapes them, so that no stale one is ever trained on.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from dreambooth.base import default, say, slug
+from dreambooth.drawing.draw import draw, placed
+from dreambooth.files import file_digest, read_sums, whole_file
+from dreambooth.images import is_flat
+from dreambooth.models.load import load_pipeline
+from dreambooth.models.recipes import CLASS_GUIDANCE, family_of
+from dreambooth.subjects.photos import check_photos, list_images, own_class_images
+
+# The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
+# do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
+CLASS_IMAGE_STEPS, UNGUIDED_CLASS_IMAGE_STEPS, CLASS_IMAGE_SPACING = 15, 10, "trailing"
+MANIFEST = "MANIFEST.sha256"
+
+
+def class_image_look(s, unet_config):
+    """(denoising steps, guidance scale) of the class images."""
+    scale = default(s.class_guidance_scale, CLASS_GUIDANCE[family_of(unet_config)])
+    return CLASS_IMAGE_STEPS if scale > 1 else UNGUIDED_CLASS_IMAGE_STEPS, scale
+
+
+def class_image_settings(s, models, class_prompt, resolution, plan):
+    """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
+    configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
+    steps, scale = class_image_look(s, models.unet.config)
+    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
+            "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": steps, "timestep_spacing": CLASS_IMAGE_SPACING,
+            "guidance_scale": scale, "precision": plan.precision, "seed": "index",
+            "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
+
+
+def missing_class_images(folder, count):
+    """Indices of the first `count` class images that `folder` lacks, or holds other than as they were made."""
+    made = read_sums(folder / MANIFEST)
+    names = {i: class_image_name(i) for i in range(count)}
+    return [i for i, name in names.items()
+            if not (folder / name).is_file() or made.get(name) != file_digest(folder / name)]
+
+
+def class_image_name(index):
+    return f"{index:05d}.png"
+
+
+def class_pools(s, models, concepts, resolution, plan, accelerator):
+    """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
+    counts, keys = {}, [(c.class_prompt, c.class_data_dir) for c in concepts]
+    for key, concept in zip(keys, concepts):
+        counts[key] = max(concept.num_class_images, counts.get(key, 0))
+    paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
+    return [[(path, c.class_prompt) for path in paths[key][:c.num_class_images]] for key, c in zip(keys, concepts)]
+
+
+def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolution, plan, accelerator):
+    """Paths of `count` class images (paper section 3.2: samples of the frozen model), making only what is missing.
+
+    Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
+    of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
+    """
+    root = Path(class_data_dir)
+    if own_class_images(root):
+        own = list_images(root, "--class_data_dir")[:count]
+        check_photos(own)
+        say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
+        return own
+    settings = class_image_settings(s, models, class_prompt, resolution, plan)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = root / f"{slug(class_prompt)}-{key}"
+    paths = [folder / class_image_name(i) for i in range(count)]
+    missing = missing_class_images(folder, count)
+    say(f"Class images: {len(paths) - len(missing)} of {len(paths)} are in {folder}"
+        + (f"; drawing {len(missing)} in {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}."
+           if missing else "."))
+    accelerator.wait_for_everyone()  # all have counted before any draws
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        share = missing[accelerator.process_index::accelerator.num_processes]
+        draw_class_images(s, models, settings, plan, folder, share)
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def draw_class_images(s, models, settings, plan, folder, indices):
+    """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    # In half precision the model is read a second time, but for a UNet that is in half precision already: what is to be
+    # trained keeps all its digits.
+    pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
+    if plan.precision != "no":
+        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None)
+    own_scheduler = pipeline.scheduler
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
+                                                                  timestep_spacing=settings["timestep_spacing"])
+    placed(pipeline, plan.device)
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
+                height=settings["resolution"], width=settings["resolution"])
+    pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
+    for picture, index in zip(pictures, indices):
+        if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
+            picture = next(draw(pipeline, [(settings["prompt"], index + 2**32)], batch_size=1, **look))
+        name = class_image_name(index)
+        with whole_file(folder / name) as part:
+            picture.save(part, format="PNG")
+        with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
+            manifest.write(f"{file_digest(folder / name)}  {name}\n")
+    pipeline.scheduler = own_scheduler
+    pipeline.remove_all_hooks()
+    models.unet.to("cpu")

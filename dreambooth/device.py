@@ -1,0 +1,81 @@
+"""Where and in which precision to compute: a CUDA GPU, Apple's, or the CPU.
+
+Knows nothing of what is computed.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import typing
+from dataclasses import dataclass
+
+from dreambooth.base import GIB, UserError
+
+try:
+    import resource
+except ImportError:  # Windows has no such thing
+    resource = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and in which precision to compute."""
+
+    device: typing.Any
+    precision: str  # "no", "fp16" or "bf16"
+
+    @property
+    def dtype(self):
+        import torch
+
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+
+
+def plan_device(s):
+    """The Plan for this machine: CUDA, else Apple's MPS, else the CPU. Raises UserError for fp16 without a CUDA GPU."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("mps" if mps else "cpu")
+    precision = s.mixed_precision
+    if precision == "auto":
+        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
+    if precision == "fp16" and not cuda:
+        raise UserError(f"--mixed_precision fp16 needs a CUDA GPU and this machine has none; give no{'' if mps else ' or bf16'}")
+    return Plan(device, precision)
+
+
+def moved(tensor, device):
+    """A small CPU tensor on `device`. From pinned memory the copy to a GPU waits its turn there, and the CPU goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def missing_compiler(device):
+    """What torch.compile lacks to turn its code into a program for the device, in words; None if nothing."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton (pip install triton, on Windows triton-windows)"
+    has_compiler = any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl")))
+    return None if has_compiler else "a C++ compiler, such as g++"
+
+
+def peak_memory(device):
+    """What was taken at most, in words: of a CUDA GPU, else by the whole process."""
+    import torch
+
+    if device.type == "cuda":
+        held, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return f"{held / GIB:.2f} GiB of tensors on the GPU, {taken / GIB:.2f} GiB with what lies unused between them"
+    if resource is None:
+        return "not measured on this system"
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, but not on a Mac
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB of the whole process"
+
+
+def machine_name(device):
+    import torch
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return "Apple GPU (MPS)" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"

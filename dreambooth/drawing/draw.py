@@ -1,0 +1,102 @@
+"""Pictures from a pipeline: one for each prompt and seed, as many at once as memory allows.
+
+Knows nothing of subjects or training.
+"""
+
+from tqdm import tqdm
+
+from dreambooth.base import UserError, is_first_process, say, slug
+from dreambooth.images import image_grid, is_flat, save_picture
+from dreambooth.models.recipes import guidance_scale
+
+
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
+    """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
+
+    Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
+    Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
+    """
+    import torch
+
+    look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
+    drawn = tqdm(drawn, desc=title, unit="image", total=len(jobs), disable=not is_first_process())
+    for picture, (prompt, _) in zip(drawn, jobs):
+        if is_flat(picture) and pipeline.dtype != torch.float32:
+            raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
+                            f"--mixed_precision no")
+        yield picture
+
+
+def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
+    """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
+    import torch
+
+    start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
+    while start < len(jobs):
+        prompts, seeds = zip(*jobs[start:start + size])
+        try:
+            pictures = pipeline(
+                list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
+        except torch.OutOfMemoryError:
+            can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
+            if not (can_halve or all_there):
+                raise
+        if pictures:
+            yield from pictures
+            start += size
+            continue
+        pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
+        pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
+        if can_halve:
+            size //= 2
+            say(f"Memory is full: pictures are drawn {size} at a time from here.")
+        else:
+            take_turns(pipeline, pipeline.device)
+            all_there = False
+
+
+def placed(pipeline, device):
+    """`pipeline` with all its parts on the device; where memory is too small for that, they are to take turns there."""
+    import torch
+
+    try:
+        return pipeline.to(device)
+    except torch.OutOfMemoryError:
+        pass  # the error holds what filled the memory until here
+    take_turns(pipeline, device)
+    return pipeline
+
+
+def take_turns(pipeline, device):
+    """Have each part of the pipeline come to the device when it is its turn, until remove_all_hooks()."""
+    say("Memory is full: the parts of the model take turns on the GPU from here, which is slower.")
+    pipeline.enable_model_cpu_offload(device=device)
+
+
+def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
+    """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
+
+    `model` is what the pictures' text chunks say of the model, `size` is (width, height).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    guidance, pictures, common = guidance_scale(s, pipeline.unet.config), [], sampling_settings(s, pipeline)
+    negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
+    drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
+                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt)
+    for picture, (prompt, seed) in zip(drawn, jobs):
+        settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
+        lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
+        save_picture(folder, f"{slug(prompt)}-{seed}", picture, "\n".join(lines))
+        pictures.append(picture)
+    return save_picture(folder, f"grid-{slug(prompts[0])}-{seeds[0]}", image_grid(pictures, columns=len(seeds)),
+                        "\n".join([*prompts, *negative, f"Seeds: {seeds[0]} to {seeds[-1]}, {common | model}"]))
+
+
+def sampling_settings(s, pipeline):
+    """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
+    return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
+            "CFG scale": guidance_scale(s, pipeline.unet.config)}

@@ -1,0 +1,151 @@
+"""The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS."""
+
+import json
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from dreambooth.base import HERE, UserError, default, is_first_process, say, short_path
+from dreambooth.models.hub import BUNDLED_MODEL, hub_file
+
+METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
+BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
+SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+METRIC_BATCH = 50  # pictures that a metric network sees at once
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The networks that pictures and prompts are compared with, in float32, and what makes their input."""
+
+    dino: typing.Any
+    clip: typing.Any
+    prepare_dino: typing.Any
+    prepare_clip: typing.Any
+    tokenizer: typing.Any
+
+    def images(self, pictures):
+        """(class tokens of DINO [N, d], image embeddings of CLIP [N, e]) of N PIL pictures: unit length, on the CPU."""
+        import torch
+
+        rows, hidden = [], not is_first_process() or len(pictures) <= METRIC_BATCH
+        for start in tqdm(range(0, len(pictures), METRIC_BATCH), desc="measuring", unit="batch", disable=hidden):
+            dino_pixels, clip_pixels = (
+                prepare(pictures[start:start + METRIC_BATCH], return_tensors="pt").pixel_values.to(self.clip.device)
+                for prepare in (self.prepare_dino, self.prepare_clip))
+            with torch.no_grad():  # of DINO the class token: the hub's copies have no trained pooler
+                rows.append((self.dino(dino_pixels).last_hidden_state[:, 0],
+                             self.clip.get_image_features(clip_pixels).pooler_output))
+        return tuple(torch.nn.functional.normalize(torch.cat(part), dim=-1).cpu() for part in zip(*rows))
+
+    def texts(self, prompts):
+        """CLIP's text embeddings [P, e] of P prompts: unit length, on the CPU."""
+        import torch
+
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.clip.config.text_config.max_position_embeddings).to(self.clip.device)
+        with torch.no_grad():
+            return torch.nn.functional.normalize(self.clip.get_text_features(**tokens).pooler_output, dim=-1).cpu()
+
+
+def metric_models(s, bases):
+    """(DINO, CLIP) as folder or hub id: the flags', else those that know what the models `bases` draw.
+
+    Raises UserError if one is something else, without importing torch.
+    """
+    usual = METRIC_MODELS
+    if all(map(knows_only_emoji, bases)):
+        usual = {part: short_path(folder) for part, folder in BUNDLED_METRICS.items()}
+    names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
+    for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
+        try:
+            path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
+            found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        except Exception as problem:  # of the file, or whatever the hub's client raises
+            reason = str(problem).strip().split("\n")[0][:100]
+            raise UserError(f"{flag} {name}: neither a folder with a config.json nor on the hub ({reason}); give another "
+                            f"folder or hub id") from None
+        if found != kind:
+            raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
+    return names
+
+
+def knows_only_emoji(base):
+    """Whether a model's words are those of the bundled model, which has seen no photograph: it needs metrics of its own."""
+    def vocabulary(folder):
+        try:
+            path = Path(folder) / "tokenizer" / "tokenizer.json"
+            return json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
+            return None
+    return vocabulary(base) == vocabulary(BUNDLED_MODEL) is not None
+
+
+def revision_of(name):
+    return {"revision": SAFETENSORS_AT[name]} if name in SAFETENSORS_AT and not Path(name).is_dir() else {}
+
+
+def load_metrics(dino, clip, device):
+    """The Metrics of a ViTModel and a CLIPModel, each a folder or a hub id. Says how DINO's pictures are prepared.
+
+    Raises UserError if one cannot be loaded whole.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
+
+    vit, prepare_dino = load_network("--dino_model", dino, ViTModel, AutoImageProcessor, add_pooling_layer=False)
+    model, prepare_clip, tokenizer = load_network("--clip_model", clip, CLIPModel, AutoImageProcessor, AutoTokenizer)
+    look = "as its own preprocessor says"
+    if dict(prepare_dino.size) == {"height": 224, "width": 224} and list(prepare_dino.image_mean) == IMAGENET["image_mean"]:
+        from transformers import CLIPImageProcessor  # here, where transformers no longer remarks on a missing torchvision
+
+        # The hub's preprocessor for DINO scales to 224 x 224 outright; its authors' evaluation does this instead.
+        prepare_dino = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **IMAGENET)
+        look = "scaled to 256 pixels and cut to the middle 224, as in DINO's own evaluation"
+    say(f"DINO: {dino}, pictures {look}. CLIP: {clip}.")
+    return Metrics(vit.to(device), model.to(device), prepare_dino, prepare_clip, tokenizer)
+
+
+def load_network(flag, name, kind, *others, **options):
+    """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
+    transformers.logging.disable_progress_bar()
+    for cached_only in (True,) if Path(name).is_dir() else (True, False):
+        where = {"local_files_only": cached_only, **revision_of(name)}
+        try:
+            model, report = kind.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                                                 **options, **where)
+            if report["missing_keys"]:  # transformers would make them up
+                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+            return [model.eval(), *(other.from_pretrained(name, **where) for other in others)]
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+            reason = " ".join(str(problem).split())[:300]
+    raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
+
+
+def load_lpips(device):
+    """LPIPS (Zhang et al., arXiv 1801.03924) as a function: two batches of pixels [N, 3, H, W] in -1 .. 1 to distances [N].
+
+    None where the package or its weights are missing, which is said.
+    """
+    import torch
+
+    try:
+        from lpips import LPIPS
+
+        # Its weights come as pickles of tensors: torch shall take nothing else from them, and run no code in them.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        network = LPIPS(net="alex", verbose=False).to(device).eval()
+    except Exception as problem:  # not installed, or whatever fetching its weights raises
+        reason = str(problem).strip().split("\n")[0][:100]
+        say(f"DIV: unavailable ({reason}); it needs `pip install lpips`. DIV_DINO, by DINO instead of LPIPS, is another "
+            f"measure.")
+        return None
+    return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())

@@ -1,0 +1,51 @@
+"""--infer: draw with what was trained."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from dreambooth.base import UserError, default, say
+from dreambooth.device import machine_name, plan_device
+from dreambooth.drawing.draw import draw_pictures, placed
+from dreambooth.drawing.pipeline import find_base, load_trained
+from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
+from dreambooth.files import check_writable
+from dreambooth.models.encoding import check_length
+from dreambooth.subjects.words import fill_identifier
+
+
+def infer(s):
+    """Draw --prompt with what was trained into --image_dir."""
+    paths = model_paths(s)
+    if len(paths) > 1:
+        raise UserError(f"--model_path {paths[1]}: --infer draws with one model; add a LoRA or an embedding with --adapter")
+    check_writable(s.image_dir, "--image_dir")
+    trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
+    base = find_base(s, trained)
+    record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
+    if not (s.prompt or trained.subjects or others):
+        raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
+    prompts = s.prompt or [f"{subject.instance_prompt} on the moon" for subject in trained.subjects or others]
+    prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
+    s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
+
+    plan = plan_device(s)
+    pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
+    check_length(pipeline, prompts)
+    side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    model = {"Model": trained.source}
+    if trained.lora:
+        model["LoRA scale"] = f"{s.lora_scale:g}"
+    if adapters:
+        model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
+    if record:  # tells pictures of one training from those of the next into the same folder
+        model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
+    say(f"Model: {trained.source}"
+        + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
+        + f"; machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
+    for prompt in prompts:
+        say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
+    grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
+                         (default(s.width, side), default(s.height, side)))
+    say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")

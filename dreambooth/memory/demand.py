@@ -1,0 +1,149 @@
+"""What a training needs memory for, counted on a copy of the model that has none."""
+
+import contextlib
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.models.encoding import encode_prompts
+from dreambooth.models.parts import predict
+from dreambooth.training.course import check_rates
+from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training needs memory for, counted on a copy of the model that has none.
+
+    `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
+    a tensor that the backward pass will need, and "gradient" one that appears there. A "gradient in bf16" appears instead where
+    the UNet computes in bf16 on copies; all of these are converted in the end.
+    """
+
+    trained: tuple  # the shapes of the tensors that train
+    frozen: int  # bytes of what lies beside them
+    passes: int  # backward passes whose gradients add up to one step
+    events: tuple
+
+
+def survey(s, models, subjects, recipe, resolution, plan, levers):
+    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    halves = 2 if preserves_prior(s) else 1
+    pictures = s.train_batch_size * (1 if levers.split_batch else halves)
+    passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
+    side, bf16_throughout = resolution // models.latent_scale, is_bf16_throughout(s, levers, plan.precision)
+    with torch.device("meta"):
+        hollow = hollow_models(s, models, plan, levers)
+        groups = parameter_groups(s, hollow, subjects, recipe)
+    parts = [hollow.unet, *hollow.text_encoders]
+    check_rates(s, groups)
+    trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
+        copied = set()
+        if bf16_throughout:
+            copied = {p for p in hollow.unet.parameters() if p.dtype == torch.float32}.intersection(trained)
+            compute_in_bf16(hollow.unet)
+        latents, timesteps, time_ids = (torch.empty(pictures, *shape)
+                                        for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
+        prompts = [subjects[0].instance_prompt] * pictures
+        with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
+              listening(parts, trained, copied) as events):
+            with torch.set_grad_enabled(trains_text):
+                hidden, pooled = encode_prompts(hollow, prompts)
+            predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
+    beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    if recipe.use_ema:
+        frozen += sum(p.nbytes for p in trained)
+    return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
+
+
+def hollow_models(s, models, plan, levers):
+    """Models like these with weights of the precision that they will have in training; made on torch's meta device, without memory.
+
+    They are to pretend to be on the CPU, whose autocast leaves normalization in half precision; CUDA's does it in float32.
+    """
+    import torch
+
+    hollow = dataclasses.replace(
+        models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
+        text_encoders=[type(part)(part.config) for part in models.text_encoders])
+    for part in (hollow.unet, *hollow.text_encoders):
+        part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
+    if METHODS[s.method].is_adapter:
+        hollow.unet.to(plan.dtype)
+    if plan.device.type == "cuda" and plan.precision != "no":
+        under_autocast = [] if is_bf16_throughout(s, levers, plan.precision) else [hollow.unet]
+        normalize_in_float32([*under_autocast, *hollow.text_encoders])
+    return hollow
+
+
+def normalize_in_float32(parts):
+    import torch
+
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
+
+
+def fake_weights(parts, trained):
+    """Give `parts` from the meta device weights that pretend to be on the CPU, as attention's choice of a kernel asks for a
+    device; returns those in place of `trained`."""
+    import torch
+
+    fakes = []
+    for module in (module for part in parts for module in part.modules()):
+        for name, meta in list(module.named_parameters(recurse=False)):
+            fake = torch.nn.Parameter(torch.empty_like(meta, device="cpu"), requires_grad=meta in trained)
+            module.register_parameter(name, fake)
+            fakes += [fake] if meta in trained else []
+        for name, meta in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty_like(meta, device="cpu"))
+    return fakes
+
+
+@contextlib.contextmanager
+def listening(parts, trained, copied):
+    """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
+
+    Those of `trained` that are `copied` get their gradients in bf16 first.
+    """
+    import torch
+
+    events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
+    for part in parts:
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+    owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
+
+    def keep(tensor, number):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage  # as long as it lives no other can have its number
+            events.append(("kept", storage.nbytes(), number))
+        return tensor
+
+    def note_gradients(module, args, output):
+        events.extend(("gradient in bf16", p.nbytes // 2, stretch[0]) if p in copied else ("gradient", p.nbytes, stretch[0])
+                      for p in owned[module] if p in waiting)
+        waiting.difference_update(owned[module])
+
+    def recomputable(function, *args):
+        for arg in args:
+            if torch.is_tensor(arg):
+                keep(arg, None)
+        stretch[0] = len(events)
+        output = function(*args)
+        stretch[0] = None
+        return output
+    parts[0].enable_gradient_checkpointing(recomputable)
+    hooks = [module.register_forward_hook(note_gradients) for part in parts for module in part.modules()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, stretch[0]), lambda tensor: tensor):
+        yield events
+    for hook in hooks:
+        hook.remove()
+    events[:0] = [("gradient", p.nbytes, None) for p in waiting] + [("gradient", p.nbytes // 2, None) for p in copied]

@@ -1,0 +1,102 @@
+"""The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is."""
+
+import dataclasses
+import importlib.util
+import math
+
+from dreambooth.base import GIB, UserError
+from dreambooth.device import missing_compiler
+from dreambooth.methods.table import METHODS
+from dreambooth.training.levers import Levers, levers_by_hand
+from dreambooth.training.optimizers import OPTIMIZERS
+
+
+def objection(s, levers, precision):
+    """Why these levers cannot be used together, or None."""
+    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    return next((text for wrong, text in (
+        (fused and s.gradient_accumulation_steps > 1,
+         "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
+        (fused and levers.split_batch,
+         "--fused_backward: it steps once photos have their gradients, before class images; leave out --split_batch"),
+        (fused and not optimizer.by_tensor,
+         f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
+        (fused and precision == "fp16",
+         "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
+        (half and not (optimizer.rounds or fused),
+         "--weights bf16: rounded to the nearest they would miss small steps; give --optimizer adamw8bit or --fused_backward, "
+         "either of which rounds stochastically"),
+        (levers.offload_optimizer and not fused,
+         "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
+        (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
+        (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
+        (half and METHODS[s.method].is_adapter,
+         f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
+        (levers.optimizer == "prodigy" and s.method == "pivotal",
+         "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
+    ) if wrong), None)
+
+
+def check_levers(s, plan):
+    """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
+    levers = Levers(**levers_by_hand(s))
+    if wrong := objection(s, levers, plan.precision):
+        raise UserError(wrong)
+    check_package(levers)
+    if s.compile and (lacking := missing_compiler(plan.device)):
+        raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
+    memory_limit(s, plan)
+
+
+def missing_package(levers):
+    """The optimizer's library if it is not installed, else None."""
+    package = OPTIMIZERS[levers.optimizer].package
+    return package if package and importlib.util.find_spec(package) is None else None
+
+
+def check_package(levers):
+    """UserError if the optimizer's library is not installed."""
+    if package := missing_package(levers):
+        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+
+
+PLANS = (  # from the fastest to the most frugal
+    Levers(),
+    Levers(split_batch=True),
+    Levers(gradient_checkpointing=True),
+    Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
+    Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", gradient_checkpointing=True, fused_backward=True),  # saves in matrices, hardly in convolutions
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
+)
+
+
+def plans(s, precision):
+    """Those of PLANS that can be had, with what was set by hand as it was set."""
+    rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
+    return [row for row in rows if not objection(s, row, precision)]
+
+
+AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
+
+
+def memory_limit(s, plan):
+    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
+    import torch
+
+    if s.max_vram == "auto":
+        if plan.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(plan.device)
+        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
+    try:
+        limit = float(s.max_vram) * GIB
+    except ValueError:
+        limit = 0
+    if not 0 < limit < math.inf:
+        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
+    return limit

@@ -1,0 +1,31 @@
+"""Weights that train together. The training loop sees nothing of a method but a list of these."""
+
+import typing
+from dataclasses import dataclass
+
+from dreambooth.base import UserError
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Weights that train together."""
+
+    name: str
+    modules: list  # what they live in
+    parameters: list
+    lr: float
+    until: float = float("inf")  # the fraction of the run after which they rest
+    finish: typing.Callable = lambda: None  # what to do once training is over
+
+
+def trained_tensors(groups):
+    """{name: tensor} of everything that trains."""
+    return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
+
+
+def check_finite(groups):
+    """Raises UserError if a weight that trains is not finite."""
+    for name, tensor in trained_tensors(groups).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"training stopped: weights of {name.split('.')[0]} are no longer finite, and are not saved; give a "
+                            f"smaller --learning_rate, or --mixed_precision no")

@@ -1,0 +1,76 @@
+"""Textual inversion and the words of pivotal tuning: vectors of new words train, and nothing else of the text encoder."""
+
+import dataclasses
+import random
+
+from dreambooth.base import UserError, default, say_once
+from dreambooth.methods.groups import ParameterGroup
+from dreambooth.models.vocabulary import add_word, embedding_keys, vectors_of
+from dreambooth.subjects.identifier import rare_words
+from dreambooth.subjects.words import noun_of
+
+
+def new_words(s, models, subjects, recipe, starts=()):
+    """Textual inversion (Gal et al., arXiv 2208.01618): a new word for each subject, whose vectors alone train.
+
+    They start as the vectors of --initializer_token, or of the words `starts`, or of the class noun, and are parameters
+    of their own, looked up beside the vocabulary's table: that has neither gradient nor optimizer state.
+    """
+    import torch
+
+    nouns = [noun_of(subject.class_prompt or subject.name) for subject in subjects]
+    starts = [s.initializer_token] * len(subjects) if s.initializer_token else starts or nouns
+    for subject, start in zip(subjects, starts):
+        say_once(f'New word "{subject.identifier}" starts as "{start}".')
+    rows, finishers = [], []
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+        first = len(tokenizer)
+        for subject, start in zip(subjects, starts):
+            ids = tokenizer(start, add_special_tokens=False).input_ids
+            if not ids:
+                given = "--initializer_token" if s.initializer_token else "--class_prompt"
+                raise UserError(f'{given} "{start}": no word; give one that says what the subject is, such as "dog"')
+            table = text_encoder.get_input_embeddings().weight
+            add_word(tokenizer, text_encoder, subject.identifier, table[(ids * s.num_vectors)[-s.num_vectors:]])
+        table = text_encoder.get_input_embeddings()
+        rows.append(torch.nn.Parameter(table.weight[first:].detach().clone()))
+        table.register_parameter("new_rows", rows[-1])
+
+        def look_up(table, args, output, first=first):
+            ids = args[0][..., None]  # [B, tokens, 1]
+            return torch.where(ids >= first, table.new_rows[(args[0] - first).clamp(min=0)], output)
+
+        def finish(table=table, first=first, hook=table.register_forward_hook(look_up)):
+            hook.remove()
+            table.weight.data[first:] = table.new_rows.data.to(table.weight)
+            del table.new_rows
+        finishers.append(finish)
+    return ParameterGroup("new_words", models.text_encoders, rows, default(s.embedding_lr, recipe.embedding_lr),
+                          finish=lambda: [finish() for finish in finishers])
+
+
+def pivotal_words(s, models, subjects, recipe):
+    """New words that rest after a fraction of the run, when the LoRA goes on alone (Roich et al., arXiv 2106.05744).
+
+    They start as rare words. As the class noun, the word of "a <rex> dog" would mean another dog of the class, which the
+    LoRA is taught at the same time to leave as it is.
+    """
+    rare = rare_words(models.tokenizers, [subject.class_prompt or "" for subject in subjects])
+    random.Random(s.seed).shuffle(rare)
+    starts = rare[:len(subjects)] if len(rare) >= len(subjects) else ()
+    return dataclasses.replace(new_words(s, models, subjects, recipe, starts), until=s.embedding_frac)
+
+
+def embedding_file(subject, subjects):
+    """Where a subject's new word is saved: learned_embeds.safetensors, or with its name if it is one of several."""
+    return "learned_embeds.safetensors" if len(subjects) == 1 else f"learned_embeds-{subject.name}.safetensors"
+
+
+def save_words(folder, models, subjects):
+    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}."""
+    from safetensors.torch import save_file
+
+    for subject in subjects:
+        vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
+                   for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders)]
+        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))

@@ -1,0 +1,40 @@
+"""The methods as a table: what each trains, what it saves, and what else has to be known of it."""
+
+from dataclasses import dataclass
+
+from dreambooth.base import default
+from dreambooth.methods.full import full_text_encoder, full_unet, save_pipeline
+from dreambooth.methods.lora import save_lora, text_encoder_lora, unet_lora
+from dreambooth.methods.new_words import new_words, pivotal_words, save_words
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains and what it saves. The training loop sees nothing of it but the parameter groups."""
+
+    trains: tuple  # functions (s, models, subjects, recipe) -> ParameterGroup
+    with_text_encoder: tuple  # those that join them with --train_text_encoder
+    saves: tuple  # functions (folder, models, subjects)
+    is_adapter: bool = True  # the model's own weights stay as they are
+    adds_words: bool = False
+    changes_class: bool = True  # else there is no prior to preserve
+    names_class: bool = True  # prompts name the class beside the identifier
+
+
+METHODS = {
+    "full": Method((full_unet,), (full_text_encoder,), (save_pipeline,), is_adapter=False),
+    "lora": Method((unet_lora,), (text_encoder_lora,), (save_lora,)),
+    "textual_inversion": Method((new_words,), (), (save_words,), adds_words=True, changes_class=False, names_class=False),
+    "pivotal": Method((pivotal_words, unet_lora), (text_encoder_lora,), (save_lora, save_words), adds_words=True),
+}
+
+
+def preserves_prior(s):
+    return default(s.with_prior_preservation, METHODS[s.method].changes_class)
+
+
+def parameter_groups(s, models, subjects, recipe):
+    """What --method trains, made ready in `models`."""
+    method = METHODS[s.method]
+    trains = method.trains + (method.with_text_encoder if s.train_text_encoder else ())
+    return [group(s, models, subjects, recipe) for group in trains]

@@ -1,0 +1,71 @@
+"""Where a model is: a folder, a hub id, a file or a short name. Nothing is loaded, and torch is not imported."""
+
+import json
+import re
+from pathlib import Path
+
+from dreambooth.base import UserError, say, short_path
+from dreambooth.models.checkpoint import checkpoint_configs
+from dreambooth.models.hub import BUNDLED_MODEL, DEFAULT_MODEL, MOVED_MODELS, SHORT_NAMES, hub_file
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def default_model():
+    """Stable Diffusion 1.5 on a CUDA GPU, else the bundled model; says which."""
+    import torch
+
+    if torch.cuda.is_available():
+        say(f"No --model_name given: using {DEFAULT_MODEL}.")
+        return DEFAULT_MODEL
+    say(f"No --model_name and no CUDA GPU: using the small bundled model, {short_path(BUNDLED_MODEL)}, which knows only "
+        f"emoji. Give --model_name {DEFAULT_MODEL} for the real one (hours on a CPU).")
+    return short_path(BUNDLED_MODEL)
+
+
+def find_model(name, flag):
+    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+    if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
+        short, name = name, str(SHORT_NAMES[name])
+        name = short_path(name) if Path(name).is_absolute() else name
+        say(f"{short} is {name}.")
+    if name in MOVED_MODELS and not Path(name).exists():
+        say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
+        name = MOVED_MODELS[name]
+    if name.endswith(PICKLES) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
+                        f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+    index = model_index(name, flag)
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
+    if kind not in PIPELINES:
+        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
+    return name
+
+
+def model_index(name, flag):
+    """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
+    if name.endswith(".safetensors"):
+        return checkpoint_configs(name, flag) / "model_index.json"
+    if Path(name).is_dir():
+        index = Path(name) / "model_index.json"
+        if not index.is_file():
+            raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
+        if not any(Path(name).glob("unet/*.safetensors")) and any(Path(name).glob("unet/*.bin")):
+            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust "
+                            f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
+                            f".save_pretrained(...)")
+        return index
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
+                        f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
+    try:
+        return hub_file(name, "model_index.json")
+    except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
+        reason = str(problem).strip().split("\n")[0][:100]
+        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
+                        f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
+                        f"which came with the program") from None

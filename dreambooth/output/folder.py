@@ -1,0 +1,141 @@
+"""The output folder: written whole or not at all, and an earlier one is never lost."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dreambooth.base import UserError, is_first_process, say, short_path
+from dreambooth.drawing.trained import read_record
+from dreambooth.files import check_writable, tidy, unused_name
+from dreambooth.methods.table import METHODS
+from dreambooth.training.checkpoints import checkpoints_in
+from dreambooth.training.levers import BYTES
+from dreambooth.training.optimizers import state_sizes
+
+
+def check_output_dir(s):
+    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed."""
+    folder = Path(s.output_dir).resolve()
+    check_writable(s.output_dir, "--output_dir")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "dreambooth.json").is_file():
+        raise UserError(f"--output_dir {s.output_dir}: the folder holds something else (no dreambooth.json); give another folder")
+    if folder == Path.cwd() or os.path.ismount(folder):
+        raise UserError(f"--output_dir {s.output_dir}: this folder cannot be renamed; give one inside it")
+
+
+def workplace(s):
+    """Where a training writes until its output is complete; an interrupted one leaves its checkpoints there."""
+    target = Path(s.output_dir).resolve()
+    return target.with_name(f"{target.name}.partial")
+
+
+def unfinished(s):
+    """Where the checkpoints of an earlier training of this output are."""
+    return workplace(s) if workplace(s).exists() else Path(s.output_dir).resolve()
+
+
+@contextlib.contextmanager
+def new_output(s):
+    """A folder to fill that becomes --output_dir if the block succeeds. If it fails, checkpoints and logs stay in it."""
+    folder = workplace(s)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however that happens
+    except Timeout:
+        raise UserError(f"--output_dir {s.output_dir}: another training is writing to it; give another folder") from None
+    try:
+        yield folder
+    except BaseException:
+        lock.release()
+        if checkpoints_in(folder):
+            tidy(folder, keep=("checkpoints", "logs", "samples"))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    lock.release()
+    finish_renaming(s)
+
+
+def finish_renaming(s):
+    """Give a complete output its name, if it still lacks it. dreambooth.json is written last, so it tells."""
+    folder = workplace(s)
+    if is_first_process() and (folder / "dreambooth.json").is_file():
+        (folder / ".lock").unlink(missing_ok=True)
+        replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
+
+
+def clear(folder, checkpoint, overwrite):
+    """Make `folder` ready for a training that goes on from `checkpoint`, or begins if that is None or lies elsewhere.
+
+    An interrupted training that is not gone on with gets another name, or is deleted if `overwrite`.
+    """
+    interrupted = checkpoints_in(folder)
+    if checkpoint in interrupted:
+        return tidy(folder, keep=(".lock", "checkpoints", "logs", "samples"))
+    if interrupted and overwrite:
+        say(f"--overwrite: the interrupted training of {interrupted[-1].name} in {short_path(folder)} is deleted; --resume would "
+            f"have gone on with it.")
+    elif interrupted:
+        kept = unused_name(folder)
+        kept.mkdir()
+        (folder / "checkpoints").rename(kept / "checkpoints")
+        say(f"Note: the interrupted training of {interrupted[-1].name} is kept in {short_path(kept)}; --resume would have "
+            f"gone on with it.")
+    tidy(folder, keep=(".lock",))
+
+
+def replace_output(folder, target, overwrite):
+    """Rename `folder` to `target`; what was there is kept under another name, or deleted if `overwrite`."""
+    earlier = None
+    try:
+        if target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+        if target.exists():
+            earlier = unused_name(target)
+            target.rename(earlier)
+        folder.rename(target)
+    except OSError as problem:
+        if earlier and not target.exists():
+            earlier.rename(target)
+        raise UserError(f"{target} cannot be replaced ({problem.strerror}); the new model is complete in {folder}") from None
+    if earlier and overwrite:
+        shutil.rmtree(earlier)
+    elif earlier:
+        say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
+
+
+def is_complete(s):
+    """Whether --output_dir already holds what these settings make, and no interrupted training would replace it."""
+    if workplace(s).exists() or not Path(s.output_dir).is_dir():
+        return False
+    made = read_record(s.output_dir).get("settings", {})
+    ours = json.loads(json.dumps(dataclasses.asdict(s)))
+    return all(made.get(key) == value for key, value in ours.items()
+               if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit"))
+
+
+def disk_sizes(s, course, models, groups):
+    """Bytes of (the output, a checkpoint, the weights alone that --select_best keeps)."""
+    shapes = [parameter.shape for group in groups for parameter in group.parameters]
+    weights = sum(map(math.prod, shapes))
+    frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
+    trained = BYTES[course.levers.weights] * weights
+    output = 2 * trained if METHODS[s.method].is_adapter else trained + 4 * frozen
+    return output, trained * (2 if course.use_ema else 1) + sum(state_sizes(shapes, course.levers)), trained
+
+
+def check_space(s, course, models, groups):
+    """UserError unless the disk has room for the output, one checkpoint more than are kept, and two bests."""
+    output, checkpoint, best = disk_sizes(s, course, models, groups)
+    needed = output + checkpoint * (s.checkpoints_total_limit + 1) + 2 * best * s.select_best
+    free = shutil.disk_usage(next(p for p in Path(s.output_dir).resolve().parents if p.exists())).free
+    if free < needed:
+        raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "
+                        f"{free / 1e9:.1f} GB are free; make room, or give another folder or fewer --checkpoints_total_limit")

@@ -1,0 +1,56 @@
+"""Filling the output folder of a finished training."""
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from dreambooth.base import UserError, say
+from dreambooth.drawing.draw import draw_pictures, placed
+from dreambooth.files import flush, whole_file
+from dreambooth.methods.table import METHODS
+from dreambooth.models.recipes import guidance_scale
+from dreambooth.output.card import save_card
+from dreambooth.output.pictures import LOSS_PLOT, loss_plot
+from dreambooth.training.course import decisions
+from dreambooth.training.loss import loss_means
+from dreambooth.training.run import best_of
+from dreambooth.training.selection import SEEDS_SEEN
+
+
+def save_output(folder, run, models, subjects, seconds):
+    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
+    s, history = run.s, run.history
+    models.pipeline.to("cpu")
+    for save in METHODS[s.method].saves:
+        save(folder, models, subjects)
+    loss_plot(history).save(folder / LOSS_PLOT)
+    save_card(folder, s, models, subjects)
+    record = {
+        "method": s.method,
+        "base_model": models.name,
+        "subjects": [dataclasses.asdict(subject) for subject in subjects],
+        "used": decisions(run.course, run.groups) | {
+            "guidance_scale": guidance_scale(s, models.unet.config),
+            "selected_step": best_of(run.scores)["step"] if run.scores else None},
+        "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
+        "seconds": seconds,
+        "settings": dataclasses.asdict(s),
+        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
+    }
+    with whole_file(folder / "dreambooth.json") as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for path in folder.rglob("*"):
+            flush(path)
+
+
+def draw_samples(s, models, subjects, viewer, plan):
+    """The sample grid of a finished training. The model is safe by then: whatever goes wrong here is only said."""
+    try:
+        placed(models.pipeline.to(plan.dtype), plan.device)
+        grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
+                             range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
+        save_card(Path(s.output_dir), s, models, subjects, grid)
+        say(f"A look at it is in {grid}.")
+    except (UserError, RuntimeError, OSError) as problem:
+        say(f"Note: the samples could not be drawn ({problem}); the model is complete.")

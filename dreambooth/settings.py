@@ -1,0 +1,256 @@
+"""Every flag, declared once: the command line, --help and dreambooth.json are made from `Settings`.
+
+Knows nothing of what the flags do; what depends on several of them at once is checked where it is used.
+"""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from dataclasses import dataclass
+
+from dreambooth.base import UserError, own_command
+
+DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
+MODES = {  # which commands know a flag; --help lists the flags in this order
+    "all": ("train", "infer", "evaluate"), "train+evaluate": ("train", "evaluate"), "train": ("train",),
+    "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"), "infer": ("infer",),
+    "infer+evaluate": ("infer", "evaluate"), "evaluate": ("evaluate",)}
+SAMPLE_PHOTOS = "./instance_images"
+DEFAULT_OUTPUT = "./output"
+
+
+def _field(mode, default, help, **options):
+    """One flag of the commands in `mode`: a key of MODES.
+
+    `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default), const (if given bare).
+    """
+    return dataclasses.field(default=default, metadata={"mode": mode, "help": help, **options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every flag with its type, default and help; the command line and dreambooth.json are made from this list.
+
+    A default of None means that the value depends on the model (see RECIPES) or the machine; it is derived where it is
+    used and printed there. Settings are never changed after parsing.
+    """
+
+    mode: typing.Literal["train", "infer", "evaluate", "export"]
+
+    # Model
+    model_name: str | None = _field(
+        "all", None, "model to start from: a hub id, a diffusers folder, a .safetensors checkpoint, or sd14, sd15, sd21, "
+        "sdxl or demo; otherwise: where the base model of a LoRA or an embedding is now",
+        aliases=["--pretrained_model_name_or_path"],
+        shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; otherwise: what training recorded")
+    resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
+                                    shown="the model's own")
+
+    # Subject and class
+    instance_data_dir: str | None = _field("train+evaluate", None, "folder with 3-5 photos of the subject",
+                                           shown=f"{SAMPLE_PHOTOS}; with --evaluate: what training recorded")
+    class_prompt: str | None = _field("train+evaluate", None, 'what kind of thing the subject is: "a dog"',
+                                      shown="what class_prompt.txt in the photo folder says")
+    identifier: str = _field("train+evaluate", "auto", "rare word that stands for the subject; auto: chosen from the "
+                                                       "tokenizer, with --evaluate what training recorded")
+    instance_prompt: str | None = _field("train", None, "caption of every photo; may hold [identifier]",
+                                         shown='the class prompt with the identifier: "a sks dog"')
+    concepts: str | None = _field("train+evaluate", None, "JSON list of several subjects to learn together, instead of the "
+                                                          "flags above", shown="none")
+    random_flip: bool = _field("train", False, "also train on mirrored photos (not for subjects with a left and a right)")
+
+    # Prior preservation
+    with_prior_preservation: bool | None = _field(
+        "train", None, "train class images beside the photos (paper section 3.2)",
+        shown="on; off for textual_inversion, which cannot change the class")
+    prior_loss_weight: float = _field("train", 1.0, "weight of the class images' loss, lambda in the paper", minimum=0)
+    num_class_images: int = _field("train", 200, "how many class images", minimum=1)
+    class_guidance_scale: float | None = _field("train", None, "classifier-free guidance of the class images; 1: none, "
+                                                "which keeps all of the class's variety", minimum=0, shown="depends on the model")
+    class_data_dir: str = _field("train", "./class_images", "cache of generated class images; images put directly "
+                                                            "in it are taken as your own and used instead")
+
+    # Method
+    method: str = _field("train", "full", "what trains: every layer, a LoRA beside them, the vectors of a new word, or "
+                                          "word and LoRA", choices=["full", "lora", "textual_inversion", "pivotal"])
+    train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the UNet",
+                                      methods=("full", "lora", "pivotal"))
+    rank: int = _field("train", 16, "rank of the LoRA", minimum=1, methods=("lora", "pivotal"))
+    lora_alpha: int | None = _field("train", None, "the LoRA is scaled by alpha / rank", minimum=1, shown="the rank",
+                                    methods=("lora", "pivotal"))
+    lora_target: str | None = _field("train", None, "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
+                                     choices=["attention", "attention+ff", "all"], shown="attention; all in small models")
+    use_dora: bool = _field("train", False, "LoRA of the UNet with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
+    num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
+    initializer_token: str | None = _field("train", None, "word whose vector a new word starts from",
+                                           shown="the class noun; for pivotal a rare word",
+                                           methods=("textual_inversion", "pivotal"))
+
+    # Optimization
+    steps: int | None = _field("train", None, "optimizer steps", minimum=1, aliases=["--max_train_steps"],
+                               shown="depends on the model")
+    learning_rate: float | None = _field("train", None, "learning rate of the UNet or its LoRA", minimum=0,
+                                         shown="depends on the model", methods=("full", "lora", "pivotal"))
+    text_encoder_lr: float | None = _field("train", None, "learning rate of the text encoder or its LoRA", minimum=0,
+                                           shown="depends on the model", methods=("full", "lora", "pivotal"))
+    embedding_lr: float | None = _field("train", None, "learning rate of new words", minimum=0, shown="depends on the model",
+                                        methods=("textual_inversion", "pivotal"))
+    embedding_frac: float = _field("train", 0.5, "new words stop after this fraction of the steps, the LoRA goes on",
+                                   minimum=0, maximum=1, methods=("pivotal",))
+    train_batch_size: int = _field("train", 1, "photos per step and GPU; as many class images join them", minimum=1)
+    gradient_accumulation_steps: int = _field("train", 1, "batches per optimizer step", minimum=1)
+    lr_scheduler: str | None = _field("train", None, "learning rate schedule", choices=[
+        "constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"],
+                                      shown="constant; warmup_stable_decay, which falls to 0 in the last quarter, for --method "
+                                            "full of small models without --select_best")
+    lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
+    max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
+    optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs the package torchao, "
+                                   "prodigy prodigyopt", shown="adamw, or as --max_vram needs",
+                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
+    adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
+    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
+    use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
+                                  shown="on for --method full of small models with --select_best, else off")
+    max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
+                           "on; auto: nearly all that a CUDA GPU has free, without one no limit")
+    gradient_checkpointing: bool | None = _field("train", None, "recompute activations to save memory",
+                                                 shown="as --max_vram needs")
+    split_batch: bool | None = _field("train", None, "photos and class images one after the other within a step: half the "
+                                      "activations", shown="as --max_vram needs")
+    fused_backward: bool | None = _field("train", None, "step each tensor as soon as its gradient is there and free it; "
+                                         "each is then scaled down by itself", shown="as --max_vram needs")
+    weights: str | None = _field("train", None, "precision of the trained weights; bf16 is rounded stochastically, and needs "
+                                 "--optimizer adamw8bit or --fused_backward", choices=["fp32", "bf16"], methods=("full",),
+                                 shown="fp32, or as --max_vram needs")
+    offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
+                                            "--fused_backward and takes time", shown="as --max_vram needs")
+    compile: bool = _field("train", False, "compile the UNet's transformer blocks with torch.compile: the first steps take a "
+                                           "minute longer")
+    channels_last: bool = _field("train", False, "lay the UNet's weights out channels last, as tensor cores read them")
+
+    # Output of training
+    output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
+    overwrite: bool = _field("train+export", False, "delete an earlier --output_dir once the new one is complete "
+                                             "(otherwise it is kept under another name)")
+    checkpointing_steps: int = _field("train", 500, "steps between checkpoints; 0: only when training is interrupted", minimum=0)
+    checkpoints_total_limit: int = _field("train", 1, "checkpoints kept, the newest ones", minimum=1)
+    resume: str | None = _field("train", None, "go on with an interrupted training: latest, or a checkpoint's folder",
+                                aliases=["--resume_from_checkpoint"], const="latest", shown="start anew; latest if given bare")
+    validation_prompt: list[str] | None = _field("train", None, "prompt of the samples; repeatable",
+                                                 shown="subject, subject on the moon, class")
+    validation_steps: int | None = _field("train", None, "steps between samples", minimum=1,
+                                          shown="samples are drawn at the end only; a tenth of the steps with --select_best")
+    select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
+                                               "best instead of the last")
+
+    export: str | None = _field(
+        "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
+        "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
+        "holds", shown="none")
+
+    # Inference
+    model_path: list[str] | None = _field("trained", None, "what was trained: a folder or hub id; with --evaluate "
+                                          "repeatable, to compare", shown=DEFAULT_OUTPUT)
+    prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
+                                                     "for one of several; repeatable", shown="the subject on the moon")
+    lora_scale: float = _field("infer", 1.0, "strength of the LoRA in --model_path", minimum=0)
+    adapter: list[str] | None = _field("infer", None, "another LoRA or embedding to add, as PATH or PATH=STRENGTH: an "
+                                                      "output of --train or a .safetensors file; repeatable", shown="none")
+    negative_prompt: str = _field("infer", "", "what not to draw")
+    num_images: int = _field("infer+evaluate", 4, "pictures per prompt, with seeds --seed, --seed + 1, ...", minimum=1)
+    height: int | None = _field("infer", None, "height in pixels", minimum=8, shown="the model's own")
+    width: int | None = _field("infer", None, "width in pixels", minimum=8, shown="the model's own")
+    image_dir: str = _field("infer", "./images", "folder for the pictures")
+
+    # Evaluation
+    subject_type: str = _field("train+evaluate", "auto", "which of the paper's two lists of 25 prompts; auto: by the class noun, "
+                               "and for the bundled model a list of its own", choices=["auto", "object", "live"])
+    prompts_file: str | None = _field("train+evaluate", None, "text file with a prompt a line, such as "
+                                      '"a red [identifier] [class]", to use instead', shown="none")
+    dino_model: str | None = _field("train+evaluate", None, "ViT that compares pictures: a folder or hub id",
+                                    shown="facebook/dino-vits16; for the bundled model demo/metrics/vit")
+    clip_model: str | None = _field("train+evaluate", None, "CLIP that compares pictures, and prompts with them",
+                                    shown="openai/clip-vit-base-patch32; for the bundled model demo/metrics/clip")
+    eval_dir: str = _field("evaluate", "./evaluation", "folder for the pictures, the scores and the contact sheets")
+
+    # All
+    num_inference_steps: int = _field("all", 30, "denoising steps of a picture", minimum=1)
+    guidance_scale: float | None = _field("all", None, "classifier-free guidance", minimum=0,
+                                          shown="depends on the model")
+    sample_batch_size: int | None = _field("all", None, "pictures drawn at once", minimum=1,
+                                           shown="16 on a CUDA GPU, fewer once its memory is full; on a CPU 4, or 16 "
+                                                 "small ones")
+    mixed_precision: str = _field("all", "auto", "bf16 or fp16 arithmetic; auto: bf16 where the GPU has it, else fp16, "
+                                                  "and none without a CUDA GPU", choices=["auto", "no", "fp16", "bf16"])
+    seed: int = _field("all", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
+
+
+CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _value_type(annotation):
+    """(type, is_list) of a field: `int | None` is (int, False), `list[str] | None` is (str, True)."""
+    options = [a for a in typing.get_args(annotation) if a is not type(None)]
+    kind = options[0] if options and typing.get_origin(annotation) is not list else annotation
+    return (typing.get_args(kind)[0], True) if typing.get_origin(kind) is list else (kind, False)
+
+
+def build_parser():
+    """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
+    parser = _Parser(prog=own_command() if __package__ else None, description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     usage="%(prog)s (--train | --infer | --evaluate | --export FILE) [flags]")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
+    what.add_argument("--infer", dest="mode", action="store_const", const="infer", help="draw with a trained model")
+    what.add_argument("--evaluate", dest="mode", action="store_const", const="evaluate",
+                      help="measure a trained model with the paper's metrics")
+    groups = {name: parser.add_argument_group("with " + " and ".join(f"--{mode}" for mode in modes))
+              for name, modes in MODES.items()}
+    for field in dataclasses.fields(Settings)[1:]:
+        meta, (kind, is_list) = field.metadata, _value_type(field.type)
+        default = meta.get("shown", "off" if field.default is False else "on" if field.default is True else field.default)
+        options = {"help": f"{meta['help']} (default: {'none' if default == '' else default})".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "choices": meta.get("choices"), "action": "append" if is_list else "store"}
+            options["metavar"] = None if meta.get("choices") else kind.__name__.upper()
+            if "const" in meta:
+                options |= {"nargs": "?", "const": meta["const"]}
+        groups[meta["mode"]].add_argument(f"--{field.name}", *meta.get("aliases", []), dest=field.name, **options)
+    return parser
+
+
+def parse_settings(argv=None):
+    """Settings from the command line. Raises UserError for anything argparse or a field's limits reject."""
+    given = vars(build_parser().parse_args(argv))
+    if "mode" not in given:
+        if "export" not in given:
+            raise UserError("say what to do: --train, --infer, --evaluate or --export FILE; --help lists the flags")
+        given["mode"] = "export"
+    settings = Settings(**given)
+    for field in dataclasses.fields(Settings)[1:]:
+        value, meta = getattr(settings, field.name), field.metadata
+        if field.name in given and settings.mode not in MODES[meta["mode"]]:
+            raise UserError(f"--{field.name} belongs to --{' and --'.join(MODES[meta['mode']])} and has no meaning with "
+                            f"--{settings.mode}")
+        if field.name in given and settings.mode == "train" and settings.method not in meta.get("methods", [settings.method]):
+            raise UserError(f"--{field.name} has no meaning with --method {settings.method}; it belongs to "
+                            + " and ".join(meta["methods"]))
+        if field.name in given and settings.concepts and field.name in CONCEPT_FLAGS:
+            raise UserError(f"--{field.name}: with --concepts, each entry of {settings.concepts} has its own; leave one out")
+        low, high = meta.get("minimum"), meta.get("maximum", sys.float_info.max)
+        if low is not None and value is not None and not low <= value <= high:
+            raise UserError(f"--{field.name} {value}: must be a number of at least {low}"
+                            + (f" and at most {high}" if "maximum" in meta else ""))
+    for name in ("resolution", "height", "width"):
+        if (getattr(settings, name) or 0) % 8:
+            raise UserError(f"--{name} {getattr(settings, name)}: must be a multiple of 8")
+    return settings

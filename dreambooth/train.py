@@ -1,0 +1,180 @@
+"""--train: teach a model a subject. `train` is the story of one run, from photos and flags to ./output."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import time
+
+from dreambooth.base import default, own_command, say
+from dreambooth.data.class_images import class_pools
+from dreambooth.data.latents import cache_latents
+from dreambooth.device import machine_name, plan_device
+from dreambooth.drawing.trained import find_trained
+from dreambooth.evaluation.networks import metric_models
+from dreambooth.export import check_export, write_export
+from dreambooth.files import check_writable
+from dreambooth.memory.plan import naming_next_plan, set_course
+from dreambooth.memory.plans import check_levers
+from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.models.encoding import check_length, embed_ends
+from dreambooth.models.find import default_model, find_model
+from dreambooth.models.load import load_models
+from dreambooth.models.parts import take_apart
+from dreambooth.models.recipes import family_of
+from dreambooth.output.card import CARD
+from dreambooth.output.folder import (
+    check_output_dir,
+    check_space,
+    clear,
+    finish_renaming,
+    is_complete,
+    new_output,
+    unfinished,
+    workplace,
+)
+from dreambooth.output.pictures import LOSS_PLOT, save_photo_sheet
+from dreambooth.output.save import draw_samples, save_output
+from dreambooth.subjects.concepts import captioned, read_concepts
+from dreambooth.subjects.identifier import choose_identifiers
+from dreambooth.subjects.words import Subject, fill_identifier, noun_of
+from dreambooth.training.checkpoints import find_checkpoint, load_checkpoint
+from dreambooth.training.course import check_rates, recipe_for
+from dreambooth.training.loop import optimize
+from dreambooth.training.loss import loss_means
+from dreambooth.training.origin import origin_of, pictures_digest
+from dreambooth.training.prepare import prepare_training
+from dreambooth.training.samples import make_viewer
+
+
+def train(s):
+    """Fine-tune a model on a subject and write it to --output_dir."""
+    concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
+    check_output_dir(s)
+    if preserves_prior(s):
+        for concept in concepts:
+            check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.export:
+        check_export(s)
+    name = find_model(s.model_name or default_model(), "--model_name")
+    metric_names = metric_models(s, [name]) if s.select_best else None
+    plan = plan_device(s)
+    check_levers(s, plan)
+
+    ignore_splitting()
+    accelerator = make_accelerator(s, plan)
+    started = time.monotonic()
+    with accelerator.main_process_first():
+        finish_renaming(s)
+        is_done = s.resume == "latest" and is_complete(s)
+        checkpoint = None if is_done else find_checkpoint(s, unfinished(s))
+    if is_done:
+        return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
+    accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
+    with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
+        subjects, run = prepare(s, name, concepts, plan, accelerator)
+        if checkpoint:
+            load_checkpoint(run, checkpoint)
+        viewer = make_viewer(run, concepts, subjects, metric_names)
+        if accelerator.is_main_process:
+            clear(folder, checkpoint, s.overwrite)
+            save_photo_sheet(folder, s, concepts, run.course.resolution)
+        prepared = time.monotonic()
+        with naming_next_plan(s, run.course.levers, plan, folder):
+            optimize(run, folder, viewer)
+        seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
+        accelerator.free_memory()
+        models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
+        if accelerator.is_main_process:
+            save_output(folder, run, models, subjects, seconds)
+    report_training(s, subjects, run.history, seconds)
+    if accelerator.is_main_process:
+        if s.export:
+            write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
+        draw_samples(s, models, subjects, viewer, plan)
+    accelerator.wait_for_everyone()
+
+
+def ignore_splitting():
+    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
+                f"averaged, as a plain multi-GPU configuration has it.")
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
+
+
+def make_accelerator(s, plan):
+    """What brings models to their devices, wraps them for half precision, and lets several processes train together.
+
+    Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
+    that it kept would lie there from its layer to the end of the pass for nothing.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
+
+    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
+                       gradient_accumulation_steps=s.gradient_accumulation_steps,
+                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+
+
+def prepare(s, name, concepts, plan, accelerator):
+    """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
+    import torch
+
+    models = load_models(name, plan.dtype, freezes_unet=METHODS[s.method].is_adapter)
+    family = family_of(models.unet.config)
+    recipe = recipe_for(family, s)
+    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
+        f"{default(s.resolution, models.resolution)} px")
+    say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
+    subjects = settle_subjects(s, models, concepts)
+    course = set_course(s, models, subjects, recipe, plan)
+    if preserves_prior(s) and not METHODS[s.method].changes_class:
+        say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
+
+    class_images = class_pools(s, models, concepts, course.resolution, plan, accelerator) if preserves_prior(s) else []
+    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    fingerprint = models.fingerprint  # of the weights as they were loaded
+    torch.manual_seed(s.seed)
+    groups = parameter_groups(s, models, subjects, recipe)
+    check_rates(s, groups)
+    check_space(s, course, models, groups)
+    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
+    check_length(models.pipeline, cache.prompts)
+    for group in groups:
+        say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
+            f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
+    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
+    return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
+
+
+def settle_subjects(s, models, concepts):
+    """The Subjects of these concepts: every identifier is chosen or checked, and said."""
+    if METHODS[s.method].adds_words:
+        words = [f"<{c.name}>" if c.identifier == "auto" else c.identifier for c in concepts]
+    else:
+        words = choose_identifiers(models, concepts, s.seed, functools.partial(embed_ends, models))
+    subjects = []
+    for concept, word in zip(concepts, words):
+        bare = Subject(word, concept.class_prompt or "", "", concept.name)
+        subject = dataclasses.replace(bare, instance_prompt=fill_identifier(concept.instance_prompt, [bare], "--instance_prompt"))
+        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "no class images"
+        say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos; {prior}')
+        subjects.append(subject)
+    return subjects
+
+
+def report_training(s, subjects, history, seconds):
+    """Say how the losses went, what was learnt, where it is and what to do next."""
+    for when, stretch in (("first", history[:100]), ("last", history[-100:])):
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
+        say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
+    say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
+        f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
+    for subject in subjects:
+        noun = noun_of(subject.class_prompt or subject.name)
+        say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    say(f"Try next: {own_command()}"
+        f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')

@@ -1,0 +1,117 @@
+"""Checkpoints: what an interrupted training goes on from, whole or not there at all."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from dreambooth.base import UserError, say, short_path
+from dreambooth.files import file_digest, renamed_when_complete, save_tensors
+from dreambooth.methods.groups import check_finite, trained_tensors
+from dreambooth.training.origin import check_origin, shaping_flags
+from dreambooth.training.run import best_of
+from dreambooth.training.state import flatten_state, give_state, restore_state
+
+TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
+
+
+def checkpoints_in(folder):
+    """Paths of the checkpoints of a training in `folder`, oldest first."""
+    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def best_file(folder, step):
+    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
+
+
+def best_files(folder):
+    return list((folder / "checkpoints").glob("best-*.safetensors"))
+
+
+def read_state(path):
+    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
+        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
+                        f"--resume")
+    return state
+
+
+def find_checkpoint(s, folder):
+    """The checkpoint to go on from, named by --resume or the newest of those in `folder`; None to begin at the beginning.
+
+    Damaged ones in `folder` are passed over, and that is said.
+
+    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
+    """
+    if s.resume is None:
+        return None
+    if s.resume != "latest":
+        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
+        return Path(s.resume).resolve()
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            state = read_state(path)
+        except UserError:
+            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
+        else:
+            check_origin(path, state, shaping_flags(s))
+            return path
+    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
+    return None
+
+
+def write_checkpoint(run, folder):
+    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
+    check_finite(run.groups)
+    if run.accelerator.is_main_process:
+        optimizer = run.optimizer.state_dict()
+        moments, numbers = flatten_state(optimizer["state"])
+        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
+        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
+        with renamed_when_complete(path) as new:
+            save_tensors(tensors, new / TENSORS_FILE)
+            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
+            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
+                     "sha256": file_digest(new / TENSORS_FILE)}
+            # torchao keeps its learning rate in a tensor
+            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
+        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+    run.accelerator.wait_for_everyone()
+
+
+def load_checkpoint(run, path):
+    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
+    import torch
+    from safetensors.torch import load_file
+
+    state = read_state(path)
+    check_origin(path, state, run.origin)
+    done = len(state["history"])
+    if done > run.course.steps:
+        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
+    saved = load_file(path / TENSORS_FILE)
+    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
+    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
+        tensor.copy_(saved.pop(name))
+    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
+                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
+    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
+    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
+    run.lr_scheduler.last_epoch = done
+    if state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.history.extend(state["history"])
+    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
+        run.scores.extend(state["scores"])
+    elif state["scores"]:
+        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
+    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")

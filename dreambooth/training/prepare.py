@@ -1,0 +1,128 @@
+"""Making a Run of what is to train, and ordinary modules of it again."""
+
+import dataclasses
+
+from dreambooth.base import say
+from dreambooth.device import moved
+from dreambooth.methods.groups import trained_tensors
+from dreambooth.models.encoding import encode_prompts
+from dreambooth.models.parts import text_encoders_of
+from dreambooth.training.fused import fuse_backward
+from dreambooth.training.optimizers import OPTIMIZERS
+from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
+from dreambooth.training.run import Run
+
+
+def prepare_training(s, course, models, groups, cache, accelerator, origin):
+    """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
+    import torch
+
+    device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
+    if levers.gradient_checkpointing:
+        set_checkpointing(models, groups)
+    trains_text = any(t in training for t in models.text_encoders)
+    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
+        module.to(device).train()
+    if s.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+    if is_bf16_throughout(s, levers, course.precision):
+        compute_in_bf16(models.unet)
+    if s.compile:
+        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
+        models.unet.compile_repeated_blocks()
+    optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
+                                                  s.adam_weight_decay, device)
+    # The schedule stays ours: accelerate would advance it once per process.
+    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps)
+
+    def until(last, factor):
+        return lambda step: factor(step) if step < last else 0
+    lr_scheduler.lr_lambdas = [until(g.until * course.steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
+
+    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
+        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
+    parts = [models.unet, *models.text_encoders]
+    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
+    modules = [module for module, part in zip(ready, parts) if part in training]
+    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
+    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
+    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
+    if levers.fused_backward:
+        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
+    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+               origin, averages)
+
+
+def make_schedule(name, optimizer, warmup, steps):
+    """A learning rate schedule of diffusers or transformers. "warmup_stable_decay" falls linearly to 0 in its last quarter."""
+    from diffusers.optimization import get_scheduler
+    from transformers import get_wsd_schedule
+
+    if name == "warmup_stable_decay":
+        return get_wsd_schedule(optimizer, warmup, steps // 4, steps, decay_type="linear")
+    name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def encode_for_good(models, prompts, device):
+    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
+    import torch
+
+    for text_encoder in models.text_encoders:
+        text_encoder.to(device)
+    with torch.no_grad():
+        encoded = encode_prompts(models, prompts)
+    for text_encoder in models.text_encoders:
+        text_encoder.to("cpu")
+    return encoded
+
+
+def prompt_conditioning(models, prompts, encoded, device):
+    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
+
+    `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
+    numbers stay on the CPU, where counting them does not wait for the GPU.
+    """
+    def conditioning(numbers):
+        distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
+        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
+        numbers = moved(numbers, device)
+        return hidden[numbers], None if pooled is None else pooled[numbers]
+
+    return conditioning
+
+
+def set_checkpointing(models, groups):
+    """Have activations recomputed in whatever gradients pass."""
+    say("Gradient checkpointing: on (less memory, but slower).")
+    for module in {models.unet, *(module for group in groups for module in group.modules)}:
+        enable = getattr(module, "enable_gradient_checkpointing", None) or module.activation_checkpointing_enable
+        enable()
+
+
+def unwrap(run):
+    """Make ordinary modules of what trained, and forget what training alone needs.
+
+    accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
+    """
+    import torch
+
+    pipeline = run.models.pipeline
+    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
+        module.eval()
+        for name in ("forward", "_original_forward"):
+            vars(module).pop(name, None)
+        for part in module.modules():
+            part._compiled_call_impl = None
+        module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    for group in run.groups:
+        group.finish()
+    run.optimizer.state.clear()
+    run.averages.clear()
