@@ -7,11 +7,18 @@
     python dreambooth_implementation.py --export my_dog.safetensors --model_path ./output
     python dreambooth_implementation.py --help
 
-Made from the modules in dreambooth/ by `make single`: change those, not this file. Each section is a module, named above it, and
-needs only what stands before it.
+Three to five photos of one subject fine-tune every layer of the UNet (and, with --train_text_encoder, of the text
+encoders) of a Stable Diffusion 1.x, 2.x or XL model. Pictures of the subject's class, drawn by the model before it is
+tuned, are trained beside the photos so that the class is not forgotten. The result is an ordinary diffusers pipeline.
+With --method lora, textual_inversion or pivotal a small file is trained instead, and the model itself stays as it is.
 
 Method: Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
 arXiv 2208.12242. "Paper" below means this one.
+
+torch, diffusers and transformers take seconds to import: each function that needs one imports it, so that --help
+and every complaint about the input answer at once.
+
+Made from the modules in dreambooth/ by `make single`: change those, not this file. Each section is a module.
 """
 
 import argparse
@@ -23,6 +30,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -44,7 +52,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # base: What every module may use: complaints, lines said once, small words and paths.
 #
 # Knows nothing of models, pictures or flags.
@@ -109,7 +117,7 @@ def slug(text):
     return re.sub(r"\W+", "-", text.lower()).encode()[:120].decode(errors="ignore").strip("-") or "prompt"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # device: Where and in which precision to compute: a CUDA GPU, Apple's, or the CPU.
 #
 # Knows nothing of what is computed.
@@ -184,7 +192,7 @@ def machine_name(device):
     return "Apple GPU (MPS)" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # files: Files that are whole or not there at all, and what can be told of one without loading it.
 #
 # Knows nothing of what is in them.
@@ -292,7 +300,7 @@ def unused_name(path):
     return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}-{n}")).exists())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # images: Pictures: read as the eye sees them, cut to squares, laid out in grids, saved with their settings inside.
 #
 # Knows nothing of subjects or models.
@@ -408,7 +416,147 @@ def png_parameters(path):
         return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
+# progress: How far a piece of work is: a bar on a terminal, now and then a line in a file, a pipe or a notebook's log.
+#
+# Knows nothing of the work.
+
+
+EVERY = 10  # seconds between lines
+
+
+def progress(iterable, title, unit, total=None, done=0, hidden=False):
+    """`iterable`, and on standard error how far it is; `done` of `total` items were there before.
+
+    What it returns has tqdm's set_postfix(), which takes {name: value} to show. DREAMBOOTH_PROGRESS=bar in the environment asks
+    for the bar where no terminal is, for programs that read it.
+    """
+    if hidden or sys.stderr.isatty() or os.environ.get("DREAMBOOTH_PROGRESS") == "bar":
+        return tqdm(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
+    return Lines(iterable, title, unit, len(iterable) if total is None else total, done)
+
+
+class Lines:
+    """`iterable` with a line every ten seconds, and whenever another tenth of the work is done, but never more than a hundred
+    or so; a piece of work that takes less than a second gets one line in the end."""
+
+    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic):
+        self.iterable, self.title, self.unit, self.total, self.done, self.clock = iterable, title, unit, total, done, clock
+        self.shown = {}
+
+    def set_postfix(self, values):
+        """Show {name: value} in the lines that follow."""
+        self.shown = values
+
+    def __iter__(self):
+        started = said_at = self.clock()
+        before = said = self.done
+        for item in self.iterable:
+            yield item
+            self.done += 1
+            now = self.clock()
+            is_tenth = 10 * self.done // self.total > 10 * said // self.total and now - said_at >= 1
+            is_due = is_tenth or now - said_at >= EVERY and 100 * (self.done - said) >= self.total
+            if is_due or self.done == self.total:
+                self.say(now - started, (now - started) / (self.done - before))
+                said, said_at = self.done, now
+
+    def say(self, seconds, pace):
+        """One line. `seconds` have been spent, at `pace` seconds an item."""
+        values = "".join(f", {name} {value}" for name, value in self.shown.items())
+        left = self.total - self.done
+        time_left = f"{tqdm.format_interval(pace * left)} left" if left else f"took {tqdm.format_interval(seconds)}"
+        print(f"{self.title}: {self.done} of {self.total} {self.unit}s{values}; {time_left}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# threads: How many threads torch computes with on a CPU that other programs use as well.
+#
+# Threads wait for one another several hundred times in a step, and they wait by spinning: once another program has taken a core,
+# all spin until the one without a core has its turn, and a step takes ten times as long. Fewer threads then are faster. That is
+# measured, and nothing else is assumed.
+
+
+WINDOW = 1.0  # seconds, and at least two steps, that a pace is measured over
+PATIENCE = 30.0, 300.0  # seconds until a number that was slower is tried again: at first, and at most
+HELD = 0.9  # of the threads: with less of the CPU than this, others want it too
+
+
+class Threads:
+    """Tries fewer threads while the process gets less of the CPU than it has threads, and all of them now and then, and keeps
+    what is faster.
+
+    Results are the same to the last bit only for one number of threads; where OMP_NUM_THREADS gives it, it stays.
+    """
+
+    def __init__(self, most, use, clock=time.monotonic, cpu_clock=time.process_time):
+        """`use(n)` has torch compute with n of `most` threads; `cpu_clock` counts seconds of all threads together."""
+        self.most = self.number = most
+        self.use, self.clock, self.cpu_clock = use, clock, cpu_clock
+        self.tried_from = None  # (number, pace) that a number under trial is compared with
+        self.waits = {}  # whether it is more: (when to try it again, seconds that it waited)
+        self.steps = self.seconds = self.cpu_seconds = 0
+
+    @contextlib.contextmanager
+    def timed(self):
+        """A step is inside. After it the number may change."""
+        started, cpu_started = self.clock(), self.cpu_clock()
+        yield
+        self.steps += 1
+        self.seconds += self.clock() - started
+        self.cpu_seconds += self.cpu_clock() - cpu_started
+        if self.steps >= 2 and self.seconds >= WINDOW:
+            pace, cores = self.seconds / self.steps, self.cpu_seconds / self.seconds
+            self.steps = self.seconds = self.cpu_seconds = 0
+            if self.tried_from:
+                self.judge(pace)
+            else:
+                self.try_another(pace, cores)
+
+    def judge(self, pace):
+        """Keep the number under trial if its pace, seconds a step, is better than that before; else go back and wait."""
+        (before, pace_before), self.tried_from = self.tried_from, None
+        is_more = self.number > before
+        if pace < 0.95 * pace_before:
+            self.waits.pop(is_more, None)
+            if not is_more:
+                self.waits[True] = (self.clock() + PATIENCE[0], PATIENCE[0])
+                say_once(f"Other programs use the CPU: training with {self.number} of {self.most} threads while that is faster. "
+                         f"OMP_NUM_THREADS in the environment fixes their number.")
+        else:
+            wait = min(2 * self.waits[is_more][1], PATIENCE[1]) if is_more in self.waits else PATIENCE[0]
+            self.waits[is_more] = (self.clock() + wait, wait)
+            self.set(before)
+
+    def try_another(self, pace, cores):
+        """Try as many threads as there were `cores` for the process, or all again, unless that was slower of late."""
+        fewer = min(self.number, max(1, int(cores))) if cores < HELD * self.number else self.number
+        for number in (fewer, self.most):
+            if number != self.number and self.clock() >= self.waits.get(number > self.number, (0, 0))[0]:
+                self.tried_from = self.number, pace
+                return self.set(number)
+
+    def set(self, number):
+        self.number = number
+        self.use(number)
+
+
+@contextlib.contextmanager
+def as_many_threads_as_help(device):
+    """A Threads whose timed() goes around each step of the block, or an empty stand-in where their number is fixed."""
+    import torch
+
+    most = torch.get_num_threads()
+    if device.type != "cpu" or most == 1 or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        yield contextlib.nullcontext
+        return
+    try:
+        yield Threads(most, torch.set_num_threads).timed
+    finally:
+        torch.set_num_threads(most)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # settings: Every flag, declared once: the command line, --help and dreambooth.json are made from `Settings`.
 #
 # Knows nothing of what the flags do; what depends on several of them at once is checked where it is used.
@@ -607,7 +755,8 @@ def _value_type(annotation):
 
 def build_parser():
     """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
-    parser = _Parser(prog=own_command() if __package__ else None, description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = _Parser(description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     prog=own_command() if __package__ else None,
                      usage="%(prog)s (--train | --infer | --evaluate | --export FILE) [flags]")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
@@ -659,7 +808,7 @@ def parse_settings(argv=None):
     return settings
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/words: A subject and the words for it: "a dog" makes "a [identifier] dog", and [identifier] becomes a word.
 #
 # Knows nothing of tokenizers; which word it is, is chosen in `identifier`.
@@ -711,7 +860,7 @@ def fill_identifier(prompt, subjects, source, others=()):
     return re.sub(r"\[identifier(?::([^\]]*))?\]", word, prompt)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/photos: Folders of photos: which files count, their captions, and whatever a person should know about them.
 #
 # Knows nothing of models; nothing slow is imported, so that every complaint comes at once.
@@ -818,7 +967,7 @@ def own_class_images(root):
     return Path(root).is_dir() and any(p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES for p in Path(root).iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
 #
 # Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
@@ -909,7 +1058,7 @@ def check_identifier(tokenizer, identifier):
             f"--identifier auto finds a rare one.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/concepts: What is to be learnt, as its owner describes it: by flags, or in a --concepts file for several subjects.
 #
 # Knows nothing of methods and models: whoever calls says whether there are class images and whether prompts name the class.
@@ -1021,7 +1170,7 @@ def captioned(concept, subject):
             for path, caption in concept.photos]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/parts: The parts of a loaded pipeline, and what is asked of them.
 #
 # Knows nothing of training.
@@ -1109,7 +1258,7 @@ def text_encoder_parameters(models):
     return parameters
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/hub: Which models go by which name, and files of the Hugging Face hub, from the cache wherever they are there.
 
 
@@ -1144,7 +1293,7 @@ def hub_configs(name):
     return folder if is_whole else Path(ask())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/recipes: Defaults of every method on every model family: steps, learning rates, guidance.
 #
 # The only module that tells the families apart, and it asks a model's config, never its name.
@@ -1201,7 +1350,7 @@ def guidance_scale(s, unet_config):
     return default(s.guidance_scale, GUIDANCE[family_of(unet_config)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/vocabulary: New words of a tokenizer and its text encoder, and how files of embeddings name them.
 
 
@@ -1255,7 +1404,7 @@ def embedding_vectors(models, tensors):
     return [tensors[key].reshape(-1, width) for key, width in zip(keys, widths)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/encoding: Prompts as the UNet is told them: token ids and the text encoders' embeddings.
 
 
@@ -1307,7 +1456,7 @@ def check_length(pipeline, prompts):
                 f'{tokenizer.model_max_length}.')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/checkpoint: Single-file checkpoints: weights under the names of Stable Diffusion's own code, with configs from elsewhere.
 
 
@@ -1378,7 +1527,7 @@ def load_single_file(name, flag, dtype, **options):
     return pipeline
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/find: Where a model is: a folder, a hub id, a file or a short name. Nothing is loaded, and torch is not imported.
 
 
@@ -1393,23 +1542,33 @@ def default_model():
     if torch.cuda.is_available():
         say(f"No --model_name given: using {DEFAULT_MODEL}.")
         return DEFAULT_MODEL
+    check_bundled("--model_name is missing, and without a CUDA GPU it means the bundled model")
     say(f"No --model_name and no CUDA GPU: using the small bundled model, {short_path(BUNDLED_MODEL)}, which knows only "
         f"emoji. Give --model_name {DEFAULT_MODEL} for the real one (hours on a CPU).")
     return short_path(BUNDLED_MODEL)
 
 
+def check_bundled(asked):
+    """UserError unless the bundled model is there; `asked` says who wants it."""
+    if not BUNDLED_MODEL.is_dir():
+        raise UserError(f"{asked}: it is not beside this program, in {short_path(BUNDLED_MODEL)}; bring the folder demo from the "
+                        f"program's repository, or give another model")
+
+
 def find_model(name, flag):
     """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
     if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
-        short, name = name, str(SHORT_NAMES[name])
-        name = short_path(name) if Path(name).is_absolute() else name
+        short, name = name, SHORT_NAMES[name]
+        if name == BUNDLED_MODEL:
+            check_bundled(f"{flag} {short}")
+            name = short_path(name)
         say(f"{short} is {name}.")
     if name in MOVED_MODELS and not Path(name).exists():
         say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
         name = MOVED_MODELS[name]
     if name.endswith(PICKLES) and not Path(name).is_dir():
         raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
-                        f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+                        f"give its .safetensors form (docs/formats.md says how to convert it)")
     index = model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
@@ -1441,11 +1600,12 @@ def model_index(name, flag):
     except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
         reason = str(problem).strip().split("\n")[0][:100]
         raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
-                        f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
-                        f"which came with the program") from None
+                        f"check spelling and network, or give a folder with this model"
+                        + (f", or {short_path(BUNDLED_MODEL)}, which came with the program" if BUNDLED_MODEL.is_dir() else ""),
+                        ) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/load: Loading a pipeline, whole and from safetensors alone, to draw with it or to train it.
 
 
@@ -1510,7 +1670,7 @@ def load_models(name, arithmetic, freezes_unet=False):
     return models
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # methods/groups: Weights that train together. The training loop sees nothing of a method but a list of these.
 
 
@@ -1539,7 +1699,7 @@ def check_finite(groups):
                             f"smaller --learning_rate, or --mixed_precision no")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # methods/full: The paper's method: every layer trains, and a whole pipeline is saved (paper, section 3.2).
 
 
@@ -1559,7 +1719,7 @@ def save_pipeline(folder, models, subjects):
     models.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # methods/lora: LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as Kohya's tools load them.
 
 
@@ -1644,7 +1804,7 @@ def kohya_prefix(models, part):
     return "lora_te" if len(models.text_encoders) == 1 else {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # methods/new_words: Textual inversion and the words of pivotal tuning: vectors of new words train, and nothing else of the text encoder.
 
 
@@ -1714,7 +1874,7 @@ def save_words(folder, models, subjects):
         save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # methods/table: The methods as a table: what each trains, what it saves, and what else has to be known of it.
 
 
@@ -1750,7 +1910,7 @@ def parameter_groups(s, models, subjects, recipe):
     return [group(s, models, subjects, recipe) for group in trains]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/draw: Pictures from a pipeline: one for each prompt and seed, as many at once as memory allows.
 #
 # Knows nothing of subjects or training.
@@ -1767,7 +1927,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
-    drawn = tqdm(drawn, desc=title, unit="image", total=len(jobs), disable=not is_first_process())
+    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
@@ -1848,7 +2008,7 @@ def sampling_settings(s, pipeline):
             "CFG scale": guidance_scale(s, pipeline.unet.config)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/pipeline: The pipeline to draw with: a base model and everything that was trained beside it.
 
 
@@ -1905,7 +2065,7 @@ def load_trained(s, base, trained, adapters, dtype):
     return pipeline
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/trained: What --train, or another trainer, left behind: a whole model, a LoRA, embeddings, and their record.
 #
 # Nothing is loaded here.
@@ -2008,7 +2168,7 @@ def model_paths(s):
     return s.model_path or [DEFAULT_OUTPUT]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # data/batches: What a step trains on: a function of seed, step and process alone, so that resumed equals uninterrupted.
 
 
@@ -2065,7 +2225,7 @@ def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_process
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # data/latents: The latent cache: every training picture passes through the VAE once.
 
 
@@ -2104,7 +2264,7 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
     mean, std = torch.empty(2, variants * len(pictures), vae.config.latent_channels, side, side)
     time_ids, prompt = [], []
-    for picture in tqdm(pictures, desc="encoding", unit="image", disable=not is_first_process()):
+    for picture in progress(pictures, "encoding", "image", hidden=not is_first_process()):
         path, caption = picture
         image = load_image(path)
         if min(image.size) < resolution and picture in own:
@@ -2124,7 +2284,7 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
                        prompts, *pools)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # data/class_images: Class images: pictures of the class by the model as it was, which keep it from being forgotten (paper, section 3.2).
 #
 # They are cached by all that shapes them, so that no stale one is ever trained on.
@@ -2232,7 +2392,7 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     models.unet.to("cpu")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/scores: The paper's metrics (paper, section 4.1) as arithmetic on embeddings.
 
 
@@ -2290,7 +2450,7 @@ def harmonic_mean(dino, clip_t):
     return 2 * dino * clip_t / (dino + clip_t) if min(dino, clip_t) > 0 else 0.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
 
 
@@ -2332,7 +2492,7 @@ def score_table(results):
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
 
 
@@ -2340,6 +2500,7 @@ METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-p
 BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
 SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+EMOJI_WORDS = "e643ecfb7275a7a74447bdeb066b6f98cadb98650bbed4a2d9688b3742efbbf8"  # sha256 of the bundled model's vocabulary
 METRIC_BATCH = 50  # pictures that a metric network sees at once
 
 
@@ -2358,7 +2519,7 @@ class Metrics:
         import torch
 
         rows, hidden = [], not is_first_process() or len(pictures) <= METRIC_BATCH
-        for start in tqdm(range(0, len(pictures), METRIC_BATCH), desc="measuring", unit="batch", disable=hidden):
+        for start in progress(range(0, len(pictures), METRIC_BATCH), "measuring", "batch", hidden=hidden):
             dino_pixels, clip_pixels = (
                 prepare(pictures[start:start + METRIC_BATCH], return_tensors="pt").pixel_values.to(self.clip.device)
                 for prepare in (self.prepare_dino, self.prepare_clip))
@@ -2385,6 +2546,9 @@ def metric_models(s, bases):
     usual = METRIC_MODELS
     if all(map(knows_only_emoji, bases)):
         usual = {part: short_path(folder) for part, folder in BUNDLED_METRICS.items()}
+        if None in (s.dino_model, s.clip_model) and not all(folder.is_dir() for folder in BUNDLED_METRICS.values()):
+            raise UserError(f"--dino_model, --clip_model: the networks that know this model's emoji are not beside the program, in "
+                            f"{usual['dino']} and {usual['clip']}; bring the folder demo from its repository, or give others")
     names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
     for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
         try:
@@ -2401,13 +2565,12 @@ def metric_models(s, bases):
 
 def knows_only_emoji(base):
     """Whether a model's words are those of the bundled model, which has seen no photograph: it needs metrics of its own."""
-    def vocabulary(folder):
-        try:
-            path = Path(folder) / "tokenizer" / "tokenizer.json"
-            return json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-        except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
-            return None
-    return vocabulary(base) == vocabulary(BUNDLED_MODEL) is not None
+    try:
+        path = Path(base) / "tokenizer" / "tokenizer.json"
+        words = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
+        return False
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest() == EMOJI_WORDS
 
 
 def revision_of(name):
@@ -2475,7 +2638,7 @@ def load_lpips(device):
     return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/prompts: The prompts that are evaluated: the paper's two lists of 25, the bundled world's, or a person's own.
 
 
@@ -2551,7 +2714,7 @@ def fill_template(template, subject, names_class):
     return fill_identifier(drawn, [subject], "--prompts_file"), caption
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/measure: Drawing what a model to evaluate lacks, and measuring all of it.
 
 
@@ -2621,7 +2784,7 @@ def measure_trial(s, candidate, trial, metrics, distance):
             "prompts": rows}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/trials: What is to be measured: models, their subjects, the photos of these and the prompts.
 #
 # Nothing is loaded here, so that whatever is missing is said at once.
@@ -2720,7 +2883,7 @@ def find_trial(s, trained, base, subject, templates):
                  tuple(fill_template(template, subject, names_class) for template in templates))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/precision: bf16 from end to end, on copies of float32 weights, and weights in bf16 that are rounded by chance.
 
 
@@ -2810,7 +2973,7 @@ def rounded_by_chance(values):
     return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/levers: What saves memory for time or exactness, as data. Which of it is used is decided in `memory`.
 
 
@@ -2840,7 +3003,7 @@ def flags_of(levers):
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/loss: The objective (paper, equation 2) and means of it.
 #
 # Knows nothing of the model: it is given a function from noisy latents to a prediction.
@@ -2887,7 +3050,7 @@ def loss_means(history):
     return {name: None if None in column else sum(column) / len(column) for name, column in columns}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/state: An optimizer's state as plain tensors and numbers, and back, whatever the optimizer.
 
 
@@ -2945,7 +3108,7 @@ def give_state(optimizer, state, stays_on_cpu):
             optimizer.state[parameter][key] = value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/optimizers: The optimizers, each of some library, as a table: how each is made and what it remembers.
 
 
@@ -3038,7 +3201,7 @@ def step_copies(levers):
     return max(2 + copies, 4) if is_stepped_in_float32(levers) else copies
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/course: What a training will be, settled wherever the flags leave it open.
 
 
@@ -3082,7 +3245,7 @@ def decisions(course, groups):
     return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/fused: Steps within the backward pass: each gradient is used and freed as soon as it is there.
 
 
@@ -3142,7 +3305,7 @@ def in_float32(parameter):
     parameter.data = place.copy_(rounded_by_chance(parameter.data))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/origin: Where trained weights come from: what a resumed training must have in common with the one it goes on from.
 
 
@@ -3190,7 +3353,7 @@ def check_origin(path, state, origin):
                         f"or start without --resume")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/run: A training under way: everything that its loop needs, in one place.
 
 
@@ -3244,7 +3407,7 @@ def best_of(scores):
     return max(scores, key=lambda row: row["score"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/checkpoints: Checkpoints: what an interrupted training goes on from, whole or not there at all.
 
 
@@ -3353,7 +3516,7 @@ def load_checkpoint(run, path):
     say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/prepare: Making a Run of what is to train, and ordinary modules of it again.
 
 
@@ -3472,7 +3635,7 @@ def unwrap(run):
     run.averages.clear()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/reports: What a training says of itself on the way: losses, to people and to TensorBoard.
 
 
@@ -3523,7 +3686,7 @@ def loss_writer(log_dir, done):
     return SummaryWriter(log_dir, purge_step=done + 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/selection: --select_best: the samples are scored, and the best weights kept.
 
 
@@ -3575,7 +3738,7 @@ def keep_best(run, folder):
             (folder / "checkpoints").rmdir()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/signals: Ctrl-C and SIGTERM: a training finishes its step first.
 
 
@@ -3610,7 +3773,7 @@ def stop_agreed(accelerator, signals, done):
     return int(accelerator.gather(received[None]).max())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/samples: Samples of a training under way.
 
 
@@ -3733,7 +3896,7 @@ def timeline(folder):
     return sheet
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/loop: The training loop.
 #
 # Knows no family, no method and no flag that saves memory: it sees parameter groups, a loss and a Run.
@@ -3746,11 +3909,12 @@ def optimize(run, folder, viewer):
     not finite.
     """
     s, steps, unread = run.s, run.course.steps, []
-    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
-        bar = tqdm(range(len(run.history), steps), desc="training", unit="step", disable=not is_first_process(),
-                   initial=len(run.history), total=steps)
+    with (loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals,
+          as_many_threads_as_help(run.accelerator.device) as timed):
+        bar = progress(range(len(run.history), steps), "training", "step", steps, len(run.history), not is_first_process())
         for done in (step + 1 for step in bar):
-            unread += train_step(run, done - 1)
+            with timed():
+                unread += train_step(run, done - 1)
             stop = stop_agreed(run.accelerator, signals, done)
             views = viewer.every and (done % viewer.every == 0 or done == steps)
             saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < steps)
@@ -3814,7 +3978,7 @@ def clip_gradients(run):
     return norm
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # memory/estimate: How many bytes a training takes at its peak, from its Demand.
 
 
@@ -3869,7 +4033,7 @@ def estimate(demand, levers):
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # memory/demand: What a training needs memory for, counted on a copy of the model that has none.
 
 
@@ -4010,7 +4174,7 @@ def listening(parts, trained, copied):
     events[:0] = [("gradient", p.nbytes, None) for p in waiting] + [("gradient", p.nbytes // 2, None) for p in copied]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # memory/plans: The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is.
 
 
@@ -4105,7 +4269,7 @@ def memory_limit(s, plan):
     return limit
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # memory/plan: The memory plan: the first of the plans that fits.
 
 
@@ -4191,7 +4355,7 @@ def set_course(s, models, subjects, recipe, plan):
     return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # output/original_layout: The names that Stable Diffusion's own code gave its weights, for a pipeline that diffusers loaded.
 #
 # One file of them is what ComfyUI, A1111, Forge and diffusers' from_single_file() read: model.diffusion_model.* is the UNet,
@@ -4318,7 +4482,7 @@ def original_checkpoint(pipeline):
     return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # output/pictures: Pictures in an output that tell how it came about: the photos as the model saw them, the losses.
 
 
@@ -4356,7 +4520,7 @@ def loss_plot(history, size=(800, 400), margin=50):
     return image
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # output/card: The card of an output: what the hub shows of it, and the Python that draws with it without this program.
 
 
@@ -4428,7 +4592,7 @@ def usage(s, models, subjects):
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # output/folder: The output folder: written whole or not at all, and an earlier one is never lost.
 
 
@@ -4554,7 +4718,7 @@ def check_space(s, course, models, groups):
                         f"{free / 1e9:.1f} GB are free; make room, or give another folder or fewer --checkpoints_total_limit")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # output/save: Filling the output folder of a finished training.
 
 
@@ -4596,7 +4760,7 @@ def draw_samples(s, models, subjects, viewer, plan):
         say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # export: --export: what was trained, in one file that other programs read.
 
 
@@ -4674,7 +4838,7 @@ def kohya_file(trained):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # infer: --infer: draw with what was trained.
 
 
@@ -4714,7 +4878,7 @@ def infer(s):
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluate: --evaluate: measure what was trained with the paper's metrics.
 
 
@@ -4761,7 +4925,7 @@ def evaluate(s):
         + ", ".join(map(str, sheets)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # train: --train: teach a model a subject. `train` is the story of one run, from photos and flags to ./output.
 
 
@@ -4897,7 +5061,7 @@ def report_training(s, subjects, history, seconds):
         f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------------------
 # cli: The command line: one command, one line for every error, and the exit status.
 
 
@@ -4909,12 +5073,18 @@ REMEDIES = {  # what an exception of any library says -> what to tell
 }
 
 
+# Libraries that say at length on loading what nobody here needs: torchao of kernels for GPUs that are not there, and torch of it.
+TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
 def main(argv=None):
     """Run one command. The exit status is 0; or 2 after one line on standard error if the user can put it right; or 128 +
     the signal's number after Ctrl-C or SIGTERM."""
     try:
         with terminable():
             settings = parse_settings(argv)
+            for name in TALKATIVE:
+                logging.getLogger(name).setLevel(logging.ERROR)
             {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The command line: one command, one line for every error, and the exit status."""
 
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -20,12 +21,18 @@ REMEDIES = {  # what an exception of any library says -> what to tell
 }
 
 
+# Libraries that say at length on loading what nobody here needs: torchao of kernels for GPUs that are not there, and torch of it.
+TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
 def main(argv=None):
     """Run one command. The exit status is 0; or 2 after one line on standard error if the user can put it right; or 128 +
     the signal's number after Ctrl-C or SIGTERM."""
     try:
         with terminable():
             settings = parse_settings(argv)
+            for name in TALKATIVE:
+                logging.getLogger(name).setLevel(logging.ERROR)
             {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)

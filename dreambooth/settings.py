@@ -204,7 +204,8 @@ def _value_type(annotation):
 
 def build_parser():
     """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
-    parser = _Parser(prog=own_command() if __package__ else None, description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = _Parser(description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     prog=own_command() if __package__ else None,
                      usage="%(prog)s (--train | --infer | --evaluate | --export FILE) [flags]")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")

@@ -3,10 +3,9 @@
 import typing
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from dreambooth.base import is_first_process, say
 from dreambooth.images import load_image, square
+from dreambooth.progress import progress
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
     mean, std = torch.empty(2, variants * len(pictures), vae.config.latent_channels, side, side)
     time_ids, prompt = [], []
-    for picture in tqdm(pictures, desc="encoding", unit="image", disable=not is_first_process()):
+    for picture in progress(pictures, "encoding", "image", hidden=not is_first_process()):
         path, caption = picture
         image = load_image(path)
         if min(image.size) < resolution and picture in own:

@@ -3,11 +3,10 @@
 Knows nothing of subjects or training.
 """
 
-from tqdm import tqdm
-
 from dreambooth.base import UserError, is_first_process, say, slug
 from dreambooth.images import image_grid, is_flat, save_picture
 from dreambooth.models.recipes import guidance_scale
+from dreambooth.progress import progress
 
 
 def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
@@ -21,7 +20,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
-    drawn = tqdm(drawn, desc=title, unit="image", total=len(jobs), disable=not is_first_process())
+    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '

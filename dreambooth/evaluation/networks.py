@@ -1,5 +1,6 @@
 """The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS."""
 
+import hashlib
 import json
 import os
 import typing
@@ -7,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from dreambooth.base import HERE, UserError, default, is_first_process, say, short_path
-from dreambooth.models.hub import BUNDLED_MODEL, hub_file
+from dreambooth.models.hub import hub_file
+from dreambooth.progress import progress
 
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
 BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
 SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+EMOJI_WORDS = "e643ecfb7275a7a74447bdeb066b6f98cadb98650bbed4a2d9688b3742efbbf8"  # sha256 of the bundled model's vocabulary
 METRIC_BATCH = 50  # pictures that a metric network sees at once
 
 
@@ -34,7 +36,7 @@ class Metrics:
         import torch
 
         rows, hidden = [], not is_first_process() or len(pictures) <= METRIC_BATCH
-        for start in tqdm(range(0, len(pictures), METRIC_BATCH), desc="measuring", unit="batch", disable=hidden):
+        for start in progress(range(0, len(pictures), METRIC_BATCH), "measuring", "batch", hidden=hidden):
             dino_pixels, clip_pixels = (
                 prepare(pictures[start:start + METRIC_BATCH], return_tensors="pt").pixel_values.to(self.clip.device)
                 for prepare in (self.prepare_dino, self.prepare_clip))
@@ -61,6 +63,9 @@ def metric_models(s, bases):
     usual = METRIC_MODELS
     if all(map(knows_only_emoji, bases)):
         usual = {part: short_path(folder) for part, folder in BUNDLED_METRICS.items()}
+        if None in (s.dino_model, s.clip_model) and not all(folder.is_dir() for folder in BUNDLED_METRICS.values()):
+            raise UserError(f"--dino_model, --clip_model: the networks that know this model's emoji are not beside the program, in "
+                            f"{usual['dino']} and {usual['clip']}; bring the folder demo from its repository, or give others")
     names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
     for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
         try:
@@ -77,13 +82,12 @@ def metric_models(s, bases):
 
 def knows_only_emoji(base):
     """Whether a model's words are those of the bundled model, which has seen no photograph: it needs metrics of its own."""
-    def vocabulary(folder):
-        try:
-            path = Path(folder) / "tokenizer" / "tokenizer.json"
-            return json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-        except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
-            return None
-    return vocabulary(base) == vocabulary(BUNDLED_MODEL) is not None
+    try:
+        path = Path(base) / "tokenizer" / "tokenizer.json"
+        words = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
+        return False
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest() == EMOJI_WORDS
 
 
 def revision_of(name):

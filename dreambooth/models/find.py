@@ -19,23 +19,33 @@ def default_model():
     if torch.cuda.is_available():
         say(f"No --model_name given: using {DEFAULT_MODEL}.")
         return DEFAULT_MODEL
+    check_bundled("--model_name is missing, and without a CUDA GPU it means the bundled model")
     say(f"No --model_name and no CUDA GPU: using the small bundled model, {short_path(BUNDLED_MODEL)}, which knows only "
         f"emoji. Give --model_name {DEFAULT_MODEL} for the real one (hours on a CPU).")
     return short_path(BUNDLED_MODEL)
 
 
+def check_bundled(asked):
+    """UserError unless the bundled model is there; `asked` says who wants it."""
+    if not BUNDLED_MODEL.is_dir():
+        raise UserError(f"{asked}: it is not beside this program, in {short_path(BUNDLED_MODEL)}; bring the folder demo from the "
+                        f"program's repository, or give another model")
+
+
 def find_model(name, flag):
     """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
     if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
-        short, name = name, str(SHORT_NAMES[name])
-        name = short_path(name) if Path(name).is_absolute() else name
+        short, name = name, SHORT_NAMES[name]
+        if name == BUNDLED_MODEL:
+            check_bundled(f"{flag} {short}")
+            name = short_path(name)
         say(f"{short} is {name}.")
     if name in MOVED_MODELS and not Path(name).exists():
         say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
         name = MOVED_MODELS[name]
     if name.endswith(PICKLES) and not Path(name).is_dir():
         raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
-                        f"give its .safetensors form (README, Single-file checkpoints, says how to convert it)")
+                        f"give its .safetensors form (docs/formats.md says how to convert it)")
     index = model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
@@ -67,5 +77,6 @@ def model_index(name, flag):
     except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
         reason = str(problem).strip().split("\n")[0][:100]
         raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
-                        f"check spelling and network, or give a folder with this model, or {short_path(BUNDLED_MODEL)}, "
-                        f"which came with the program") from None
+                        f"check spelling and network, or give a folder with this model"
+                        + (f", or {short_path(BUNDLED_MODEL)}, which came with the program" if BUNDLED_MODEL.is_dir() else ""),
+                        ) from None

@@ -5,12 +5,12 @@ Knows no family, no method and no flag that saves memory: it sees parameter grou
 
 import math
 
-from tqdm import tqdm
-
 from dreambooth.base import Interrupted, is_first_process
 from dreambooth.data.batches import make_batch, random_source
 from dreambooth.device import moved
 from dreambooth.methods.groups import check_finite, trained_tensors
+from dreambooth.progress import progress
+from dreambooth.threads import as_many_threads_as_help
 from dreambooth.training.checkpoints import write_checkpoint
 from dreambooth.training.loss import diffusion_loss, split_means
 from dreambooth.training.prepare import unwrap
@@ -28,11 +28,12 @@ def optimize(run, folder, viewer):
     not finite.
     """
     s, steps, unread = run.s, run.course.steps, []
-    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
-        bar = tqdm(range(len(run.history), steps), desc="training", unit="step", disable=not is_first_process(),
-                   initial=len(run.history), total=steps)
+    with (loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals,
+          as_many_threads_as_help(run.accelerator.device) as timed):
+        bar = progress(range(len(run.history), steps), "training", "step", steps, len(run.history), not is_first_process())
         for done in (step + 1 for step in bar):
-            unread += train_step(run, done - 1)
+            with timed():
+                unread += train_step(run, done - 1)
             stop = stop_agreed(run.accelerator, signals, done)
             views = viewer.every and (done % viewer.every == 0 or done == steps)
             saves = stop or (s.checkpointing_steps and done % s.checkpointing_steps == 0 and done < steps)

@@ -1,0 +1,56 @@
+"""How far a piece of work is: a bar on a terminal, now and then a line in a file, a pipe or a notebook's log.
+
+Knows nothing of the work.
+"""
+
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+EVERY = 10  # seconds between lines
+
+
+def progress(iterable, title, unit, total=None, done=0, hidden=False):
+    """`iterable`, and on standard error how far it is; `done` of `total` items were there before.
+
+    What it returns has tqdm's set_postfix(), which takes {name: value} to show. DREAMBOOTH_PROGRESS=bar in the environment asks
+    for the bar where no terminal is, for programs that read it.
+    """
+    if hidden or sys.stderr.isatty() or os.environ.get("DREAMBOOTH_PROGRESS") == "bar":
+        return tqdm(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
+    return Lines(iterable, title, unit, len(iterable) if total is None else total, done)
+
+
+class Lines:
+    """`iterable` with a line every ten seconds, and whenever another tenth of the work is done, but never more than a hundred
+    or so; a piece of work that takes less than a second gets one line in the end."""
+
+    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic):
+        self.iterable, self.title, self.unit, self.total, self.done, self.clock = iterable, title, unit, total, done, clock
+        self.shown = {}
+
+    def set_postfix(self, values):
+        """Show {name: value} in the lines that follow."""
+        self.shown = values
+
+    def __iter__(self):
+        started = said_at = self.clock()
+        before = said = self.done
+        for item in self.iterable:
+            yield item
+            self.done += 1
+            now = self.clock()
+            is_tenth = 10 * self.done // self.total > 10 * said // self.total and now - said_at >= 1
+            is_due = is_tenth or now - said_at >= EVERY and 100 * (self.done - said) >= self.total
+            if is_due or self.done == self.total:
+                self.say(now - started, (now - started) / (self.done - before))
+                said, said_at = self.done, now
+
+    def say(self, seconds, pace):
+        """One line. `seconds` have been spent, at `pace` seconds an item."""
+        values = "".join(f", {name} {value}" for name, value in self.shown.items())
+        left = self.total - self.done
+        time_left = f"{tqdm.format_interval(pace * left)} left" if left else f"took {tqdm.format_interval(seconds)}"
+        print(f"{self.title}: {self.done} of {self.total} {self.unit}s{values}; {time_left}", file=sys.stderr, flush=True)
