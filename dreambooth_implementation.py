@@ -489,40 +489,50 @@ class Threads:
     Results are the same to the last bit only for one number of threads; where OMP_NUM_THREADS gives it, it stays.
     """
 
-    def __init__(self, most, use, clock=time.monotonic, cpu_clock=time.process_time):
-        """`use(n)` has torch compute with n of `most` threads; `cpu_clock` counts seconds of all threads together."""
-        self.most = self.number = most
-        self.use, self.clock, self.cpu_clock = use, clock, cpu_clock
+    def __init__(self, most, number, use, clock=time.monotonic, cpu_clock=time.process_time):
+        """torch computes with `number` of `most` threads; `use(n)` has it compute with n; `cpu_clock` counts seconds of all
+        threads together."""
+        self.most, self.number, self.use, self.clock, self.cpu_clock = most, number, use, clock, cpu_clock
         self.tried_from = None  # (number, pace) that a number under trial is compared with
         self.waits = {}  # whether it is more: (when to try it again, seconds that it waited)
-        self.steps = self.seconds = self.cpu_seconds = 0
+        self.forget()
+
+    def forget(self):
+        self.laps = self.amount = self.seconds = self.cpu_seconds = 0
 
     @contextlib.contextmanager
     def timed(self):
-        """A step is inside. After it the number may change."""
-        started, cpu_started = self.clock(), self.cpu_clock()
+        """A step is inside."""
+        self.start()
         yield
-        self.steps += 1
-        self.seconds += self.clock() - started
-        self.cpu_seconds += self.cpu_clock() - cpu_started
-        if self.steps >= 2 and self.seconds >= WINDOW:
-            pace, cores = self.seconds / self.steps, self.cpu_seconds / self.seconds
-            self.steps = self.seconds = self.cpu_seconds = 0
-            if self.tried_from:
-                self.judge(pace)
-            else:
-                self.try_another(pace, cores)
+        self.lap()
+
+    def start(self):
+        """A step begins now."""
+        self.since = self.clock(), self.cpu_clock()
+
+    def lap(self, amount=1):
+        """A step of so much work ends now, and the next one begins. The number of threads may change."""
+        (started, cpu_started), self.since = self.since, (self.clock(), self.cpu_clock())
+        self.laps += 1
+        self.amount += amount
+        self.seconds += self.since[0] - started
+        self.cpu_seconds += self.since[1] - cpu_started
+        if self.laps >= 2 and self.seconds >= WINDOW:
+            pace, cores = self.seconds / self.amount, self.cpu_seconds / self.seconds
+            self.forget()
+            self.judge(pace) if self.tried_from else self.try_another(pace, cores)
 
     def judge(self, pace):
-        """Keep the number under trial if its pace, seconds a step, is better than that before; else go back and wait."""
+        """Keep the number under trial if its pace, in seconds for one piece of work, is better than before; else go back and wait."""
         (before, pace_before), self.tried_from = self.tried_from, None
         is_more = self.number > before
         if pace < 0.95 * pace_before:
             self.waits.pop(is_more, None)
             if not is_more:
                 self.waits[True] = (self.clock() + PATIENCE[0], PATIENCE[0])
-                say_once(f"Other programs use the CPU: training with {self.number} of {self.most} threads while that is faster. "
-                         f"OMP_NUM_THREADS in the environment fixes their number.")
+                say_once(f"Other programs use the CPU: computing with {self.number} of {self.most} threads while that is "
+                         f"faster. OMP_NUM_THREADS in the environment fixes their number.")
         else:
             wait = min(2 * self.waits[is_more][1], PATIENCE[1]) if is_more in self.waits else PATIENCE[0]
             self.waits[is_more] = (self.clock() + wait, wait)
@@ -541,19 +551,24 @@ class Threads:
         self.use(number)
 
 
-@contextlib.contextmanager
-def as_many_threads_as_help(device):
-    """A Threads whose timed() goes around each step of the block, or an empty stand-in where their number is fixed."""
+def threads_that_help(device):
+    """A Threads to tell of each step of some work on the device; None where there is nothing to choose, or the number is given.
+
+    Each kind of work has one of its own and begins with the number that the one before it ended with.
+    """
     import torch
 
-    most = torch.get_num_threads()
-    if device.type != "cpu" or most == 1 or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
-        yield contextlib.nullcontext
-        return
-    try:
-        yield Threads(most, torch.set_num_threads).timed
-    finally:
-        torch.set_num_threads(most)
+    if device.type != "cpu" or all_threads() == 1 or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        return None
+    return Threads(all_threads(), torch.get_num_threads(), torch.set_num_threads)
+
+
+@functools.cache
+def all_threads():
+    """How many threads torch takes by itself."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -1939,13 +1954,14 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
     """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
     import torch
 
+    threads = threads_that_help(pipeline.device)
     start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
         try:
             pictures = pipeline(
                 list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look, **counting(threads, len(prompts))).images
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
             if not (can_halve or all_there):
@@ -1962,6 +1978,18 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
         else:
             take_turns(pipeline, pipeline.device)
             all_there = False
+
+
+def counting(threads, pictures):
+    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures."""
+    if threads is None:
+        return {}
+
+    def count(pipeline, number, timestep, tensors):
+        threads.lap(pictures)
+        return tensors
+    threads.start()
+    return {"callback_on_step_end": count}
 
 
 def placed(pipeline, device):
@@ -3109,6 +3137,35 @@ def give_state(optimizer, state, stays_on_cpu):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# training/processes: Several processes that train together, and half precision: what accelerate does for us.
+#
+# Each trains the whole model; their gradients are averaged.
+
+
+def ignore_splitting():
+    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
+                f"averaged, as a plain multi-GPU configuration has it.")
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
+
+
+def make_accelerator(s, plan):
+    """What brings models to their devices, wraps them for half precision, and lets several processes train together.
+
+    Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
+    that it kept would lie there from its layer to the end of the pass for nothing.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
+
+    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
+                       gradient_accumulation_steps=s.gradient_accumulation_steps,
+                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/optimizers: The optimizers, each of some library, as a table: how each is made and what it remembers.
 
 
@@ -3909,11 +3966,11 @@ def optimize(run, folder, viewer):
     not finite.
     """
     s, steps, unread = run.s, run.course.steps, []
-    with (loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals,
-          as_many_threads_as_help(run.accelerator.device) as timed):
+    threads = threads_that_help(run.accelerator.device)
+    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
         bar = progress(range(len(run.history), steps), "training", "step", steps, len(run.history), not is_first_process())
         for done in (step + 1 for step in bar):
-            with timed():
+            with threads.timed() if threads else contextlib.nullcontext():
                 unread += train_step(run, done - 1)
             stop = stop_agreed(run.accelerator, signals, done)
             views = viewer.every and (done % viewer.every == 0 or done == steps)
@@ -4931,18 +4988,7 @@ def evaluate(s):
 
 def train(s):
     """Fine-tune a model on a subject and write it to --output_dir."""
-    concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
-    check_output_dir(s)
-    if preserves_prior(s):
-        for concept in concepts:
-            check_writable(concept.class_data_dir, "--class_data_dir")
-    if s.export:
-        check_export(s)
-    name = find_model(s.model_name or default_model(), "--model_name")
-    metric_names = metric_models(s, [name]) if s.select_best else None
-    plan = plan_device(s)
-    check_levers(s, plan)
-
+    concepts, name, metric_names, plan = settle_beforehand(s)
     ignore_splitting()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
@@ -4977,27 +5023,21 @@ def train(s):
     accelerator.wait_for_everyone()
 
 
-def ignore_splitting():
-    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
-                f"averaged, as a plain multi-GPU configuration has it.")
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
-
-
-def make_accelerator(s, plan):
-    """What brings models to their devices, wraps them for half precision, and lets several processes train together.
-
-    Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
-    that it kept would lie there from its layer to the end of the pass for nothing.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs
-
-    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
-                       gradient_accumulation_steps=s.gradient_accumulation_steps,
-                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+def settle_beforehand(s):
+    """(concepts, model's name, names of the metric networks or None, Plan): what can be told, and refused, before anything is
+    loaded."""
+    concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
+    check_output_dir(s)
+    if preserves_prior(s):
+        for concept in concepts:
+            check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.export:
+        check_export(s)
+    name = find_model(s.model_name or default_model(), "--model_name")
+    metric_names = metric_models(s, [name]) if s.select_best else None
+    plan = plan_device(s)
+    check_levers(s, plan)
+    return concepts, name, metric_names, plan
 
 
 def prepare(s, name, concepts, plan, accelerator):

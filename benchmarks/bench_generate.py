@@ -14,7 +14,14 @@ import statistics
 import sys
 
 import torch
-from bench_train import RESULTS, UNETS, db, machine, random_models, timed
+from bench_train import RESULTS, UNETS, machine, random_models, timed
+
+from dreambooth.device import peak_memory, plan_device
+from dreambooth.drawing.draw import draw
+from dreambooth.models.hub import BUNDLED_MODEL
+from dreambooth.models.load import load_models
+from dreambooth.models.recipes import guidance_scale
+from dreambooth.settings import parse_settings
 
 
 def main():
@@ -24,20 +31,20 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="timed batches of each size")
     args, rest = parser.parse_known_args()
 
-    s = db.parse_settings(["--infer", *rest])
-    plan = db.plan_device(s)
-    models = random_models(args.arch) if args.arch else db.load_models(str(db.BUNDLED_MODEL), torch.float32)
+    s = parse_settings(["--infer", *rest])
+    plan = plan_device(s)
+    models = random_models(args.arch) if args.arch else load_models(str(BUNDLED_MODEL), torch.float32)
     pipeline = models.pipeline.to(plan.device, plan.dtype)
     side = models.resolution
-    common = dict(steps=s.num_inference_steps, guidance_scale=db.guidance_scale(s, models.unet.config), height=side,
+    common = dict(steps=s.num_inference_steps, guidance_scale=guidance_scale(s, models.unet.config), height=side,
                   width=side)
 
-    def draw(count):
-        return lambda: list(db.draw(pipeline, [("a dog", seed) for seed in range(count)], batch_size=count, **common))
-    seconds = timed([draw(count) for count in args.batches], plan.device, args.rounds, 1)
+    def batch_of(count):
+        return lambda: list(draw(pipeline, [("a dog", seed) for seed in range(count)], batch_size=count, **common))
+    seconds = timed([batch_of(count) for count in args.batches], plan.device, args.rounds, 1)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "torch": torch.__version__,
               "python": sys.version.split()[0], "model": args.arch or "bundled", "precision": plan.precision,
-              "resolution": side, "num_inference_steps": s.num_inference_steps, "peak_memory": db.peak_memory(plan.device),
+              "resolution": side, "num_inference_steps": s.num_inference_steps, "peak_memory": peak_memory(plan.device),
               "seconds_per_picture": {str(count): round(statistics.median(times) / count, 4)
                                       for count, times in zip(args.batches, seconds)}}
     print(json.dumps(result, indent=2))

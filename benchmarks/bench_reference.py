@@ -127,10 +127,11 @@ def main():
     import torch
 
     sys.path.insert(0, str(REPOSITORY))
-    import dreambooth_implementation as db
+    from dreambooth.device import machine_name, plan_device
+    from dreambooth.settings import Settings
 
     training = seconds_of_bar(their_output, args.steps)
-    result = {"date": datetime.date.today().isoformat(), "device": db.machine_name(db.plan_device(db.Settings("train")).device),
+    result = {"date": datetime.date.today().isoformat(), "device": machine_name(plan_device(Settings("train")).device),
               "torch": torch.__version__, "load_average": round(os.getloadavg()[0], 1), "model": args.model_name,
               "steps": args.steps, "class_images": args.num_class_images, "precision": args.mixed_precision,
               "whole_process_s": round(ours, 1), "reference_whole_process_s": round(theirs, 1),

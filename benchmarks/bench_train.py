@@ -25,7 +25,28 @@ import torch
 from methods import REPOSITORY, program
 from PIL import Image
 
-import dreambooth_implementation as db
+from dreambooth.base import GIB, default
+from dreambooth.data.batches import make_batch
+from dreambooth.data.latents import LatentCache
+from dreambooth.device import machine_name, peak_memory, plan_device
+from dreambooth.memory.demand import survey
+from dreambooth.memory.estimate import estimate
+from dreambooth.memory.plan import choose_levers
+from dreambooth.memory.plans import check_levers
+from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.models.hub import BUNDLED_MODEL
+from dreambooth.models.load import load_models
+from dreambooth.models.parts import Models, predict
+from dreambooth.models.recipes import family_of
+from dreambooth.settings import parse_settings
+from dreambooth.subjects.words import Subject
+from dreambooth.training.course import Course, recipe_for
+from dreambooth.training.levers import flags_of
+from dreambooth.training.loop import train_step
+from dreambooth.training.loss import loss_means
+from dreambooth.training.prepare import prepare_training
+from dreambooth.training.processes import make_accelerator
+from dreambooth.training.reports import REPORT_EVERY, loss_writer, report_losses
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -85,17 +106,17 @@ def random_models(arch, device="cpu"):
                                            requires_safety_checker=False)
     for module in (unet, vae, *encoders):
         module.requires_grad_(False).eval()
-    return db.Models(arch, pipeline, [tokenizer] * len(encoders), encoders, vae, unet, scheduler)
+    return Models(arch, pipeline, [tokenizer] * len(encoders), encoders, vae, unet, scheduler)
 
 
 def made_up_cache(models, resolution, photos, class_images):
     """The latent cache of pictures that nobody took."""
     side, rows = resolution // models.latent_scale, photos + class_images
     latents = torch.randn(rows, models.vae.config.latent_channels, side, side)
-    return db.LatentCache(latents, torch.full_like(latents, 0.1),
-                          torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * rows).float(),
-                          (torch.arange(rows) >= photos).long(), ["a phol dog", "a dog"], [list(range(photos))],
-                          [list(range(photos, rows))] if class_images else [])
+    return LatentCache(latents, torch.full_like(latents, 0.1),
+                       torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * rows).float(),
+                       (torch.arange(rows) >= photos).long(), ["a phol dog", "a dog"], [list(range(photos))],
+                       [list(range(photos, rows))] if class_images else [])
 
 
 def synchronize(device):
@@ -105,39 +126,39 @@ def synchronize(device):
 
 def prepare(s, models, cache, steps, resolution):
     """(Run, Plan, {part: bytes} that the memory plan expects it to take) of a training with these settings."""
-    plan = db.plan_device(s)
-    db.check_levers(s, plan)
-    accelerator = db.make_accelerator(s, plan)
-    recipe = db.recipe_for(db.family_of(models.unet.config), s)
-    subjects = [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
-    levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)
-    expected = db.estimate(db.survey(s, models, subjects, recipe, resolution, plan, levers), levers)
-    course = db.Course(steps, resolution, plan.precision, levers, db.default(s.lr_scheduler, "constant"))
-    if db.METHODS[s.method].is_adapter:
+    plan = plan_device(s)
+    check_levers(s, plan)
+    accelerator = make_accelerator(s, plan)
+    recipe = recipe_for(family_of(models.unet.config), s)
+    subjects = [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
+    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
+    expected = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
+    course = Course(steps, resolution, plan.precision, levers, default(s.lr_scheduler, "constant"))
+    if METHODS[s.method].is_adapter:
         models.unet.to(plan.dtype)
-    groups = db.parameter_groups(s, models, subjects, recipe)
-    return db.prepare_training(s, course, models, groups, cache, accelerator, {}), plan, expected
+    groups = parameter_groups(s, models, subjects, recipe)
+    return prepare_training(s, course, models, groups, cache, accelerator, {}), plan, expected
 
 
 def memory_figures(expected, device):
     """What training was expected to take and what it took, in GiB. On a CPU what it took cannot be told from the rest."""
-    figures = {"expected_GiB": sum(expected.values()) / db.GIB}
+    figures = {"expected_GiB": sum(expected.values()) / GIB}
     if device.type == "cuda":
-        figures |= {"peak_GiB": torch.cuda.max_memory_allocated() / db.GIB,
-                    "peak_with_unused_GiB": torch.cuda.max_memory_reserved() / db.GIB}
+        figures |= {"peak_GiB": torch.cuda.max_memory_allocated() / GIB,
+                    "peak_with_unused_GiB": torch.cuda.max_memory_reserved() / GIB}
     return {name: round(value, 3) for name, value in figures.items()}
 
 
 def bare_step(unet, run, plan):
     """A function that takes one step of a copy of the UNet and nothing else."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, fused=True)
-    batch = db.make_batch(run.cache, run.s, 0, 1000)
+    batch = make_batch(run.cache, run.s, 0, 1000)
     batch = {key: value if key == "prompt" else value.to(plan.device) for key, value in batch.items()}
     hidden, pooled = (None if t is None else t.detach() for t in run.conditioning(batch["prompt"]))
 
     def step():
         with torch.autocast(plan.device.type, plan.dtype, plan.precision != "no"):
-            out = db.predict(unet, batch["latents"], batch["timesteps"], hidden, pooled, batch["time_ids"])
+            out = predict(unet, batch["latents"], batch["timesteps"], hidden, pooled, batch["time_ids"])
         (out.float() - batch["noise"]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -145,17 +166,17 @@ def bare_step(unet, run, plan):
 
 
 def program_step(run, folder):
-    """A function that takes the next step as db.optimize() does, with its reports."""
+    """A function that takes the next step as optimize() does, with its reports."""
     import tqdm
 
-    unread, writer = [], db.loss_writer(folder, 0)
+    unread, writer = [], loss_writer(folder, 0)
     bar, count = tqdm.tqdm(disable=True), iter(range(10**9))
 
     def step():
         done = next(count) + 1
-        unread.extend(db.train_step(run, done - 1))
-        if done % db.REPORT_EVERY == 0:
-            db.report_losses(run, Path(folder), unread, bar, writer)
+        unread.extend(train_step(run, done - 1))
+        if done % REPORT_EVERY == 0:
+            report_losses(run, Path(folder), unread, bar, writer)
             unread.clear()
     return step
 
@@ -204,11 +225,11 @@ def counted(step):
 
 def machine(device):
     others = "" if device.type == "cuda" else f", load average {os.getloadavg()[0]:.1f}"
-    return db.machine_name(device) + others
+    return machine_name(device) + others
 
 
 def table(results):
-    """The README's tables: steps, then what they cost with more pictures."""
+    """The tables of docs/results.md: steps, then what they cost with more pictures."""
     lines = ["| model, method | px | arithmetic, plan | s / step | bare step | ratio | of fastest matrix product | device |",
              "|---|---|---|---|---|---|---|---|"]
     for r in (r for r in results if "scaling" not in r):
@@ -233,29 +254,29 @@ def main():
     parser.add_argument("--scaling", action="store_true", help="5 to 500 photos, 100 to 2000 class images")
     parser.add_argument("--cap", type=float, help="GiB of the GPU's memory that the process may have at all")
     parser.add_argument("--name", help="of the file in benchmarks/results")
-    parser.add_argument("--table", action="store_true", help="only print the README's tables of the results there are")
+    parser.add_argument("--table", action="store_true", help="only print the tables of docs/results.md, of the results there are")
     args, rest = parser.parse_known_args()
     if args.table:
         return print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]))
 
-    s = db.parse_settings(["--train", *rest])
+    s = parse_settings(["--train", *rest])
     sizes, peaks = [(5, 100), (50, 100), (500, 100), (5, 500), (5, 2000)] if args.scaling else [(5, 200)], []
     if args.scaling and not args.arch:  # first: the peak of a process counts what its parent had when it began
         with tempfile.TemporaryDirectory() as folder:
             peaks = [peak_of_training(*size, rest, folder) for size in sizes]
-    models = random_models(args.arch) if args.arch else db.load_models(s.model_name or str(db.BUNDLED_MODEL), torch.float32)
+    models = random_models(args.arch) if args.arch else load_models(s.model_name or str(BUNDLED_MODEL), torch.float32)
     resolution = s.resolution or models.resolution
     unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
     caches = [made_up_cache(models, resolution, *size) for size in sizes]
     if args.cap:
-        torch.cuda.set_per_process_memory_fraction(args.cap * db.GIB / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(args.cap * GIB / torch.cuda.get_device_properties(0).total_memory)
     run, plan, expected = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
               **{name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers")},
               "model": args.arch or (Path(models.name).name if s.model_name else "bundled"), "method": s.method,
               "resolution": resolution, "precision": plan.precision,
-              "batch": f"{s.train_batch_size} photos + {s.train_batch_size * db.preserves_prior(s)} class images",
-              "plan": db.flags_of(run.course.levers), "trained_weights": sum(p.numel() for g in run.groups for p in g.parameters)}
+              "batch": f"{s.train_batch_size} photos + {s.train_batch_size * preserves_prior(s)} class images",
+              "plan": flags_of(run.course.levers), "trained_weights": sum(p.numel() for g in run.groups for p in g.parameters)}
     with tempfile.TemporaryDirectory() as folder:
         if args.scaling:
             runs = [dataclasses.replace(run, cache=cache, history=[]) for cache in caches]
@@ -277,9 +298,9 @@ def main():
             result |= {"rounds": args.rounds, "seconds_per_step": round(medians[0], 4),
                        "tera_operations_per_step": round(flops / 1e12, 4),
                        "share_of_fastest_product": round(flops / medians[0] / fastest_product(plan), 3),
-                       "peak_memory" + " with the bare copy" * args.bare: db.peak_memory(plan.device),
+                       "peak_memory" + " with the bare copy" * args.bare: peak_memory(plan.device),
                        "cap_GiB": args.cap, **memory_figures(expected, plan.device),
-                       "loss_of_last_100_steps": db.loss_means(run.history[-100:])}
+                       "loss_of_last_100_steps": loss_means(run.history[-100:])}
             if args.bare:
                 ratios = [program / bare for program, bare in zip(*seconds)]
                 result |= {"bare_seconds_per_step": round(medians[1], 4), "ratio": round(statistics.median(ratios), 3)}

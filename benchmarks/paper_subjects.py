@@ -13,7 +13,8 @@ from pathlib import Path
 
 from methods import program
 
-import dreambooth_implementation as db
+from dreambooth.images import image_grid, load_image, load_square
+from dreambooth.subjects.photos import list_images
 
 PROMPTS = {"a [identifier] {}": 2, "a [identifier] {} on the moon": 3, "a {}": 3}  # and how many pictures of each
 COLUMNS = ["subject", "class", "photos", "instance loss, first 100 steps", "last 100", "prior loss, first 100", "last 100",
@@ -40,7 +41,7 @@ def draw(model, noun):
     for prompt, count in PROMPTS.items():
         program("--infer", "--model_path", model, "--image_dir", images, "--prompt", prompt.format(noun), "--num_images", count)
     by_age = sorted((path for path in images.glob("*.png") if not path.name.startswith("grid-")), key=lambda path: path.stat().st_mtime_ns)
-    return [db.load_image(path) for path in by_age]
+    return [load_image(path) for path in by_age]
 
 
 def main():
@@ -56,12 +57,12 @@ def main():
             continue
         model = args.output_dir / subject
         program("--train", "--instance_data_dir", folder, "--class_prompt", f"a {noun}", "--output_dir", model, "--overwrite", *passed_on)
-        photos = db.list_images(folder, "--dataset")
+        photos = list_images(folder, "--dataset")
         table.append(table_row(subject, noun, len(photos), json.loads((model / "dreambooth.json").read_text())))
         drawn = draw(model, noun)
-        pictures += [db.load_square(photos[0]).resize(drawn[0].size), *drawn]
+        pictures += [load_square(photos[0]).resize(drawn[0].size), *drawn]
         (args.output_dir / "paper_subjects.md").write_text("\n".join(table) + "\n")
-        db.image_grid(pictures, columns=1 + len(drawn)).save(args.output_dir / "paper_subjects.png")
+        image_grid(pictures, columns=1 + len(drawn)).save(args.output_dir / "paper_subjects.png")
     print("\n".join(table))
 
 

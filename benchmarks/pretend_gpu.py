@@ -33,14 +33,32 @@ if __name__ == "__main__" and "PRETENDING" not in os.environ:  # start again, wi
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 from accelerate.state import PartialState
-from PIL import Image
 from bench_train import RESULTS, UNETS, made_up_cache, random_models
 from methods import REPOSITORY
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-import dreambooth_implementation as db
+from dreambooth.base import GIB, default
+from dreambooth.data.latents import cache_latents
+from dreambooth.device import Plan
+from dreambooth.drawing.draw import draw
+from dreambooth.memory.demand import survey
+from dreambooth.memory.estimate import estimate
+from dreambooth.memory.plan import choose_levers
+from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.models.recipes import family_of
+from dreambooth.settings import parse_settings
+from dreambooth.subjects.words import Subject
+from dreambooth.training import loop
+from dreambooth.training.course import Course, recipe_for
+from dreambooth.training.levers import flags_of
+from dreambooth.training.loop import train_step
+from dreambooth.training.optimizers import OPTIMIZERS
+from dreambooth.training.prepare import prepare_training
+from dreambooth.training.processes import make_accelerator
+from dreambooth.training.samples import ready_to_draw
 
 GPU = torch.device("cuda", 0)
 PHOTOS = 5
@@ -123,8 +141,8 @@ def pretend(mode):
         from torchao.optim import subclass_8bit
 
         subclass_8bit.get_qmap_signed(), subclass_8bit.get_qmap_unsigned()
-    db.make_batch = outside_modes(db.make_batch)
-    db.OPTIMIZERS |= {name: dataclasses.replace(kind, make=outside_modes(kind.make)) for name, kind in db.OPTIMIZERS.items()}
+    loop.make_batch = outside_modes(loop.make_batch)
+    OPTIMIZERS.update({name: dataclasses.replace(kind, make=outside_modes(kind.make)) for name, kind in OPTIMIZERS.items()})
 
 
 class NoScheduler:
@@ -146,8 +164,8 @@ def draw_one(run, resolution):
     """Draw one picture beside a training, as far as it can be drawn."""
     run.models.pipeline.scheduler = NoScheduler()
     run.models.pipeline.image_processor.postprocess = lambda pixels, **_: [Image.effect_noise((8, 8), 80).convert("RGB")]
-    with db.ready_to_draw(run) as pipeline:
-        list(db.draw(pipeline, [("a <dog> dog", 0)], steps=1, guidance_scale=5, height=resolution, width=resolution, batch_size=1))
+    with ready_to_draw(run) as pipeline:
+        list(draw(pipeline, [("a <dog> dog", 0)], steps=1, guidance_scale=5, height=resolution, width=resolution, batch_size=1))
 
 
 class Memory(TorchDispatchMode):
@@ -212,42 +230,42 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS / "pretend-gpu.json")
     own, passed_on = parser.parse_known_args()
     shutil.rmtree(Path(os.environ["PRETENDING"]).parent)  # the library is loaded
-    s = db.parse_settings(["--train", "--mixed_precision", "bf16", "--max_vram", "80", *passed_on])
-    mode, memory, plan = FakeTensorMode(allow_non_fake_inputs=True), Memory(), db.Plan(GPU, s.mixed_precision)
+    s = parse_settings(["--train", "--mixed_precision", "bf16", "--max_vram", "80", *passed_on])
+    mode, memory, plan = FakeTensorMode(allow_non_fake_inputs=True), Memory(), Plan(GPU, s.mixed_precision)
     pretend(mode)
-    accelerator = db.make_accelerator(s, dataclasses.replace(plan, device=torch.device("cpu")))
+    accelerator = make_accelerator(s, dataclasses.replace(plan, device=torch.device("cpu")))
     PartialState._shared_state["device"] = accelerator.state.device = GPU
 
     models = random_models(own.arch, "meta")
-    resolution = db.default(s.resolution, models.resolution)
-    recipe, subjects = db.recipe_for(db.family_of(models.unet.config), s), [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")]
-    levers = db.choose_levers(s, models, subjects, recipe, resolution, plan)
-    parts = db.estimate(db.survey(s, models, subjects, recipe, resolution, plan, levers), levers)
-    cache = made_up_cache(models, resolution, PHOTOS, PHOTOS * db.preserves_prior(s))
+    resolution = default(s.resolution, models.resolution)
+    recipe, subjects = recipe_for(family_of(models.unet.config), s), [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
+    levers = choose_levers(s, models, subjects, recipe, resolution, plan)
+    parts = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
+    cache = made_up_cache(models, resolution, PHOTOS, PHOTOS * preserves_prior(s))
     with mode:
         models = random_models(own.arch)
-        if db.METHODS[s.method].is_adapter:
+        if METHODS[s.method].is_adapter:
             models.unet.to(plan.dtype)
-        groups = db.parameter_groups(s, models, subjects, recipe)
+        groups = parameter_groups(s, models, subjects, recipe)
         with memory:
-            db.cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)
-            course = db.Course(3, resolution, plan.precision, levers, "constant", recipe.use_ema)
-            run = db.prepare_training(s, course, models, groups, cache, accelerator, {})
+            cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)
+            course = Course(3, resolution, plan.precision, levers, "constant", recipe.use_ema)
+            run = prepare_training(s, course, models, groups, cache, accelerator, {})
             preparing = memory.stage()
-            db.train_step(run, 0)
+            train_step(run, 0)
             memory.casts = 0
-            db.train_step(run, 1)
+            train_step(run, 1)
             casts = memory.casts
             if memory.waits:
                 print(f"A step waits for the GPU: {', '.join(sorted(set(memory.waits)))}")
             counted = memory.stage()
             draw_one(run, resolution)
             drawing = memory.stage()
-            db.train_step(run, 2)  # everything is where it was
+            train_step(run, 2)  # everything is where it was
     figures = {"expected": sum(parts.values()) - parts["reserve"], "with_reserve": sum(parts.values()), "counted": counted,
                "preparing": preparing, "drawing": drawing}
-    row = {"arch": own.arch, "flags": " ".join(passed_on), "plan": db.flags_of(levers), "date": datetime.date.today().isoformat(),
-           "torch": torch.__version__, "casts": casts, **{what: size / db.GIB for what, size in figures.items()}}
+    row = {"arch": own.arch, "flags": " ".join(passed_on), "plan": flags_of(levers), "date": datetime.date.today().isoformat(),
+           "torch": torch.__version__, "casts": casts, **{what: size / GIB for what, size in figures.items()}}
     print(table(enter(row, own.results)))
 
 

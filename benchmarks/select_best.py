@@ -14,10 +14,10 @@ from pathlib import Path
 
 from methods import COMPARED, REPOSITORY, SUBJECTS, program
 
-import dreambooth_implementation as db
+from dreambooth.models.recipes import RECIPES
 
 ROW = re.compile(r" *(\d+) +([\d.]+) +([\d.]+) +([\d.]+)  \w+")
-RECIPE = db.RECIPES["small"]["full"]
+RECIPE = RECIPES["small"]["full"]
 # What the program decides by itself without --select_best, which has a schedule of its own.
 DEFAULT = ["--lr_scheduler", RECIPE.lr_scheduler, "--no-use_ema"]
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import time
 
 from dreambooth.base import default, own_command, say
@@ -45,23 +44,13 @@ from dreambooth.training.loop import optimize
 from dreambooth.training.loss import loss_means
 from dreambooth.training.origin import origin_of, pictures_digest
 from dreambooth.training.prepare import prepare_training
+from dreambooth.training.processes import ignore_splitting, make_accelerator
 from dreambooth.training.samples import make_viewer
 
 
 def train(s):
     """Fine-tune a model on a subject and write it to --output_dir."""
-    concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
-    check_output_dir(s)
-    if preserves_prior(s):
-        for concept in concepts:
-            check_writable(concept.class_data_dir, "--class_data_dir")
-    if s.export:
-        check_export(s)
-    name = find_model(s.model_name or default_model(), "--model_name")
-    metric_names = metric_models(s, [name]) if s.select_best else None
-    plan = plan_device(s)
-    check_levers(s, plan)
-
+    concepts, name, metric_names, plan = settle_beforehand(s)
     ignore_splitting()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
@@ -96,27 +85,21 @@ def train(s):
     accelerator.wait_for_everyone()
 
 
-def ignore_splitting():
-    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
-                f"averaged, as a plain multi-GPU configuration has it.")
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
-
-
-def make_accelerator(s, plan):
-    """What brings models to their devices, wraps them for half precision, and lets several processes train together.
-
-    Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
-    that it kept would lie there from its layer to the end of the pass for nothing.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs
-
-    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
-                       gradient_accumulation_steps=s.gradient_accumulation_steps,
-                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+def settle_beforehand(s):
+    """(concepts, model's name, names of the metric networks or None, Plan): what can be told, and refused, before anything is
+    loaded."""
+    concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
+    check_output_dir(s)
+    if preserves_prior(s):
+        for concept in concepts:
+            check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.export:
+        check_export(s)
+    name = find_model(s.model_name or default_model(), "--model_name")
+    metric_names = metric_models(s, [name]) if s.select_best else None
+    plan = plan_device(s)
+    check_levers(s, plan)
+    return concepts, name, metric_names, plan
 
 
 def prepare(s, name, concepts, plan, accelerator):

@@ -1,7 +1,5 @@
 """Fewer threads where other programs want the CPU, and all again when they no longer do; by a made-up clock."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ class Machine:
 
     def __init__(self, cores, monkeypatch):
         self.cores, self.others, self.now, self.spent, self.used = cores, 0, 0.0, 0.0, cores
-        self.threads = db.Threads(cores, self.use, lambda: self.now, lambda: self.spent)
+        self.threads = db.Threads(cores, cores, self.use, lambda: self.now, lambda: self.spent)
         monkeypatch.setattr(db, "say_once", lambda message: None)
 
     def use(self, number):
@@ -72,19 +70,48 @@ def test_fewer_threads_that_help_nothing_are_left(monkeypatch):
     assert machine.run(600) < 0.101 and machine.run(0.05) == pytest.approx(0.1)
 
 
-def test_where_the_number_is_given_it_stays(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for device in ("cpu", "cuda"):
-        with db.as_many_threads_as_help(torch.device(device)) as timed:
-            assert timed is contextlib.nullcontext
+def test_work_of_several_sizes_is_compared_by_its_amount(monkeypatch):
+    """The last batch of pictures is smaller: its steps are shorter, and no reason to change anything."""
+    machine = Machine(2, monkeypatch)
+    machine.others = 3
+    for _ in range(40):
+        machine.threads.start()
+        for amount in (16, 16, 16, 3):
+            threads, share = machine.used, 2 / (machine.used + 3)
+            seconds = amount * (1.0 if threads == 2 else 0.2)
+            machine.now += seconds
+            machine.spent += seconds * threads * share
+            machine.threads.lap(amount)
+    assert machine.used == 1 and len(machine.threads.waits) == 1
 
 
-def test_otherwise_it_is_torchs_and_comes_back_in_the_end(monkeypatch):
-    number, asked = [6], []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    with db.as_many_threads_as_help(torch.device("cpu")) as timed:
-        timed.__self__.set(2)
-    assert asked == [2, 6]
+def test_drawing_tells_of_every_step(tiny_model, capsys):
+    class Watch:
+        laps, start = [], staticmethod(lambda: None)
+
+        def lap(self, amount):
+            self.laps.append(amount)
+    pipeline = db.load_pipeline(str(tiny_model("sd1")), torch.float32)
+    jobs = [("a dog", seed) for seed in range(3)]
+    look = dict(steps=4, guidance_scale=1.0, height=32, width=32, batch_size=2)
+    plain = list(db.draw(pipeline, jobs, **look))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(db, "threads_that_help", lambda device: Watch())
+        watched = list(db.draw(pipeline, jobs, **look))
+    steps = len(Watch.laps) // 2
+    assert steps >= 4 and Watch.laps == [2] * steps + [1] * steps
+    assert [picture.tobytes() for picture in plain] == [picture.tobytes() for picture in watched]
+
+
+@pytest.mark.parametrize("device, variable, number, chooses", [
+    ("cpu", None, 4, True), ("cpu", None, 1, False), ("cuda", None, 4, False),
+    ("cpu", "OMP_NUM_THREADS", 4, False), ("cpu", "MKL_NUM_THREADS", 4, False)])
+def test_where_the_number_is_given_it_stays(device, variable, number, chooses, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "2")
+    monkeypatch.setattr(db, "all_threads", lambda: number)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # what the work before it ended with
+    threads = db.threads_that_help(torch.device(device))
+    assert bool(threads) == chooses and (not chooses or (threads.most, threads.number) == (4, 2))

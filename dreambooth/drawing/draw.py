@@ -7,6 +7,7 @@ from dreambooth.base import UserError, is_first_process, say, slug
 from dreambooth.images import image_grid, is_flat, save_picture
 from dreambooth.models.recipes import guidance_scale
 from dreambooth.progress import progress
+from dreambooth.threads import threads_that_help
 
 
 def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
@@ -32,13 +33,14 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
     """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
     import torch
 
+    threads = threads_that_help(pipeline.device)
     start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
         try:
             pictures = pipeline(
                 list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look).images
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look, **counting(threads, len(prompts))).images
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
             if not (can_halve or all_there):
@@ -55,6 +57,18 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
         else:
             take_turns(pipeline, pipeline.device)
             all_there = False
+
+
+def counting(threads, pictures):
+    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures."""
+    if threads is None:
+        return {}
+
+    def count(pipeline, number, timestep, tensors):
+        threads.lap(pictures)
+        return tensors
+    threads.start()
+    return {"callback_on_step_end": count}
 
 
 def placed(pipeline, device):

@@ -3,6 +3,7 @@
 Knows no family, no method and no flag that saves memory: it sees parameter groups, a loss and a Run.
 """
 
+import contextlib
 import math
 
 from dreambooth.base import Interrupted, is_first_process
@@ -10,7 +11,7 @@ from dreambooth.data.batches import make_batch, random_source
 from dreambooth.device import moved
 from dreambooth.methods.groups import check_finite, trained_tensors
 from dreambooth.progress import progress
-from dreambooth.threads import as_many_threads_as_help
+from dreambooth.threads import threads_that_help
 from dreambooth.training.checkpoints import write_checkpoint
 from dreambooth.training.loss import diffusion_loss, split_means
 from dreambooth.training.prepare import unwrap
@@ -28,11 +29,11 @@ def optimize(run, folder, viewer):
     not finite.
     """
     s, steps, unread = run.s, run.course.steps, []
-    with (loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals,
-          as_many_threads_as_help(run.accelerator.device) as timed):
+    threads = threads_that_help(run.accelerator.device)
+    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
         bar = progress(range(len(run.history), steps), "training", "step", steps, len(run.history), not is_first_process())
         for done in (step + 1 for step in bar):
-            with timed():
+            with threads.timed() if threads else contextlib.nullcontext():
                 unread += train_step(run, done - 1)
             stop = stop_agreed(run.accelerator, signals, done)
             views = viewer.every and (done % viewer.every == 0 or done == steps)
