@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -37,13 +38,16 @@ import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import textwrap
 import threading
 import time
 import types
 import typing
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+import warnings
+import zlib
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from dataclasses import dataclass
 from filelock import FileLock, Timeout
 from importlib.metadata import version
@@ -301,47 +305,254 @@ def unused_name(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# images: Pictures: read as the eye sees them, cut to squares, laid out in grids, saved with their settings inside.
+# decode: Picture files decoded as every viewer shows them, whatever camera, phone or editor wrote them.
+#
+# Knows nothing of what the pictures are for.
+
+
+MOST_PIXELS = 2**29  # three times the largest sensors of phones; in memory 1.5 GB
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # and no more: Pillow hands some to other programs
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+SIGNATURES = {  # first bytes -> kind, of files that are pictures whatever they are called
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"\0\0\0\x0cjP  ": "JPEG 2000"}
+UNREAD = {  # first bytes -> what a file is that cannot be read, and what to do
+    b"": "empty", b"version https://git-lfs": "a git-lfs pointer in the picture's place; `git lfs pull` fetches it",
+    b"\xff\x0a": "JPEG XL; convert it to JPEG", b"\0\0\0\x0cJXL ": "JPEG XL; convert it to JPEG", b"8BPS": "a Photoshop document",
+    b"%PDF": "a PDF", b"%!PS": "PostScript", b"<": "a web page or a drawing in SVG", b"\0\5\x16\7": "what a Mac keeps beside a file"}
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+ORIENTATION, ADOBE_RGB = 0x0112, "R03"  # EXIF's tag; what cameras write there instead of a profile
+BITS, WHITE_AT, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2  # TIFF's tags, and a value of the last
+SHOWN_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"eXIf"}  # of a PNG
+SHOWING = {"iCCP": "colour profile", "eXIf": "EXIF"}  # those that may be left out, but not without a word
+
+
+def load_image(path):
+    """The picture at `path` as the eye sees it: upright, 8-bit sRGB, transparent parts white, first frame of several.
+
+    Raises UserError if it cannot be read to its last pixel.
+    """
+    try:
+        with warnings.catch_warnings(), unlimited():
+            warnings.simplefilter("ignore")  # what matters of them is said below
+            return decoded(path)
+    except UserError:
+        raise
+    except Exception as problem:  # decoders raise all kinds of things on damaged files
+        reason = why_unread(path) if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
+        raise UserError(f"{path}: cannot be read ({reason or type(problem).__name__}); remove or replace it") from None
+
+
+@contextlib.contextmanager
+def unlimited():
+    """Without Pillow's limits for what strangers upload: telephones take more pixels, and programs write whole workflows beside
+    a picture."""
+    limits = [(Image, "MAX_IMAGE_PIXELS", None), (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26), (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28)]
+    before = [getattr(module, name) for module, name, _ in limits]
+    for module, name, value in limits:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(limits, before):
+            setattr(module, name, value)
+
+
+def decoded(path):
+    """load_image(), with whatever decoders raise. A PNG that they refuse is tried again with nothing but what it shows."""
+    try:
+        with opened(path) as image:
+            return as_seen(path, image)
+    except UserError:
+        raise
+    except Exception:
+        if (rest := shown_part(path, path.read_bytes())) is None:
+            raise
+        with Image.open(io.BytesIO(rest), formats=["PNG"]) as image:
+            return as_seen(path, image)
+
+
+def opened(path):
+    """The Pillow image in a file, by what its bytes say, and not its name. UserError for what lacks a package or is too large."""
+    head = first_bytes(path)
+    if is_heic(head):
+        register_heic(path)
+    try:
+        tga = ["TGA"] * (path.suffix.lower() == ".tga")  # any bytes may pass for one
+        image = Image.open(path, formats=["HEIF"] if is_heic(head) else FORMATS + tga)
+    except Image.UnidentifiedImageError:
+        if path.suffix.lower() in (".heic", ".heif", ".hif"):
+            register_heic(path)
+        raise
+    if image.width * image.height > MOST_PIXELS:
+        raise UserError(f"{path}: {image.width} x {image.height} pixels are more than can be read; scale it down")
+    return image
+
+
+def first_bytes(path):
+    with open(path, "rb") as file:
+        return file.read(64)
+
+
+def is_heic(head):
+    brands = {head[i:i + 4] for i in (8, *range(16, min(int.from_bytes(head[:4], "big"), len(head)), 4))}
+    return head[4:8] == b"ftyp" and bool(brands & HEIC_BRANDS) and not brands & {b"avif", b"avis"}
+
+
+def register_heic(path):
+    try:
+        from pillow_heif import register_heif_opener
+    except Exception:  # or it is there and a library that it needs is not
+        raise UserError(f"{path}: HEIC needs one more package, `pip install pillow-heif`; or convert it to JPEG") from None
+    register_heif_opener()
+
+
+def picture_kind(path):
+    """What kind of picture a file is by its first bytes, if it is one for certain; else None."""
+    try:
+        head = first_bytes(path)
+    except OSError:
+        return None
+    if head[4:8] == b"ftyp":
+        return "HEIC" if is_heic(head) else "AVIF" if head[8:12] in (b"avif", b"avis") else None
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    return next((kind for start, kind in SIGNATURES.items() if head.startswith(start)), None)
+
+
+def why_unread(path):
+    """What a file that is no picture is instead."""
+    head = first_bytes(path).lstrip(b"\xef\xbb\xbf \r\n\t")
+    return next((what for start, what in UNREAD.items() if head.startswith(start) and (start or not head)), "not an image")
+
+
+def shown_part(path, data):
+    """A PNG without whatever does not show and is damaged or too large; None if that leaves nothing out, or it is no PNG."""
+    start, place, chunks, lost = data[:8], 8, [], []
+    if SIGNATURES.get(start) != "PNG":
+        return None
+    while place < len(data):
+        length, kind = int.from_bytes(data[place:place + 4], "big"), data[place + 4:place + 8]
+        end = place + 12 + length
+        is_whole = data[end - 4:end] == struct.pack(">I", zlib.crc32(data[place + 4:end - 4]))
+        is_needed = kind[:1].isupper()
+        if is_needed or kind in SHOWN_CHUNKS and is_whole and (kind != b"iCCP" or unpacks(data[place + 8:end - 4])):
+            chunks.append(data[place:end])
+        else:
+            lost.append(kind.decode("latin-1"))
+        place = end
+    for kind in set(lost) & SHOWING.keys():
+        say_once(f"Note: {path}: its {SHOWING[kind]} is damaged and left out.")
+    return start + b"".join(chunks) if lost else None
+
+
+def unpacks(chunk):
+    """Whether the profile in a PNG's chunk can be read."""
+    try:
+        return bool(zlib.decompress(chunk[chunk.index(b"\0") + 2:]))
+    except (ValueError, zlib.error):
+        return False
+
+
+def as_seen(path, image):
+    """A Pillow image upright, in 8-bit sRGB and on white."""
+    if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
+        say_once(f"{path} has {image.n_frames} frames; the first is used.")
+    image.load()
+    turn, profile = turn_of(path, image), image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = to_8_bit(path, image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
+    image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
+    if alpha:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def frames_of(image):
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # what follows the first is damaged
+        return 1
+
+
+def turn_of(path, image):
+    """EXIF's number for how a picture lies: phones store photos sideways and say so there. Only that is read of it."""
+    turn = problem = None
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            Image.Exif().load(image.info.get("exif") or b"")  # again: some decoders have tried, and tell nothing of what they met
+            turn = image.getexif().get(ORIENTATION)
+        except Exception as damage:  # of many kinds
+            problem = damage
+    if turn is None and (problem or any("orrupt" in str(warning.message) for warning in warned)):
+        say_once(f"Note: {path}: its EXIF is damaged, so whether it lies on its side is not known; it is used as it lies.")
+    with contextlib.suppress(Exception):
+        if "icc_profile" not in image.info and image.getexif().get_ifd(0xA005).get(1) == ADOBE_RGB:
+            say_once(f"Note: {path}: the camera says Adobe RGB and left out the profile; its colours are taken as sRGB. Save it "
+                     f"with the profile embedded to have them right.")
+    return turn if isinstance(turn, int) else None
+
+
+def in_srgb(path, image, profile):
+    """An image of mode L, RGB, CMYK or LAB in sRGB, by its colour profile (bytes) or, without one that fits, as it is usual."""
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if source.profile.xcolor_space.strip() == "RGB" and image.mode == "L":
+                image = image.convert("RGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+        except Exception:  # broken, or for another kind of colours
+            say_once(f"Note: {path}: its colour profile cannot be used; its colours are taken as they are without one.")
+    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") if image.mode == "LAB" else image.convert("RGB")
+
+
+def to_8_bit(path, image):
+    """A grey picture of more than 8 bits as mode L or LA; Pillow's own convert() would clip nearly all of it to white."""
+    import numpy as np
+
+    values = np.asarray(image).astype(np.float32)
+    values = np.nan_to_num(values, posinf=values[np.isfinite(values)].max(initial=0))
+    tags = getattr(image, "tag_v2", {})
+    white = white_of(path, image, values, tags)
+    grey = (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+    grey = Image.fromarray(255 - grey if tags.get(WHITE_AT) == 0 else grey)
+    if isinstance(clear := image.info.get("transparency"), int):
+        return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
+    return grey
+
+
+def white_of(path, image, values, tags):
+    """The value that is white: what the file's depth says, so that the dark stays dark. Where that says nothing it is guessed by
+    the brightest, and said."""
+    import numpy as np
+
+    bits = tags.get(BITS, 32 if image.mode in ("I", "F") and image.format != "PNG" else 16)
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    if bits <= 16 and image.mode != "F":
+        return 2 ** (bits - (SIGNED in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)))) - 1
+    top = float(values.max(initial=0))
+    if image.mode == "F" and top <= 1:
+        return 1
+    is_bright = image.mode == "F" and np.quantile(values, 0.99) <= 1  # lamps and the sun may shine more than white
+    white = 1 if is_bright else next((white for white in (255, 65535) if top <= white), top)
+    say_once(f"Note: {path} has values up to {top:g}; {white:g} is taken as white.")
+    return white
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# images: Pictures: cut to squares, laid out in grids, saved with their settings inside.
 #
 # Knows nothing of subjects or models.
 
 
-def load_image(path):
-    """The picture at `path` as the eye sees it: upright, 8-bit RGB, transparent parts white, first frame of several.
-
-    Raises UserError if it cannot be read to its last pixel.
-    """
-    if path.suffix.lower() in (".heic", ".heif"):
-        try:
-            from pillow_heif import register_heif_opener
-        except ImportError:
-            raise UserError(f"{path}: HEIC needs one more package, `pip install pillow-heif`; or convert it to JPEG") from None
-        register_heif_opener()
-    try:
-        image = Image.open(path)
-        if getattr(image, "n_frames", 1) > 1:
-            say_once(f"{path} has {image.n_frames} frames; the first is used.")
-        image = ImageOps.exif_transpose(image)  # phones store photos sideways and say so in EXIF
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _to_8_bit(image)
-        if image.has_transparency_data:
-            # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as problem:  # decoders raise all kinds of things on damaged files
-        reason = "not an image" if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
-        raise UserError(f"{path}: cannot be read ({reason}); remove or replace it") from None
-
-
-def _to_8_bit(image):
-    """A 16-bit, 32-bit or float grey image as mode L; Pillow's own convert() would clip nearly all of it to white."""
-    import numpy as np
-
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    top = values.max(initial=0)
-    full = next(full for full in (1, 255, 65535, max(top, 65536)) if top <= full)
-    return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
+LONG = 8  # times as long as wide
 
 
 def square(image, resolution):
@@ -353,7 +564,11 @@ def square(image, resolution):
     scale = resolution / min(width, height)
     scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
+        x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, (x, y, min(x + side, width), min(y + side, height)))
+    else:
+        image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
     return image, [height, width, top, left, resolution, resolution]
 
 
@@ -2479,48 +2694,6 @@ def harmonic_mean(dino, clip_t):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
 
 
@@ -2664,6 +2837,48 @@ def load_lpips(device):
             f"measure.")
         return None
     return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

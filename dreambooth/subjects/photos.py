@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dreambooth.base import UserError, say
 from dreambooth.files import file_digest, read_sums, read_text
-from dreambooth.images import load_image
+from dreambooth.decode import load_image
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
