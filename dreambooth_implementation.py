@@ -1379,7 +1379,9 @@ def entries_of(folder, flag):
     """Paths of all that lies in a folder, by name. UserError if there is none or it cannot be read."""
     try:
         return sorted(Path(folder).iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise UserError(f"{flag} {folder}: a file, and no folder; give the folder that the photos are in") from None
+    except FileNotFoundError:
         raise UserError(f"{flag} {folder}: no such folder") from None
     except PermissionError:
         raise UserError(f"{flag} {folder}: you may not read this folder; give yourself the right to, or give another") from None
@@ -1422,7 +1424,7 @@ def why_skipped(path):
     if os.path.isdir(path):
         return f"{os.sep}: folders inside {path.parent} are not searched."
     if not os.path.exists(path):
-        return ": a link to a file that is not there."
+        return ": a link that leads nowhere." if os.path.islink(path) else ": you may not look into its folder."
     if path.suffix.lower() in CAPTION_SUFFIXES:
         return ": not an image, and no image here has this name, whose caption it would be."
     if path.suffix.lower() in OTHER_PICTURES:
@@ -1695,12 +1697,16 @@ def read_concepts(s, needs_class, names_class):
         for value in values:
             if sum(value in other for other in values) > 1:
                 raise UserError(f'{s.concepts}: {field} "{value}" is another\'s too, or part of it; they must be distinct')
-    check_class_prompts(s, concepts)
+    check_folders(s, concepts)
     return concepts
 
 
-def check_class_prompts(s, concepts):
-    """UserError if one folder of a person's own class images is to serve two classes."""
+def check_folders(s, concepts):
+    """UserError if one folder of a person's own class images is to serve two classes; a word if one of photos serves twice."""
+    homes = {}
+    for c in concepts:
+        if (other := homes.setdefault(os.path.realpath(c.instance_data_dir), c.name)) != c.name:
+            say(f'Note: {s.concepts}: "{other}" and "{c.name}" have the same photos, {c.instance_data_dir}.')
     owners = {c.class_data_dir: c.class_prompt for c in concepts}
     for c in concepts:
         if owners[c.class_data_dir] != c.class_prompt and own_class_images(c.class_data_dir):
@@ -1708,10 +1714,17 @@ def check_class_prompts(s, concepts):
                             f'"{c.class_prompt}" and "{owners[c.class_data_dir]}"; give each its class_data_dir')
 
 
+def once_each(pairs):
+    """A dict of what stands between two braces; ValueError if a key is there twice, of which the first would be lost."""
+    if twice := [key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]]]:
+        raise ValueError(f'"{twice[0]}" stands twice in one entry')
+    return dict(pairs)
+
+
 def read_concept_file(path):
     """The entries of a --concepts file: a list of {"name", "instance_data_dir", "class_prompt", ...}."""
     try:
-        entries = json.loads(read_text(path, "--concepts"))
+        entries = json.loads(read_text(path, "--concepts"), object_pairs_hook=once_each)
     except (ValueError, RecursionError) as problem:
         raise UserError(f"--concepts {path}: not JSON ({problem})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):

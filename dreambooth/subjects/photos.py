@@ -26,7 +26,9 @@ def entries_of(folder, flag):
     """Paths of all that lies in a folder, by name. UserError if there is none or it cannot be read."""
     try:
         return sorted(Path(folder).iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise UserError(f"{flag} {folder}: a file, and no folder; give the folder that the photos are in") from None
+    except FileNotFoundError:
         raise UserError(f"{flag} {folder}: no such folder") from None
     except PermissionError:
         raise UserError(f"{flag} {folder}: you may not read this folder; give yourself the right to, or give another") from None
@@ -69,7 +71,7 @@ def why_skipped(path):
     if os.path.isdir(path):
         return f"{os.sep}: folders inside {path.parent} are not searched."
     if not os.path.exists(path):
-        return ": a link to a file that is not there."
+        return ": a link that leads nowhere." if os.path.islink(path) else ": you may not look into its folder."
     if path.suffix.lower() in CAPTION_SUFFIXES:
         return ": not an image, and no image here has this name, whose caption it would be."
     if path.suffix.lower() in OTHER_PICTURES:
