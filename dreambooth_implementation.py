@@ -312,26 +312,81 @@ def unused_name(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# colours: Colours and greys as files hold them, in the 8-bit sRGB that models see.
+
+
+BITS, WHITE_AT, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2  # TIFF's tags, and a value of the last
+
+
+def in_srgb(path, image, profile):
+    """An image of mode L, RGB, CMYK or LAB in sRGB, by its colour profile (bytes) or, without one that fits, as it is usual."""
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if source.profile.xcolor_space.strip() == "RGB" and image.mode == "L":
+                image = image.convert("RGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+        except Exception:  # broken, or for another kind of colours
+            say_once(f"Note: {path}: its colour profile cannot be used; its colours are taken as they are without one.")
+    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") if image.mode == "LAB" else image.convert("RGB")
+
+
+def to_8_bit(path, image):
+    """A grey picture of more than 8 bits as mode L or LA; Pillow's own convert() would clip nearly all of it to white."""
+    import numpy as np
+
+    values = np.asarray(image).astype(np.float32)
+    values = np.nan_to_num(values, posinf=values[np.isfinite(values)].max(initial=0))
+    tags = getattr(image, "tag_v2", {})
+    white = white_of(path, image, values, tags)
+    grey = (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+    grey = Image.fromarray(255 - grey if tags.get(WHITE_AT) == 0 else grey)
+    if isinstance(clear := image.info.get("transparency"), int):
+        return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
+    return grey
+
+
+def white_of(path, image, values, tags):
+    """The value that is white: what the file's depth says, so that the dark stays dark. Where that says nothing it is guessed by
+    the brightest, and said."""
+    import numpy as np
+
+    bits = tags.get(BITS, 32 if image.mode in ("I", "F") and image.format != "PNG" else 16)
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    if bits <= 16 and image.mode != "F":
+        return 2 ** (bits - (SIGNED in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)))) - 1
+    top = float(values.max(initial=0))
+    if image.mode == "F" and top <= 1:
+        return 1
+    is_bright = image.mode == "F" and np.quantile(values, 0.99) <= 1  # lamps and the sun may shine more than white
+    white = 1 if is_bright else next((white for white in (255, 65535) if top <= white), top)
+    say_once(f"Note: {path} has values up to {top:g}; {white:g} is taken as white.")
+    return white
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # decode: Picture files decoded as every viewer shows them, whatever camera, phone or editor wrote them.
 #
 # Knows nothing of what the pictures are for.
 
 
 MOST_PIXELS = 2**29  # three times the largest sensors of phones; in memory 1.5 GB
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # and no more: Pillow hands some to other programs
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # Pillow hands others to other programs
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 SIGNATURES = {  # first bytes -> kind, of files that are pictures whatever they are called
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"\0\0\0\x0cjP  ": "JPEG 2000"}
 UNREAD = {  # first bytes -> what a file is that cannot be read, and what to do
     b"": "empty", b"version https://git-lfs": "a git-lfs pointer in the picture's place; `git lfs pull` fetches it",
     b"\xff\x0a": "JPEG XL; convert it to JPEG", b"\0\0\0\x0cJXL ": "JPEG XL; convert it to JPEG", b"8BPS": "a Photoshop document",
-    b"%PDF": "a PDF", b"%!PS": "PostScript", b"<": "a web page or a drawing in SVG", b"\0\5\x16\7": "what a Mac keeps beside a file"}
+    b"%PDF": "a PDF", b"%!PS": "PostScript", b"<": "a web page or a drawing in SVG",
+    b"\0\5\x16\7": "what a Mac keeps beside a file"}
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 ORIENTATION, ADOBE_RGB = 0x0112, "R03"  # EXIF's tag; what cameras write there instead of a profile
-BITS, WHITE_AT, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2  # TIFF's tags, and a value of the last
 SHOWN_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"eXIf"}  # of a PNG
 SHOWING = {"iCCP": "colour profile", "eXIf": "EXIF"}  # those that may be left out, but not without a word
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of it becomes an exception
 
 
 def load_image(path):
@@ -354,7 +409,8 @@ def load_image(path):
 def unlimited():
     """Without Pillow's limits for what strangers upload: telephones take more pixels, and programs write whole workflows beside
     a picture."""
-    limits = [(Image, "MAX_IMAGE_PIXELS", None), (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26), (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28)]
+    limits = [(Image, "MAX_IMAGE_PIXELS", None), (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26),
+              (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28)]
     before = [getattr(module, name) for module, name, _ in limits]
     for module, name, value in limits:
         setattr(module, name, value)
@@ -366,16 +422,22 @@ def unlimited():
 
 
 def decoded(path):
-    """load_image(), with whatever decoders raise. A PNG that they refuse is tried again with nothing but what it shows."""
+    """load_image(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
     try:
         with opened(path) as image:
             return as_seen(path, image)
     except UserError:
         raise
-    except Exception:
-        if (rest := shown_part(path, path.read_bytes())) is None:
+    except Exception as problem:
+        kind, data = picture_kind(path), path.read_bytes()
+        rest = data
+        if kind == "PNG":
+            rest = shown_part(path, data)
+        elif kind == "AVIF" and "Exif" in str(problem):
+            rest = without_exif(path, data)
+        if rest == data:
             raise
-        with Image.open(io.BytesIO(rest), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(rest), formats=[kind]) as image:
             return as_seen(path, image)
 
 
@@ -430,14 +492,14 @@ def picture_kind(path):
 def why_unread(path):
     """What a file that is no picture is instead."""
     head = first_bytes(path).lstrip(b"\xef\xbb\xbf \r\n\t")
+    if kind := "TIFF" if head[:4] in (b"II*\0", b"MM\0*") else picture_kind(path):
+        return f"a damaged {kind}, or of a form that is not read"
     return next((what for start, what in UNREAD.items() if head.startswith(start) and (start or not head)), "not an image")
 
 
 def shown_part(path, data):
-    """A PNG without whatever does not show and is damaged or too large; None if that leaves nothing out, or it is no PNG."""
-    start, place, chunks, lost = data[:8], 8, [], []
-    if SIGNATURES.get(start) != "PNG":
-        return None
+    """A PNG without whatever does not show, or is damaged and need not be there."""
+    place, chunks, lost = 8, [], []
     while place < len(data):
         length, kind = int.from_bytes(data[place:place + 4], "big"), data[place + 4:place + 8]
         end = place + 12 + length
@@ -450,7 +512,13 @@ def shown_part(path, data):
         place = end
     for kind in set(lost) & SHOWING.keys():
         say_once(f"Note: {path}: its {SHOWING[kind]} is damaged and left out.")
-    return start + b"".join(chunks) if lost else None
+    return data[:8] + b"".join(chunks)
+
+
+def without_exif(path, data):
+    """An AVIF whose EXIF goes by a name that no reader knows."""
+    say_once(f"Note: {path}: its EXIF is damaged and left out.")
+    return re.sub(rb"(infe\x02.{7})Exif", rb"\1free", data, flags=re.DOTALL)
 
 
 def unpacks(chunk):
@@ -506,53 +574,6 @@ def turn_of(path, image):
     return turn if isinstance(turn, int) else None
 
 
-def in_srgb(path, image, profile):
-    """An image of mode L, RGB, CMYK or LAB in sRGB, by its colour profile (bytes) or, without one that fits, as it is usual."""
-    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if source.profile.xcolor_space.strip() == "RGB" and image.mode == "L":
-                image = image.convert("RGB")
-            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-        except Exception:  # broken, or for another kind of colours
-            say_once(f"Note: {path}: its colour profile cannot be used; its colours are taken as they are without one.")
-    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") if image.mode == "LAB" else image.convert("RGB")
-
-
-def to_8_bit(path, image):
-    """A grey picture of more than 8 bits as mode L or LA; Pillow's own convert() would clip nearly all of it to white."""
-    import numpy as np
-
-    values = np.asarray(image).astype(np.float32)
-    values = np.nan_to_num(values, posinf=values[np.isfinite(values)].max(initial=0))
-    tags = getattr(image, "tag_v2", {})
-    white = white_of(path, image, values, tags)
-    grey = (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
-    grey = Image.fromarray(255 - grey if tags.get(WHITE_AT) == 0 else grey)
-    if isinstance(clear := image.info.get("transparency"), int):
-        return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
-    return grey
-
-
-def white_of(path, image, values, tags):
-    """The value that is white: what the file's depth says, so that the dark stays dark. Where that says nothing it is guessed by
-    the brightest, and said."""
-    import numpy as np
-
-    bits = tags.get(BITS, 32 if image.mode in ("I", "F") and image.format != "PNG" else 16)
-    bits = bits[0] if isinstance(bits, tuple) else bits
-    if bits <= 16 and image.mode != "F":
-        return 2 ** (bits - (SIGNED in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)))) - 1
-    top = float(values.max(initial=0))
-    if image.mode == "F" and top <= 1:
-        return 1
-    is_bright = image.mode == "F" and np.quantile(values, 0.99) <= 1  # lamps and the sun may shine more than white
-    white = 1 if is_bright else next((white for white in (255, 65535) if top <= white), top)
-    say_once(f"Note: {path} has values up to {top:g}; {white:g} is taken as white.")
-    return white
-
-
 # ------------------------------------------------------------------------------------------------------------------------------
 # images: Pictures: cut to squares, laid out in grids, saved with their settings inside.
 #
@@ -573,7 +594,8 @@ def square(image, resolution):
     left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
     if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
         x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, (x, y, min(x + side, width), min(y + side, height)))
+        box = (x, y, min(x + side, width), min(y + side, height))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
     else:
         image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
     return image, [height, width, top, left, resolution, resolution]
@@ -1060,15 +1082,18 @@ class Parts:
 
 
 MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
-    painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot thumbnail""".split()
-RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # what a noun ends before
+    painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
+    thumbnail""".split()
+RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
 AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
 OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
 OWNERS = "my your his her its our their".split()
 DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
-POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[A-Z])\w*)['’]s? "  # "my sister's dog", "Anna's dog"; not "a dog's bowl"
+# "my sister's dog" and "Anna's dog", but not "a dog's bowl".
+POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[A-Z])\w*)['’]s? "
 NUMBERS = "two three four five six several many".split()
-WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(NUMBERS)}) )?(.*)$", re.IGNORECASE)
+WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(NUMBERS)}) )?(.*)$",
+                   re.IGNORECASE)
 EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
 CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$")
@@ -1162,8 +1187,8 @@ ELSEWHERE = {
     r"\([^()]*:\s*[-+]?\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]|\(\([^()]+\)\)|\b\w+\+\+|\)(?:\d\.\d|\+|-)(?![\w.])":
         "is read as plain words; there are no weights of words here: leave brackets and number out",
     r"(?<!\S)(?:BREAK|AND)(?!\S)": "is read as a plain word; a prompt is one piece here",
-    r"(?<!\S)--?[a-z]+ \d+(?::\d+)?(?!\S)|(?<!\S)--[a-z]+(?: [\w.:]+)?": "is read as plain words; what is not in the picture belongs in flags, "
-                                                             "such as --width, --seed, --negative_prompt",
+    r"(?<!\S)--?[a-z]+ \d+(?::\d+)?(?!\S)|(?<!\S)--[a-z]+(?: [\w.:]+)?":
+        "is read as plain words; what is not in the picture belongs in flags, such as --width, --seed, --negative_prompt",
     r"__[\w/-]+__|\{[^{}]*\|[^{}]*\}": "is read as it stands; nothing is chosen at random here: give several prompts",
     r"\\[()\[\]]": "is read with its backslash; brackets need none here"}
 BRACKETS = re.compile(r"\[[^\[\]]+\]|<[^<>]+>|\{[^{}]+\}")
@@ -1242,7 +1267,8 @@ def caption_files(photos, files):
 def read_captions(photos, files):
     """{photo: its own caption} of those that have one. `files`: all that lies in their folder. Says what is used for no photo."""
     beside = caption_files(photos, files)
-    listed = match_entries([entry for name in CAPTION_LISTS for path in files if folded(path.name) == name for entry in read_list(path)], photos)
+    lists = [path for path in files if folded(path.name) in CAPTION_LISTS]
+    listed = match_entries([entry for path in lists for entry in read_list(path)], photos)
     captions = {}
     for photo, path in beside.items():
         captions[photo] = " ".join(read_text(path).split())
@@ -1362,6 +1388,97 @@ def fill_class(prompt, names, subjects):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
+#
+# Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
+
+
+RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after this share of it are rare
+# Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
+# everybody uses, is a rifle). The last line are such tokens of the bundled model's.
+RARE_WORDS = """
+    phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
+    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
+    zwx xqr qvk vkz wjq jxv fzw kqx"""
+
+
+def rare_words(tokenizers, class_prompts):
+    """Those of RARE_WORDS that every tokenizer reads as one rare token, alone and before each class noun."""
+    def is_one(tokenizer, word):
+        def ids(text):
+            return tokenizer(text, add_special_tokens=False).input_ids
+        return (len(ids(word)) == 1 and is_rare(tokenizer, ids(word)[0])
+                and all(ids(f"a {word} {prompt}") == ids("a") + ids(word) + ids(prompt) for prompt in class_prompts))
+    return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
+            and not any(word in prompt for prompt in class_prompts)]
+
+
+def is_rare(tokenizer, token_id):
+    return token_id >= RARE * len(tokenizer)
+
+
+def choose_identifiers(models, concepts, seed, embed):
+    """One identifier for each concept: its own, or for "auto" a rare word that means little to the model.
+
+    `embed` maps P prompts to the text encoder's embeddings [P, channels] at their ends.
+    Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
+    seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
+    with a weak prior in both language model and diffusion model.)
+    """
+    import torch
+
+    tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
+    words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
+    candidates = rare_words(models.tokenizers, [concept.class_prompt or "" for concept in concepts])
+    for concept in concepts:
+        if concept.identifier != "auto":
+            check_identifier(tokenizer, concept.identifier)
+            words.append(concept.identifier)
+            continue
+        free = [word for word in candidates if word not in taken]
+        if not free:
+            raise UserError(f'no rare word that this model reads as one token is left for "{concept.name}"; choose one '
+                            f"yourself with --identifier")
+        shift = embedding_shift(embed, free, concept)
+        best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
+        vectors = {word: table[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))].mean(0) for word in best + taken}
+
+        def similarity(word):
+            return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
+        random.Random(f"{seed} {concept.name}").shuffle(best)
+        words.append(min(best, key=similarity))
+        taken.append(words[-1])
+        token = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(words[-1]))[0]
+        say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
+            f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
+            f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
+    return words
+
+
+def embedding_shift(embed, words, concept):
+    """{word: 1 - cosine of the text embeddings, at the end of the text, of the prompt with the word and of the class}."""
+    import torch
+
+    bare = fill_identifier(concept.instance_prompt, [Subject("", "", "", concept.name)], "")
+    prompts = [" ".join(bare.split())]
+    prompts += [fill_identifier(concept.instance_prompt, [Subject(word, "", "", concept.name)], "") for word in words]
+    vectors = embed(prompts)
+    return dict(zip(words, (1 - torch.cosine_similarity(vectors[1:], vectors[:1])).tolist()))
+
+
+def check_identifier(tokenizer, identifier):
+    """Say so if the tokenizer does not read the identifier as one rare token."""
+    pieces = tokenizer.tokenize(identifier)
+    if len(pieces) > 1:
+        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
+            f"mean something already; one rare token learns better. --identifier auto finds one.")
+    elif not is_rare(tokenizer, tokenizer.convert_tokens_to_ids(pieces[0])):
+        say(f'Note: the identifier "{identifier}" is a common word (token {tokenizer.convert_tokens_to_ids(pieces[0])} of '
+            f"{len(tokenizer)}): its old meaning mixes with the subject, and prompts with it will show the subject. "
+            f"--identifier auto finds a rare one.")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/photos: Folders of photos: which files count, and whatever a person should know about them.
 #
 # Knows nothing of models; nothing slow is imported, so that every complaint comes at once.
@@ -1371,8 +1488,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".t
 RARER_SUFFIXES = {".jpe", ".pjpeg", ".mpo", ".apng", ".dib", ".hif", ".jp2", ".j2k", ".tga"}  # read as well, and not advertised
 SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
 READ_HERE = {SAMPLE_LIST.casefold(), CLASS_PROMPT_FILE, *CAPTION_LISTS}
-OTHER_PICTURES = """.dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw .raw .psd .psb .xcf .kra .svg .svgz .eps .pdf .ai .jxl .jxr .exr
-    .hdr .ico .icns .ppm .pgm .mov .mp4 .m4v .avi .webm .mkv .zip .rar .7z .tar .gz""".split()  # hold pictures, but not such as are read
+# What holds pictures, but not such as are read: of cameras, of editors, films, archives.
+OTHER_PICTURES = """.dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw .raw .psd .psb .xcf .kra .svg .svgz .eps .pdf .ai .jxl .jxr
+    .exr .hdr .ico .icns .ppm .pgm .mov .mp4 .m4v .avi .webm .mkv .zip .rar .7z .tar .gz""".split()
 
 
 def entries_of(folder, flag):
@@ -1386,7 +1504,8 @@ def entries_of(folder, flag):
     except PermissionError:
         raise UserError(f"{flag} {folder}: you may not read this folder; give yourself the right to, or give another") from None
     except (OSError, ValueError) as problem:
-        raise UserError(f"{flag} {folder}: cannot be read ({getattr(problem, 'strerror', None) or problem}); give another folder") from None
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{flag} {folder}: cannot be read ({reason}); give another folder") from None
 
 
 def list_images(folder, flag):
@@ -1512,97 +1631,6 @@ def pixels_digest(image):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
-#
-# Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
-
-
-RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after this share of it are rare
-# Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
-# everybody uses, is a rifle). The last line are such tokens of the bundled model's.
-RARE_WORDS = """
-    phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
-    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
-    zwx xqr qvk vkz wjq jxv fzw kqx"""
-
-
-def rare_words(tokenizers, class_prompts):
-    """Those of RARE_WORDS that every tokenizer reads as one rare token, alone and before each class noun."""
-    def is_one(tokenizer, word):
-        def ids(text):
-            return tokenizer(text, add_special_tokens=False).input_ids
-        return (len(ids(word)) == 1 and is_rare(tokenizer, ids(word)[0])
-                and all(ids(f"a {word} {prompt}") == ids("a") + ids(word) + ids(prompt) for prompt in class_prompts))
-    return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
-            and not any(word in prompt for prompt in class_prompts)]
-
-
-def is_rare(tokenizer, token_id):
-    return token_id >= RARE * len(tokenizer)
-
-
-def choose_identifiers(models, concepts, seed, embed):
-    """One identifier for each concept: its own, or for "auto" a rare word that means little to the model.
-
-    `embed` maps P prompts to the text encoder's embeddings [P, channels] at their ends.
-    Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
-    seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
-    with a weak prior in both language model and diffusion model.)
-    """
-    import torch
-
-    tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
-    words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
-    candidates = rare_words(models.tokenizers, [concept.class_prompt or "" for concept in concepts])
-    for concept in concepts:
-        if concept.identifier != "auto":
-            check_identifier(tokenizer, concept.identifier)
-            words.append(concept.identifier)
-            continue
-        free = [word for word in candidates if word not in taken]
-        if not free:
-            raise UserError(f'no rare word that this model reads as one token is left for "{concept.name}"; choose one '
-                            f"yourself with --identifier")
-        shift = embedding_shift(embed, free, concept)
-        best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
-        vectors = {word: table[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))].mean(0) for word in best + taken}
-
-        def similarity(word):
-            return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
-        random.Random(f"{seed} {concept.name}").shuffle(best)
-        words.append(min(best, key=similarity))
-        taken.append(words[-1])
-        token = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(words[-1]))[0]
-        say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
-            f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
-            f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
-    return words
-
-
-def embedding_shift(embed, words, concept):
-    """{word: 1 - cosine of the text embeddings, at the end of the text, of the prompt with the word and of the class}."""
-    import torch
-
-    bare = fill_identifier(concept.instance_prompt, [Subject("", "", "", concept.name)], "")
-    prompts = [" ".join(bare.split())]
-    prompts += [fill_identifier(concept.instance_prompt, [Subject(word, "", "", concept.name)], "") for word in words]
-    vectors = embed(prompts)
-    return dict(zip(words, (1 - torch.cosine_similarity(vectors[1:], vectors[:1])).tolist()))
-
-
-def check_identifier(tokenizer, identifier):
-    """Say so if the tokenizer does not read the identifier as one rare token."""
-    pieces = tokenizer.tokenize(identifier)
-    if len(pieces) > 1:
-        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
-            f"mean something already; one rare token learns better. --identifier auto finds one.")
-    elif not is_rare(tokenizer, tokenizer.convert_tokens_to_ids(pieces[0])):
-        say(f'Note: the identifier "{identifier}" is a common word (token {tokenizer.convert_tokens_to_ids(pieces[0])} of '
-            f"{len(tokenizer)}): its old meaning mixes with the subject, and prompts with it will show the subject. "
-            f"--identifier auto finds a rare one.")
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/class_folders: Folders of class images as people bring them: what is in them is used, or said not to be.
 
 
@@ -1644,8 +1672,8 @@ def check_own(folder, count, concepts):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:
-        say(f"Note: {len(same)} of the class images in {folder} are photos of the subject ({', '.join(path.name for path in same[:5])}), "
-            f"which makes the class what the subject is; remove them.")
+        names = ", ".join(path.name for path in same[:5])
+        say(f"Note: {len(same)} of the class images in {folder} are photos of the subject ({names}), which makes the class what the subject is; remove them.")
 
 
 def tell_strangers(folder, concepts):
@@ -1654,8 +1682,8 @@ def tell_strangers(folder, concepts):
     for path in entries_of(folder, "--class_data_dir") if os.path.isdir(folder) else ():
         is_ours = any((path / name).exists() for name in MADE_HERE)
         if not is_ours and os.path.realpath(path) not in photos and holds_pictures(path):
-            say(f"Note: the pictures in {path} are not used, and class images are drawn: your own have to lie directly in the folder "
-                f'that --class_data_dir names, such as --class_data_dir "{path}".')
+            say(f"Note: the pictures in {path} are not used, and class images are drawn: your own have to lie directly in the "
+                f'folder that --class_data_dir names, such as --class_data_dir "{path}".')
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -1790,15 +1818,18 @@ def check_identifier_given(identifier, class_prompt, flag):
         raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
     for word in re.findall(r"[^\s,.;:!?]+", class_prompt):
         if word in RARE_WORDS.split() or foreign_words(word):
-            raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without "{word}", such as "a dog"; a rare word of '
-                            f"your own is given by {flag}identifier")
+            raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without "{word}", such as "a dog"; a rare '
+                            f"word of your own is given by {flag}identifier")
         if word.casefold() == identifier.casefold():
-            raise UserError(f'{flag}identifier "{identifier}": the class, "{class_prompt}", has this word already; give one that means '
-                            f"nothing yet, or auto")
+            raise UserError(f'{flag}identifier "{identifier}": the class, "{class_prompt}", has this word already; give one '
+                            f"that means nothing yet, or auto")
 
 
 def identifier_in(instance_prompt, class_prompt, flag):
-    """The rare word that an instance prompt has beside the words of the class: "sks" in "a photo of sks dog". UserError if unclear."""
+    """The rare word that an instance prompt has beside the words of the class: "sks" in "a photo of sks dog".
+
+    Raises UserError if that is not clear.
+    """
     def words(text):
         return [word.strip(".,;:!?\"“”") for word in text.split()]
     usual = {word.casefold() for word in words(f"a an the my photo picture image photograph portrait close-up of {class_prompt}")}
@@ -3255,48 +3286,6 @@ def load_lpips(device):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/prompts: The prompts that are evaluated: the paper's two lists of 25, the bundled world's, or a person's own.
 
 
@@ -3369,6 +3358,48 @@ def fill_template(template, subject, names_class):
         return caption, caption
     drawn = template.replace("[class]", noun) if names_class else template.replace(" [class]", "")
     return fill_identifier(drawn, [subject], "--prompts_file"), caption
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4244,6 +4275,36 @@ def check_origin(path, state, origin):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# training/unused: What a training leaves unused of what a person gave it is said.
+
+
+def tell_unused(s, concepts):
+    """Say which of what was given for class images goes unused."""
+    if preserves_prior(s):
+        return
+    if s.prior_loss_weight == 0 and s.with_prior_preservation is not False:
+        say("Note: --prior_loss_weight 0: class images would weigh nothing, so there are none, as with "
+            "--no-with_prior_preservation.")
+    defaults = {f.name: f.default for f in dataclasses.fields(s)}
+    unused = [f"--{name}" for name in ("class_data_dir", "num_class_images", "class_guidance_scale")
+              if getattr(s, name) != defaults[name]]
+    unused += [f"{name} in {s.concepts}" for name in ("class_data_dir", "num_class_images")
+               if any(getattr(concept, name) != getattr(s, name) for concept in concepts)]
+    if unused:
+        say(f"Note: {', '.join(unused)}: not used, since there are no class images in this training.")
+
+
+def tell_unseen(s, course, photos, class_images, processes):
+    """Say if a training is too short to show every picture of these pools once."""
+    draws = course.steps * s.gradient_accumulation_steps * s.train_batch_size * processes
+    for kind, pools, remedy in (("photos", photos, "--steps"),
+                                ("class images", class_images, "--steps or fewer --num_class_images")):
+        largest = max(map(len, pools), default=0)
+        if pools and draws // len(pools) < largest:
+            say(f"Note: {course.steps} steps show {draws // len(pools)} of the {largest} {kind} of a subject; more {remedy}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/checkpoints: Checkpoints: what an interrupted training goes on from, whole or not there at all.
 
 
@@ -4350,34 +4411,6 @@ def load_checkpoint(run, path):
     elif state["scores"]:
         say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
     say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# training/unused: What a training leaves unused of what a person gave it is said.
-
-
-def tell_unused(s, concepts):
-    """Say which of what was given for class images goes unused."""
-    if preserves_prior(s):
-        return
-    if s.prior_loss_weight == 0 and s.with_prior_preservation is not False:
-        say("Note: --prior_loss_weight 0: class images would weigh nothing, so there are none, as with --no-with_prior_preservation.")
-    defaults = {f.name: f.default for f in dataclasses.fields(s)}
-    unused = [f"--{name}" for name in ("class_data_dir", "num_class_images", "class_guidance_scale")
-              if getattr(s, name) != defaults[name]]
-    unused += [f"{name} in {s.concepts}" for name in ("class_data_dir", "num_class_images")
-               if any(getattr(concept, name) != getattr(s, name) for concept in concepts)]
-    if unused:
-        say(f"Note: {', '.join(unused)}: not used, since there are no class images in this training.")
-
-
-def tell_unseen(s, course, photos, class_images, processes):
-    """Say if a training is too short to show every picture of these pools once."""
-    draws = course.steps * s.gradient_accumulation_steps * s.train_batch_size * processes
-    for kind, pools, remedy in (("photos", photos, "--steps"), ("class images", class_images, "--steps or fewer --num_class_images")):
-        largest = max(map(len, pools), default=0)
-        if pools and draws // len(pools) < largest:
-            say(f"Note: {course.steps} steps show {draws // len(pools)} of the {largest} {kind} of a subject; more {remedy}.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

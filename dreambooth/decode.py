@@ -5,29 +5,33 @@ Knows nothing of what the pictures are for.
 
 import contextlib
 import io
+import logging
+import re
 import struct
 import warnings
 import zlib
 
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from dreambooth.base import UserError, say_once
+from dreambooth.colours import in_srgb, to_8_bit
 
 MOST_PIXELS = 2**29  # three times the largest sensors of phones; in memory 1.5 GB
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # and no more: Pillow hands some to other programs
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # Pillow hands others to other programs
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 SIGNATURES = {  # first bytes -> kind, of files that are pictures whatever they are called
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"\0\0\0\x0cjP  ": "JPEG 2000"}
 UNREAD = {  # first bytes -> what a file is that cannot be read, and what to do
     b"": "empty", b"version https://git-lfs": "a git-lfs pointer in the picture's place; `git lfs pull` fetches it",
     b"\xff\x0a": "JPEG XL; convert it to JPEG", b"\0\0\0\x0cJXL ": "JPEG XL; convert it to JPEG", b"8BPS": "a Photoshop document",
-    b"%PDF": "a PDF", b"%!PS": "PostScript", b"<": "a web page or a drawing in SVG", b"\0\5\x16\7": "what a Mac keeps beside a file"}
+    b"%PDF": "a PDF", b"%!PS": "PostScript", b"<": "a web page or a drawing in SVG",
+    b"\0\5\x16\7": "what a Mac keeps beside a file"}
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 ORIENTATION, ADOBE_RGB = 0x0112, "R03"  # EXIF's tag; what cameras write there instead of a profile
-BITS, WHITE_AT, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2  # TIFF's tags, and a value of the last
 SHOWN_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"eXIf"}  # of a PNG
 SHOWING = {"iCCP": "colour profile", "eXIf": "EXIF"}  # those that may be left out, but not without a word
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of it becomes an exception
 
 
 def load_image(path):
@@ -50,7 +54,8 @@ def load_image(path):
 def unlimited():
     """Without Pillow's limits for what strangers upload: telephones take more pixels, and programs write whole workflows beside
     a picture."""
-    limits = [(Image, "MAX_IMAGE_PIXELS", None), (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26), (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28)]
+    limits = [(Image, "MAX_IMAGE_PIXELS", None), (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26),
+              (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28)]
     before = [getattr(module, name) for module, name, _ in limits]
     for module, name, value in limits:
         setattr(module, name, value)
@@ -62,16 +67,22 @@ def unlimited():
 
 
 def decoded(path):
-    """load_image(), with whatever decoders raise. A PNG that they refuse is tried again with nothing but what it shows."""
+    """load_image(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
     try:
         with opened(path) as image:
             return as_seen(path, image)
     except UserError:
         raise
-    except Exception:
-        if (rest := shown_part(path, path.read_bytes())) is None:
+    except Exception as problem:
+        kind, data = picture_kind(path), path.read_bytes()
+        rest = data
+        if kind == "PNG":
+            rest = shown_part(path, data)
+        elif kind == "AVIF" and "Exif" in str(problem):
+            rest = without_exif(path, data)
+        if rest == data:
             raise
-        with Image.open(io.BytesIO(rest), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(rest), formats=[kind]) as image:
             return as_seen(path, image)
 
 
@@ -126,14 +137,14 @@ def picture_kind(path):
 def why_unread(path):
     """What a file that is no picture is instead."""
     head = first_bytes(path).lstrip(b"\xef\xbb\xbf \r\n\t")
+    if kind := "TIFF" if head[:4] in (b"II*\0", b"MM\0*") else picture_kind(path):
+        return f"a damaged {kind}, or of a form that is not read"
     return next((what for start, what in UNREAD.items() if head.startswith(start) and (start or not head)), "not an image")
 
 
 def shown_part(path, data):
-    """A PNG without whatever does not show and is damaged or too large; None if that leaves nothing out, or it is no PNG."""
-    start, place, chunks, lost = data[:8], 8, [], []
-    if SIGNATURES.get(start) != "PNG":
-        return None
+    """A PNG without whatever does not show, or is damaged and need not be there."""
+    place, chunks, lost = 8, [], []
     while place < len(data):
         length, kind = int.from_bytes(data[place:place + 4], "big"), data[place + 4:place + 8]
         end = place + 12 + length
@@ -146,7 +157,13 @@ def shown_part(path, data):
         place = end
     for kind in set(lost) & SHOWING.keys():
         say_once(f"Note: {path}: its {SHOWING[kind]} is damaged and left out.")
-    return start + b"".join(chunks) if lost else None
+    return data[:8] + b"".join(chunks)
+
+
+def without_exif(path, data):
+    """An AVIF whose EXIF goes by a name that no reader knows."""
+    say_once(f"Note: {path}: its EXIF is damaged and left out.")
+    return re.sub(rb"(infe\x02.{7})Exif", rb"\1free", data, flags=re.DOTALL)
 
 
 def unpacks(chunk):
@@ -200,50 +217,3 @@ def turn_of(path, image):
             say_once(f"Note: {path}: the camera says Adobe RGB and left out the profile; its colours are taken as sRGB. Save it "
                      f"with the profile embedded to have them right.")
     return turn if isinstance(turn, int) else None
-
-
-def in_srgb(path, image, profile):
-    """An image of mode L, RGB, CMYK or LAB in sRGB, by its colour profile (bytes) or, without one that fits, as it is usual."""
-    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if source.profile.xcolor_space.strip() == "RGB" and image.mode == "L":
-                image = image.convert("RGB")
-            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-        except Exception:  # broken, or for another kind of colours
-            say_once(f"Note: {path}: its colour profile cannot be used; its colours are taken as they are without one.")
-    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") if image.mode == "LAB" else image.convert("RGB")
-
-
-def to_8_bit(path, image):
-    """A grey picture of more than 8 bits as mode L or LA; Pillow's own convert() would clip nearly all of it to white."""
-    import numpy as np
-
-    values = np.asarray(image).astype(np.float32)
-    values = np.nan_to_num(values, posinf=values[np.isfinite(values)].max(initial=0))
-    tags = getattr(image, "tag_v2", {})
-    white = white_of(path, image, values, tags)
-    grey = (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
-    grey = Image.fromarray(255 - grey if tags.get(WHITE_AT) == 0 else grey)
-    if isinstance(clear := image.info.get("transparency"), int):
-        return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
-    return grey
-
-
-def white_of(path, image, values, tags):
-    """The value that is white: what the file's depth says, so that the dark stays dark. Where that says nothing it is guessed by
-    the brightest, and said."""
-    import numpy as np
-
-    bits = tags.get(BITS, 32 if image.mode in ("I", "F") and image.format != "PNG" else 16)
-    bits = bits[0] if isinstance(bits, tuple) else bits
-    if bits <= 16 and image.mode != "F":
-        return 2 ** (bits - (SIGNED in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)))) - 1
-    top = float(values.max(initial=0))
-    if image.mode == "F" and top <= 1:
-        return 1
-    is_bright = image.mode == "F" and np.quantile(values, 0.99) <= 1  # lamps and the sun may shine more than white
-    white = 1 if is_bright else next((white for white in (255, 65535) if top <= white), top)
-    say_once(f"Note: {path} has values up to {top:g}; {white:g} is taken as white.")
-    return white

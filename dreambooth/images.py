@@ -23,7 +23,8 @@ def square(image, resolution):
     left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
     if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
         x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, (x, y, min(x + side, width), min(y + side, height)))
+        box = (x, y, min(x + side, width), min(y + side, height))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
     else:
         image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
     return image, [height, width, top, left, resolution, resolution]

@@ -47,7 +47,8 @@ def caption_files(photos, files):
 def read_captions(photos, files):
     """{photo: its own caption} of those that have one. `files`: all that lies in their folder. Says what is used for no photo."""
     beside = caption_files(photos, files)
-    listed = match_entries([entry for name in CAPTION_LISTS for path in files if folded(path.name) == name for entry in read_list(path)], photos)
+    lists = [path for path in files if folded(path.name) in CAPTION_LISTS]
+    listed = match_entries([entry for path in lists for entry in read_list(path)], photos)
     captions = {}
     for photo, path in beside.items():
         captions[photo] = " ".join(read_text(path).split())

@@ -44,8 +44,8 @@ def check_own(folder, count, concepts):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:
-        say(f"Note: {len(same)} of the class images in {folder} are photos of the subject ({', '.join(path.name for path in same[:5])}), "
-            f"which makes the class what the subject is; remove them.")
+        names = ", ".join(path.name for path in same[:5])
+        say(f"Note: {len(same)} of the class images in {folder} are photos of the subject ({names}), which makes the class what the subject is; remove them.")
 
 
 def tell_strangers(folder, concepts):
@@ -54,5 +54,5 @@ def tell_strangers(folder, concepts):
     for path in entries_of(folder, "--class_data_dir") if os.path.isdir(folder) else ():
         is_ours = any((path / name).exists() for name in MADE_HERE)
         if not is_ours and os.path.realpath(path) not in photos and holds_pictures(path):
-            say(f"Note: the pictures in {path} are not used, and class images are drawn: your own have to lie directly in the folder "
-                f'that --class_data_dir names, such as --class_data_dir "{path}".')
+            say(f"Note: the pictures in {path} are not used, and class images are drawn: your own have to lie directly in the "
+                f'folder that --class_data_dir names, such as --class_data_dir "{path}".')

@@ -146,15 +146,18 @@ def check_identifier_given(identifier, class_prompt, flag):
         raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
     for word in re.findall(r"[^\s,.;:!?]+", class_prompt):
         if word in RARE_WORDS.split() or foreign_words(word):
-            raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without "{word}", such as "a dog"; a rare word of '
-                            f"your own is given by {flag}identifier")
+            raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without "{word}", such as "a dog"; a rare '
+                            f"word of your own is given by {flag}identifier")
         if word.casefold() == identifier.casefold():
-            raise UserError(f'{flag}identifier "{identifier}": the class, "{class_prompt}", has this word already; give one that means '
-                            f"nothing yet, or auto")
+            raise UserError(f'{flag}identifier "{identifier}": the class, "{class_prompt}", has this word already; give one '
+                            f"that means nothing yet, or auto")
 
 
 def identifier_in(instance_prompt, class_prompt, flag):
-    """The rare word that an instance prompt has beside the words of the class: "sks" in "a photo of sks dog". UserError if unclear."""
+    """The rare word that an instance prompt has beside the words of the class: "sks" in "a photo of sks dog".
+
+    Raises UserError if that is not clear.
+    """
     def words(text):
         return [word.strip(".,;:!?\"“”") for word in text.split()]
     usual = {word.casefold() for word in words(f"a an the my photo picture image photograph portrait close-up of {class_prompt}")}

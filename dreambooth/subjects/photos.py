@@ -18,8 +18,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".t
 RARER_SUFFIXES = {".jpe", ".pjpeg", ".mpo", ".apng", ".dib", ".hif", ".jp2", ".j2k", ".tga"}  # read as well, and not advertised
 SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
 READ_HERE = {SAMPLE_LIST.casefold(), CLASS_PROMPT_FILE, *CAPTION_LISTS}
-OTHER_PICTURES = """.dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw .raw .psd .psb .xcf .kra .svg .svgz .eps .pdf .ai .jxl .jxr .exr
-    .hdr .ico .icns .ppm .pgm .mov .mp4 .m4v .avi .webm .mkv .zip .rar .7z .tar .gz""".split()  # hold pictures, but not such as are read
+# What holds pictures, but not such as are read: of cameras, of editors, films, archives.
+OTHER_PICTURES = """.dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw .raw .psd .psb .xcf .kra .svg .svgz .eps .pdf .ai .jxl .jxr
+    .exr .hdr .ico .icns .ppm .pgm .mov .mp4 .m4v .avi .webm .mkv .zip .rar .7z .tar .gz""".split()
 
 
 def entries_of(folder, flag):
@@ -33,7 +34,8 @@ def entries_of(folder, flag):
     except PermissionError:
         raise UserError(f"{flag} {folder}: you may not read this folder; give yourself the right to, or give another") from None
     except (OSError, ValueError) as problem:
-        raise UserError(f"{flag} {folder}: cannot be read ({getattr(problem, 'strerror', None) or problem}); give another folder") from None
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{flag} {folder}: cannot be read ({reason}); give another folder") from None
 
 
 def list_images(folder, flag):

@@ -11,8 +11,8 @@ ELSEWHERE = {
     r"\([^()]*:\s*[-+]?\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]|\(\([^()]+\)\)|\b\w+\+\+|\)(?:\d\.\d|\+|-)(?![\w.])":
         "is read as plain words; there are no weights of words here: leave brackets and number out",
     r"(?<!\S)(?:BREAK|AND)(?!\S)": "is read as a plain word; a prompt is one piece here",
-    r"(?<!\S)--?[a-z]+ \d+(?::\d+)?(?!\S)|(?<!\S)--[a-z]+(?: [\w.:]+)?": "is read as plain words; what is not in the picture belongs in flags, "
-                                                             "such as --width, --seed, --negative_prompt",
+    r"(?<!\S)--?[a-z]+ \d+(?::\d+)?(?!\S)|(?<!\S)--[a-z]+(?: [\w.:]+)?":
+        "is read as plain words; what is not in the picture belongs in flags, such as --width, --seed, --negative_prompt",
     r"__[\w/-]+__|\{[^{}]*\|[^{}]*\}": "is read as it stands; nothing is chosen at random here: give several prompts",
     r"\\[()\[\]]": "is read with its backslash; brackets need none here"}
 BRACKETS = re.compile(r"\[[^\[\]]+\]|<[^<>]+>|\{[^{}]+\}")
