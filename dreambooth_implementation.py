@@ -24,10 +24,12 @@ Made from the modules in dreambooth/ by `make single`: change those, not this fi
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -37,13 +39,17 @@ import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import textwrap
 import threading
 import time
 import types
 import typing
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+import unicodedata
+import warnings
+import zlib
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from dataclasses import dataclass
 from filelock import FileLock, Timeout
 from importlib.metadata import version
@@ -198,12 +204,17 @@ def machine_name(device):
 # Knows nothing of what is in them.
 
 
-def read_text(path):
-    """Text of a file a person wrote. Raises UserError if it is not UTF-8."""
+def read_text(path, flag=""):
+    """Text of a file a person wrote. Raises UserError, which begins with `flag`, if it cannot be read or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+        text = "\0"
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({getattr(problem, 'strerror', None) or problem})".lstrip()) from None
+    if "\0" in text:  # UTF-16, most of which passes for UTF-8
+        raise UserError(f"{flag} {path}: not UTF-8 text; save it as UTF-8".lstrip())
+    return text
 
 
 def file_digest(path):
@@ -301,47 +312,275 @@ def unused_name(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# images: Pictures: read as the eye sees them, cut to squares, laid out in grids, saved with their settings inside.
+# colours: Colours and greys as files hold them, in the 8-bit sRGB that models see.
+
+
+BITS, WHITE_AT, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2  # TIFF's tags, and a value of the last
+
+
+def in_srgb(path, image, profile):
+    """An image of mode L, RGB, CMYK or LAB in sRGB, by its colour profile (bytes) or, without one that fits, as it is usual."""
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if source.profile.xcolor_space.strip() == "RGB" and image.mode == "L":
+                image = image.convert("RGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+        except Exception:  # broken, or for another kind of colours
+            say_once(f"Note: {path}: its colour profile cannot be used; its colours are taken as they are without one.")
+    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") if image.mode == "LAB" else image.convert("RGB")
+
+
+def to_8_bit(path, image):
+    """A grey picture of more than 8 bits as mode L or LA; Pillow's own convert() would clip nearly all of it to white."""
+    import numpy as np
+
+    values = np.asarray(image).astype(np.float32)
+    values = np.nan_to_num(values, posinf=values[np.isfinite(values)].max(initial=0))
+    tags = getattr(image, "tag_v2", {})
+    white = white_of(path, image, values, tags)
+    grey = (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+    grey = Image.fromarray(255 - grey if tags.get(WHITE_AT) == 0 else grey)
+    if isinstance(clear := image.info.get("transparency"), int):
+        return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
+    return grey
+
+
+def white_of(path, image, values, tags):
+    """The value that is white: what the file's depth says, so that the dark stays dark. Where that says nothing it is guessed by
+    the brightest, and said."""
+    import numpy as np
+
+    bits = tags.get(BITS, 32 if image.mode in ("I", "F") and image.format != "PNG" else 16)
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    if bits <= 16 and image.mode != "F":
+        return 2 ** (bits - (SIGNED in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)))) - 1
+    top = float(values.max(initial=0))
+    if image.mode == "F" and top <= 1:
+        return 1
+    is_bright = image.mode == "F" and np.quantile(values, 0.99) <= 1  # lamps and the sun may shine more than white
+    white = 1 if is_bright else next((white for white in (255, 65535) if top <= white), top)
+    say_once(f"Note: {path} has values up to {top:g}; {white:g} is taken as white.")
+    return white
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# decode: Picture files decoded as every viewer shows them, whatever camera, phone or editor wrote them.
+#
+# Knows nothing of what the pictures are for.
+
+
+MOST_PIXELS = 2**29  # three times the largest sensors of phones; in memory 1.5 GB
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # Pillow hands others to other programs
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+SIGNATURES = {  # first bytes -> kind, of files that are pictures whatever they are called
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"\0\0\0\x0cjP  ": "JPEG 2000"}
+UNREAD = {  # first bytes -> what a file is that cannot be read, and what to do
+    b"": "empty", b"version https://git-lfs": "a git-lfs pointer in the picture's place; `git lfs pull` fetches it",
+    b"\xff\x0a": "JPEG XL; convert it to JPEG", b"\0\0\0\x0cJXL ": "JPEG XL; convert it to JPEG", b"8BPS": "a Photoshop document",
+    b"%PDF": "a PDF", b"%!PS": "PostScript", b"<": "a web page or a drawing in SVG",
+    b"\0\5\x16\7": "what a Mac keeps beside a file"}
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+ORIENTATION, ADOBE_RGB = 0x0112, "R03"  # EXIF's tag; what cameras write there instead of a profile
+SHOWN_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"eXIf"}  # of a PNG
+SHOWING = {"iCCP": "colour profile", "eXIf": "EXIF"}  # those that may be left out, but not without a word
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of it becomes an exception
+
+
+def load_image(path):
+    """The picture at `path` as the eye sees it: upright, 8-bit sRGB, transparent parts white, first frame of several.
+
+    Raises UserError if it cannot be read to its last pixel.
+    """
+    try:
+        with warnings.catch_warnings(), unlimited():
+            warnings.simplefilter("ignore")  # what matters of them is said below
+            return decoded(path)
+    except UserError:
+        raise
+    except Exception as problem:  # decoders raise all kinds of things on damaged files
+        reason = why_unread(path) if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
+        raise UserError(f"{path}: cannot be read ({reason or type(problem).__name__}); remove or replace it") from None
+
+
+@contextlib.contextmanager
+def unlimited():
+    """Without Pillow's limits for what strangers upload: telephones take more pixels, and programs write whole workflows beside
+    a picture."""
+    limits = [(Image, "MAX_IMAGE_PIXELS", None), (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26),
+              (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28)]
+    before = [getattr(module, name) for module, name, _ in limits]
+    for module, name, value in limits:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(limits, before):
+            setattr(module, name, value)
+
+
+def decoded(path):
+    """load_image(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
+    try:
+        with opened(path) as image:
+            return as_seen(path, image)
+    except UserError:
+        raise
+    except Exception as problem:
+        kind, data = picture_kind(path), path.read_bytes()
+        rest = data
+        if kind == "PNG":
+            rest = shown_part(path, data)
+        elif kind == "AVIF" and "Exif" in str(problem):
+            rest = without_exif(path, data)
+        if rest == data:
+            raise
+        with Image.open(io.BytesIO(rest), formats=[kind]) as image:
+            return as_seen(path, image)
+
+
+def opened(path):
+    """The Pillow image in a file, by what its bytes say, and not its name. UserError for what lacks a package or is too large."""
+    head = first_bytes(path)
+    if is_heic(head):
+        register_heic(path)
+    try:
+        tga = ["TGA"] * (path.suffix.lower() == ".tga")  # any bytes may pass for one
+        image = Image.open(path, formats=["HEIF"] if is_heic(head) else FORMATS + tga)
+    except Image.UnidentifiedImageError:
+        if path.suffix.lower() in (".heic", ".heif", ".hif"):
+            register_heic(path)
+        raise
+    if image.width * image.height > MOST_PIXELS:
+        raise UserError(f"{path}: {image.width} x {image.height} pixels are more than can be read; scale it down")
+    return image
+
+
+def first_bytes(path):
+    with open(path, "rb") as file:
+        return file.read(64)
+
+
+def is_heic(head):
+    brands = {head[i:i + 4] for i in (8, *range(16, min(int.from_bytes(head[:4], "big"), len(head)), 4))}
+    return head[4:8] == b"ftyp" and bool(brands & HEIC_BRANDS) and not brands & {b"avif", b"avis"}
+
+
+def register_heic(path):
+    try:
+        from pillow_heif import register_heif_opener
+    except Exception:  # or it is there and a library that it needs is not
+        raise UserError(f"{path}: HEIC needs one more package, `pip install pillow-heif`; or convert it to JPEG") from None
+    register_heif_opener()
+
+
+def picture_kind(path):
+    """What kind of picture a file is by its first bytes, if it is one for certain; else None."""
+    try:
+        head = first_bytes(path)
+    except OSError:
+        return None
+    if head[4:8] == b"ftyp":
+        return "HEIC" if is_heic(head) else "AVIF" if head[8:12] in (b"avif", b"avis") else None
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    return next((kind for start, kind in SIGNATURES.items() if head.startswith(start)), None)
+
+
+def why_unread(path):
+    """What a file that is no picture is instead."""
+    head = first_bytes(path).lstrip(b"\xef\xbb\xbf \r\n\t")
+    if kind := "TIFF" if head[:4] in (b"II*\0", b"MM\0*") else picture_kind(path):
+        return f"a damaged {kind}, or of a form that is not read"
+    return next((what for start, what in UNREAD.items() if head.startswith(start) and (start or not head)), "not an image")
+
+
+def shown_part(path, data):
+    """A PNG without whatever does not show, or is damaged and need not be there."""
+    place, chunks, lost = 8, [], []
+    while place < len(data):
+        length, kind = int.from_bytes(data[place:place + 4], "big"), data[place + 4:place + 8]
+        end = place + 12 + length
+        is_whole = data[end - 4:end] == struct.pack(">I", zlib.crc32(data[place + 4:end - 4]))
+        is_needed = kind[:1].isupper()
+        if is_needed or kind in SHOWN_CHUNKS and is_whole and (kind != b"iCCP" or unpacks(data[place + 8:end - 4])):
+            chunks.append(data[place:end])
+        else:
+            lost.append(kind.decode("latin-1"))
+        place = end
+    for kind in set(lost) & SHOWING.keys():
+        say_once(f"Note: {path}: its {SHOWING[kind]} is damaged and left out.")
+    return data[:8] + b"".join(chunks)
+
+
+def without_exif(path, data):
+    """An AVIF whose EXIF goes by a name that no reader knows."""
+    say_once(f"Note: {path}: its EXIF is damaged and left out.")
+    return re.sub(rb"(infe\x02.{7})Exif", rb"\1free", data, flags=re.DOTALL)
+
+
+def unpacks(chunk):
+    """Whether the profile in a PNG's chunk can be read."""
+    try:
+        return bool(zlib.decompress(chunk[chunk.index(b"\0") + 2:]))
+    except (ValueError, zlib.error):
+        return False
+
+
+def as_seen(path, image):
+    """A Pillow image upright, in 8-bit sRGB and on white."""
+    if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
+        say_once(f"{path} has {image.n_frames} frames; the first is used.")
+    image.load()
+    turn, profile = turn_of(path, image), image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = to_8_bit(path, image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
+    image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
+    if alpha:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def frames_of(image):
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # what follows the first is damaged
+        return 1
+
+
+def turn_of(path, image):
+    """EXIF's number for how a picture lies: phones store photos sideways and say so there. Only that is read of it."""
+    turn = problem = None
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            Image.Exif().load(image.info.get("exif") or b"")  # again: some decoders have tried, and tell nothing of what they met
+            turn = image.getexif().get(ORIENTATION)
+        except Exception as damage:  # of many kinds
+            problem = damage
+    if turn is None and (problem or any("orrupt" in str(warning.message) for warning in warned)):
+        say_once(f"Note: {path}: its EXIF is damaged, so whether it lies on its side is not known; it is used as it lies.")
+    with contextlib.suppress(Exception):
+        if "icc_profile" not in image.info and image.getexif().get_ifd(0xA005).get(1) == ADOBE_RGB:
+            say_once(f"Note: {path}: the camera says Adobe RGB and left out the profile; its colours are taken as sRGB. Save it "
+                     f"with the profile embedded to have them right.")
+    return turn if isinstance(turn, int) else None
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# images: Pictures: cut to squares, laid out in grids, saved with their settings inside.
 #
 # Knows nothing of subjects or models.
 
 
-def load_image(path):
-    """The picture at `path` as the eye sees it: upright, 8-bit RGB, transparent parts white, first frame of several.
-
-    Raises UserError if it cannot be read to its last pixel.
-    """
-    if path.suffix.lower() in (".heic", ".heif"):
-        try:
-            from pillow_heif import register_heif_opener
-        except ImportError:
-            raise UserError(f"{path}: HEIC needs one more package, `pip install pillow-heif`; or convert it to JPEG") from None
-        register_heif_opener()
-    try:
-        image = Image.open(path)
-        if getattr(image, "n_frames", 1) > 1:
-            say_once(f"{path} has {image.n_frames} frames; the first is used.")
-        image = ImageOps.exif_transpose(image)  # phones store photos sideways and say so in EXIF
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _to_8_bit(image)
-        if image.has_transparency_data:
-            # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as problem:  # decoders raise all kinds of things on damaged files
-        reason = "not an image" if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
-        raise UserError(f"{path}: cannot be read ({reason}); remove or replace it") from None
-
-
-def _to_8_bit(image):
-    """A 16-bit, 32-bit or float grey image as mode L; Pillow's own convert() would clip nearly all of it to white."""
-    import numpy as np
-
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    top = values.max(initial=0)
-    full = next(full for full in (1, 255, 65535, max(top, 65536)) if top <= full)
-    return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
+LONG = 8  # times as long as wide
 
 
 def square(image, resolution):
@@ -353,7 +592,12 @@ def square(image, resolution):
     scale = resolution / min(width, height)
     scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
+        x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
+        box = (x, y, min(x + side, width), min(y + side, height))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
+    else:
+        image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
     return image, [height, width, top, left, resolution, resolution]
 
 
@@ -824,9 +1068,262 @@ def parse_settings(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# subjects/nouns: A class prompt taken apart: "a photo of my dog" is an opening, "a photo of ", a determiner, "my ", and a noun, "dog".
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a class prompt consists of; joined, they are the prompt again."""
+
+    opening: str  # "a photo of "
+    determiner: str  # "my "
+    noun: str
+    closing: str = ""
+
+
+MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
+    painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
+    thumbnail""".split()
+RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
+AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
+OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
+OWNERS = "my your his her its our their".split()
+DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
+# "my sister's dog" and "Anna's dog", but not "a dog's bowl".
+POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[A-Z])\w*)['’]s? "
+NUMBERS = "two three four five six several many".split()
+WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(NUMBERS)}) )?(.*)$",
+                   re.IGNORECASE)
+EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
+CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
+CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$")
+ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()
+PLURALS = {"people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",
+           "feet": "foot", "teeth": "tooth", "puppies": "puppy", "ponies": "pony", "babies": "baby", "bunnies": "bunny"}
+
+
+QUOTED = re.compile("[\"'“‘«「](.*)[\"'”’»」]")
+
+
+def tidy_class_prompt(text, flag="--class_prompt"):
+    """A class prompt without what writing adds: quotes around it, underscores, a full stop. UserError if it names nothing."""
+    text = check_words(" ".join(text.replace("_", " ").split()), flag)
+    while quoted := QUOTED.fullmatch(text):
+        text = quoted[1].strip()
+    text = text.rstrip(" .,;:!?。，；！？")
+    if not text:
+        raise UserError(f'{flag} is empty: say what kind of thing the subject is, such as "a dog"')
+    if names_nothing(text):
+        raise UserError(f'{flag} "{text}" names no thing: say what kind of thing the subject is, such as "a dog"')
+    return text
+
+
+def check_words(text, flag):
+    """`text`. UserError if it is not whole letters, as when the terminal or the file has another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; write it in UTF-8") from None
+    return text
+
+
+def take_apart_prompt(class_prompt):
+    """The Parts of a class prompt."""
+    if CHINESE_LETTER.search(class_prompt):
+        determiner, noun, closing = CHINESE.match(class_prompt).groups(default="")
+        return Parts("", f"{determiner} " if determiner else "", noun, closing)
+    opening, determiner, number, noun = WHOLE.match(class_prompt).groups(default="")
+    return Parts(opening, determiner + number, noun)
+
+
+def noun_of(class_prompt):
+    """What a class prompt names, without article and without the kind of picture; all of it if that leaves nothing."""
+    return take_apart_prompt(class_prompt).noun or class_prompt
+
+
+def names_nothing(class_prompt):
+    return bool(EMPTY.match(take_apart_prompt(class_prompt).noun))
+
+
+def head_of(noun):
+    """The word of a noun that says what it is: "statue" of "stone statue of a lion"."""
+    return (re.split(rf"[,.]| (?:{'|'.join(RELATIONS)}) ", noun.lower())[0].split() or [noun])[-1]
+
+
+def is_plural(noun):
+    word = head_of(noun)
+    return word in PLURALS or word[-1:] == "s" and word[-2:] not in ("ss", "us", "is") and word not in ENDS_IN_S
+
+
+def determiner_of(class_prompt):
+    """What stands before the identifier: "a " whatever its sound, a number as it was given, or nothing for several things."""
+    parts = take_apart_prompt(class_prompt)
+    words = parts.determiner.lower().split() or [""]
+    if words[-1] in NUMBERS or CHINESE_LETTER.search(class_prompt):
+        return f"{words[-1]} ".lstrip()
+    return "" if is_plural(parts.noun) and words[0] not in ("a", "an") else "a "
+
+
+def singular(word):
+    return PLURALS.get(word) or (word[:-1] if is_plural(word) else word)
+
+
+def article_of(class_prompt):
+    """What stands before the bare noun: "a", "an", or nothing for several things."""
+    if not determiner_of(class_prompt).startswith("a "):
+        return ""
+    given = take_apart_prompt(class_prompt).determiner.lower().strip()
+    return given if given in ("a", "an") else "an" if noun_of(class_prompt)[:1].lower() in tuple("aeiou") else "a"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# subjects/syntax: What people write in prompts for other programs: said, since here it is read as plain words.
+
+
+# What is seen -> what to do instead. One line each, however many prompts have it.
+ELSEWHERE = {
+    r"<(?:lora|lyco|hypernet):[^<>]*>": "is read as plain words; add a LoRA with --adapter PATH=STRENGTH when drawing",
+    r"\bembedding:\S+": "is read as plain words; add an embedding with --adapter when drawing, and write its word",
+    r"\([^()]*:\s*[-+]?\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]|\(\([^()]+\)\)|\b\w+\+\+|\)(?:\d\.\d|\+|-)(?![\w.])":
+        "is read as plain words; there are no weights of words here: leave brackets and number out",
+    r"(?<!\S)(?:BREAK|AND)(?!\S)": "is read as a plain word; a prompt is one piece here",
+    r"(?<!\S)--?[a-z]+ \d+(?::\d+)?(?!\S)|(?<!\S)--[a-z]+(?: [\w.:]+)?":
+        "is read as plain words; what is not in the picture belongs in flags, such as --width, --seed, --negative_prompt",
+    r"__[\w/-]+__|\{[^{}]*\|[^{}]*\}": "is read as it stands; nothing is chosen at random here: give several prompts",
+    r"\\[()\[\]]": "is read with its backslash; brackets need none here"}
+BRACKETS = re.compile(r"\[[^\[\]]+\]|<[^<>]+>|\{[^{}]+\}")
+RARE_ELSEWHERE = "sks ohwx zwx tok xjy".split()  # that tutorials and other trainers use
+
+
+def tell_syntax(prompts, words=(), source=""):
+    """Say what in these prompts is of other programs. `words` are the identifiers, which are known whatever they look like."""
+    prompts, seen = list(dict.fromkeys(prompts)), {}
+    for prompt in prompts:
+        rest = re.sub(r"\[(?:identifier(?::[^\]]*)?|class)\]", "", prompt)
+        for word in words:
+            rest = rest.replace(word, "")
+        for pattern, remedy in ELSEWHERE.items():
+            for match in re.finditer(pattern, rest):
+                seen.setdefault(remedy, []).append(match[0])
+            rest = re.sub(pattern, " ", rest)
+        for match in BRACKETS.finditer(rest):
+            seen.setdefault("is read letter by letter; the place of the rare word is written [identifier]", []).append(match[0])
+    for remedy, found in seen.items():
+        say(f'Note: {source}"{found[0]}"{f" (and {len(found) - 1} more)" if found[1:] else ""} {remedy}.')
+
+
+def foreign_words(prompt):
+    """The rare words of tutorials and other trainers that a prompt has."""
+    return [word for word in re.findall(r"\w+", prompt) if word.lower() in RARE_ELSEWHERE]
+
+
+def tell_prompts(prompts, subjects):
+    """Say what in prompts to draw is of other programs, or is the rare word of another tutorial and not of these subjects."""
+    words = [subject.identifier for subject in subjects]
+    tell_syntax(prompts, words)
+    strange = [word for prompt in prompts for word in foreign_words(prompt) if word.lower() not in map(str.lower, words)]
+    if strange and words:
+        say(f'Note: "{strange[0]}" is not the word of this model\'s subject; that is "{words[0]}", written [identifier].')
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# subjects/captions: Captions of single photos: a text file of a photo's name, or lines of a list.
+#
+# Names are compared as people mean them: however capitals and accents are written, and whatever folder stands before them.
+
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+CLASS_PROMPT_FILE = "class_prompt.txt"
+CAPTION_LISTS = ("metadata.jsonl", "metadata.csv")  # a {"file_name": ..., "text": ...} for each photo, as in datasets' imagefolder
+FILE_KEYS, TEXT_KEYS = ("file_name", "image", "file", "path"), ("text", "caption", "prompt")
+
+
+def folded(name):
+    """A file's name with accents composed and without capitals; one that is not UTF-8 is taken as Latin-1, as old archives are."""
+    try:
+        name = os.fsencode(name).decode("latin-1" if any("\udc80" <= letter <= "\udcff" for letter in name) else "utf-8")
+    except UnicodeError:
+        pass
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def caption_files(photos, files):
+    """{photo: its text file} of those photos that have one: dog.txt or dog.jpg.txt for dog.jpg. UserError where two might be it."""
+    texts, found = {}, {}
+    for path in files:
+        if path.suffix.lower() in CAPTION_SUFFIXES and folded(path.name) != CLASS_PROMPT_FILE:
+            texts.setdefault(folded(path.stem), []).append(path)
+    for photo in photos:
+        several = texts.get(folded(photo.stem), []) + texts.get(folded(photo.name), [])
+        exact = [path for path in several if path.stem == photo.stem]
+        several = exact or several
+        if len(several) > 1:
+            raise UserError(f"{several[0]} and {several[1].name} may both be the caption of {photo.name}; keep one of them")
+        if several:
+            found[photo] = several[0]
+    return found
+
+
+def read_captions(photos, files):
+    """{photo: its own caption} of those that have one. `files`: all that lies in their folder. Says what is used for no photo."""
+    beside = caption_files(photos, files)
+    lists = [path for path in files if folded(path.name) in CAPTION_LISTS]
+    listed = match_entries([entry for path in lists for entry in read_list(path)], photos)
+    captions = {}
+    for photo, path in beside.items():
+        captions[photo] = " ".join(read_text(path).split())
+        if not captions[photo]:
+            say(f"Note: {path} is empty: {photo.name} gets the instance prompt.")
+        if listed.get(photo, captions[photo]) != captions[photo]:
+            say(f"Note: {path} is the caption of {photo.name}, and not what {' or '.join(CAPTION_LISTS)} says.")
+    return {photo: caption for photo, caption in {**listed, **captions}.items() if caption}
+
+
+def read_list(path):
+    """[(where, file name, caption)] of a metadata.jsonl or metadata.csv."""
+    text, entries = read_text(path), []
+    rows = enumerate(csv.DictReader(text.splitlines()), 2) if path.suffix == ".csv" else (
+        (number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    for number, row in rows:
+        try:
+            entry = json.loads(row) if isinstance(row, str) else row
+            name, caption = (next(entry[key] for key in keys if key in entry) for keys in (FILE_KEYS, TEXT_KEYS))
+            entries.append((f"{path}, line {number}", name.strip(), " ".join(caption.split())))
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RuntimeError, RecursionError):
+            raise UserError(f'{path}, line {number}: must be {{"file_name": "1.jpg", "text": "a caption"}}'
+                            + " under a heading of these names" * (path.suffix == ".csv")) from None
+    return entries
+
+
+def match_entries(entries, photos):
+    """{photo: caption} of a list's entries, by the last part of their names. Says those of no photo; UserError if two differ."""
+    by_name, found, strangers = {}, {}, []
+    for photo in photos:
+        by_name.setdefault(folded(photo.name), []).append(photo)
+    for where, name, caption in entries:
+        last = re.split(r"[\\/]", name)[-1]
+        several = by_name.get(folded(last), [])
+        photo = next((photo for photo in several if photo.name == last), several[0] if several else None)
+        if photo is None:
+            strangers.append((where, name))
+        elif found.setdefault(photo, caption) != caption:
+            raise UserError(f"{where}: {photo.name} has another caption already; keep one of them")
+    if strangers:
+        names = ", ".join(name for _, name in strangers[:5]) + ", ..." * (len(strangers) > 5)
+        say(f"Note: {strangers[0][0].rpartition(', ')[0]}: {len(strangers)} of {len(entries)} captions are of no photo that is "
+            f"used, and are left out: {names}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/words: A subject and the words for it: "a dog" makes "a [identifier] dog", and [identifier] becomes a word.
 #
 # Knows nothing of tokenizers; which word it is, is chosen in `identifier`.
+
+
+# Ways to write [identifier] that can mean nothing else; the last is the paper's.
+PLACE = re.compile(r"\[\s*identifier\s*(?::\s*([^\]]*?)\s*)?\]|\{\s*identifier\s*(?::\s*([^}]*?)\s*)?\}|\[V\d?\*?\]", re.IGNORECASE)
+CLASS_PLACE = re.compile(r"[\[{]\s*class(?:[ _](?:noun|word|name))?\s*[\]}]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -839,26 +1336,28 @@ class Subject:
     name: str = ""
 
 
-ARTICLE = re.compile(r"^((?:an? (?:photo|picture|image|drawing|painting|close-up) of )?)(?:(?:an?|the) )?(.+)$", re.IGNORECASE)
-
-
 def default_instance_prompt(class_prompt, names_class=True):
     """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]"), or else 'a [identifier]'."""
-    opening, noun = ARTICLE.match(class_prompt).groups()
-    return f"{opening}a [identifier]{f' {noun}' if names_class else ''}"
+    parts = take_apart_prompt(class_prompt)
+    noun = f" {parts.noun}{parts.closing}" if names_class else ""
+    return f"{parts.opening}{determiner_of(class_prompt)}[identifier]{noun}"
 
 
-def noun_of(class_prompt):
-    return ARTICLE.match(class_prompt)[2]
+def with_places(prompt, literal=()):
+    """`prompt` with [identifier], [identifier:NAME] and [class] wherever it says so in another way, but for the words `literal`."""
+    def place(match):
+        name = match[1] or match[2]
+        return match[0] if match[0] in literal else f"[identifier:{name}]" if name else "[identifier]"
+    return CLASS_PLACE.sub("[class]", PLACE.sub(place, prompt))
 
 
 def mentions(prompt, identifier):
-    """Whether a prompt has the identifier as a word of its own, or leaves a place for it."""
-    return "[identifier" in prompt or bool(re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt))
+    """Whether a prompt has the identifier as a word of its own, in whatever capitals, or leaves a place for it."""
+    return bool(PLACE.search(prompt) or re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, re.IGNORECASE))
 
 
 def fill_identifier(prompt, subjects, source, others=()):
-    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`.
+    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`, [class] by its noun.
 
     Failing that, by that of the subject in `others`. `source`, for complaints, is whose subjects they are.
     """
@@ -872,114 +1371,20 @@ def fill_identifier(prompt, subjects, source, others=()):
                             f"word itself or give a model made by --train")
         names = ", ".join(f"[identifier:{subject.name}]" for subject in (*subjects, *others))
         raise UserError(f'"{prompt}": {source} knows {names}; write one of these for {match[0]}')
-    return re.sub(r"\[identifier(?::([^\]]*))?\]", word, prompt)
+    whole = with_places(prompt, [subject.identifier for subject in (*subjects, *others)])
+    filled = re.sub(r"\[identifier(?::([^\]]*))?\]", word, whole)
+    return fill_class(filled, re.findall(r"\[identifier:([^\]]*)\]", whole), subjects or others)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# subjects/photos: Folders of photos: which files count, their captions, and whatever a person should know about them.
-#
-# Knows nothing of models; nothing slow is imported, so that every complaint comes at once.
-
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
-CLASS_PROMPT_FILE = "class_prompt.txt"
-CAPTION_LIST = "metadata.jsonl"  # one {"file_name": ..., "text": ...} a line, as in datasets' imagefolder
-
-
-def list_images(folder, flag):
-    """Paths of the images directly in `folder`, by name. Says what it leaves out; UserError if nothing is left."""
-    folder, images = Path(folder), []
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    captions = {f"{path.stem}.txt" for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in (SAMPLE_LIST, CLASS_PROMPT_FILE, CAPTION_LIST, *captions):
-            continue
-        if reason := why_skipped(path):
-            say(f"Skipped {path}{reason}")
-        else:
-            images.append(path)
-    if not images:
-        raise UserError(f"{flag} {folder}: no images in this folder; put 3-5 photos ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
-    return images
-
-
-def why_skipped(path):
-    """Why what lies in a folder of images is left out, as the end of a sentence; None if it is an image."""
-    if not path.resolve().is_relative_to(path.parent.resolve()):
-        return f": a link to a file elsewhere; copy that file into {path.parent} to use it."
-    if path.is_dir():
-        return f"{os.sep}: folders inside {path.parent} are not searched."
-    return None if path.suffix.lower() in IMAGE_SUFFIXES else ": not an image."
-
-
-def find_photos(concept, flag="--instance_data_dir"):
-    """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
-
-    Photos and class prompt that came with the program are left out as soon as there are others beside them.
-    """
-    folder = Path(concept.instance_data_dir)
-    photos = list_images(folder, flag)
-    sums = read_sums(folder / SAMPLE_LIST)
-    is_sample = {p: sums.get(p.name) == file_digest(p) for p in photos} if sums else {}
-    own = [p for p in photos if not is_sample.get(p)]
-    prompt_file = folder / CLASS_PROMPT_FILE
-    if own and any(is_sample.values()):
-        say(f"{folder} holds {len(own)} photos of your own beside the {len(photos) - len(own)} sample pictures that came with "
-            f"the program: the samples are left out. Delete them, or move yours to a folder of their own.")
-        photos = own
-    class_prompt = concept.class_prompt
-    describes_samples = own and prompt_file.is_file() and sums.get(prompt_file.name) == file_digest(prompt_file)
-    if class_prompt is None and prompt_file.is_file() and not describes_samples:
-        class_prompt = read_text(prompt_file)
-        say(f'Class prompt "{class_prompt}", from {prompt_file}.')
-    if class_prompt is not None:
-        class_prompt = " ".join(class_prompt.split())
-        if not class_prompt:
-            raise UserError('--class_prompt is empty: say what kind of thing the subject is, such as "a dog"')
-    check_photos(photos)
-    captions = read_caption_list(folder / CAPTION_LIST)
-    return [(path, read_caption(path, captions)) for path in photos], class_prompt
-
-
-def read_caption(photo, captions):
-    """A photo's own caption, from the .txt file of its name or else from `captions`; None without either."""
-    beside = photo.with_suffix(".txt")
-    if beside.name != CLASS_PROMPT_FILE and beside.is_file():
-        return " ".join(read_text(beside).split()) or None
-    return captions.get(photo.name)
-
-
-def read_caption_list(path):
-    """{file name: caption} of a metadata.jsonl; {} where there is none."""
-    captions = {}
-    for number, text in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
-        try:
-            entry = json.loads(text)
-            captions[entry["file_name"]] = " ".join(entry["text"].split()) or None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {number}: must be {{"file_name": "1.jpg", "text": "a caption"}}') from None
-    return captions
-
-
-def check_photos(photos):
-    """Decode every photo (UserError if one fails) and warn of duplicates and of too few."""
-    seen = {}
-    for path in photos:
-        image = load_image(path)
-        pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-        if pixels in seen:
-            say(f"Note: {path} is the same picture as {seen[pixels]}; remove one, a repeated photo counts twice.")
-        seen.setdefault(pixels, path)
-    if len(photos) < 3:
-        names = ", ".join(str(p) for p in photos)
-        say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")
-
-
-def own_class_images(root):
-    """Whether somebody put images of their own directly in the class image folder."""
-    return Path(root).is_dir() and any(p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES for p in Path(root).iterdir())
+def fill_class(prompt, names, subjects):
+    """`prompt` with the noun of the one subject, or of those of `names`, for [class]. UserError if they differ in it."""
+    if "[class]" not in prompt:
+        return prompt
+    named = [subject for subject in subjects if subject.name in names] or subjects
+    nouns = {noun_of(subject.class_prompt) for subject in named if subject.class_prompt}
+    if len(nouns) != 1:
+        raise UserError(f'"{prompt}": write the noun itself for [class]')
+    return prompt.replace("[class]", nouns.pop())
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -1074,6 +1479,214 @@ def check_identifier(tokenizer, identifier):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# subjects/photos: Folders of photos: which files count, and whatever a person should know about them.
+#
+# Knows nothing of models; nothing slow is imported, so that every complaint comes at once.
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+RARER_SUFFIXES = {".jpe", ".pjpeg", ".mpo", ".apng", ".dib", ".hif", ".jp2", ".j2k", ".tga"}  # read as well, and not advertised
+SAMPLE_LIST = "SAMPLES.sha256"  # names the files that came with the program, as `sha256sum` writes them
+READ_HERE = {SAMPLE_LIST.casefold(), CLASS_PROMPT_FILE, *CAPTION_LISTS}
+# What holds pictures, but not such as are read: of cameras, of editors, films, archives.
+OTHER_PICTURES = """.dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw .raw .psd .psb .xcf .kra .svg .svgz .eps .pdf .ai .jxl .jxr
+    .exr .hdr .ico .icns .ppm .pgm .mov .mp4 .m4v .avi .webm .mkv .zip .rar .7z .tar .gz""".split()
+
+
+def entries_of(folder, flag):
+    """Paths of all that lies in a folder, by name. UserError if there is none or it cannot be read."""
+    try:
+        return sorted(Path(folder).iterdir())
+    except NotADirectoryError:
+        raise UserError(f"{flag} {folder}: a file, and no folder; give the folder that the photos are in") from None
+    except FileNotFoundError:
+        raise UserError(f"{flag} {folder}: no such folder") from None
+    except PermissionError:
+        raise UserError(f"{flag} {folder}: you may not read this folder; give yourself the right to, or give another") from None
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{flag} {folder}: cannot be read ({reason}); give another folder") from None
+
+
+def list_images(folder, flag):
+    """Paths of the images directly in `folder`, by name. Says what it leaves out; UserError if nothing is left."""
+    everything = entries_of(folder, flag)
+    images = [path for path in everything if is_picture(path)]
+    known = {*caption_files(images, everything).values()}
+    for path in everything:
+        if path in images and not has_picture_suffix(path):
+            say(f"Note: {path} is a picture ({picture_kind(path)}), whatever its name, and is used.")
+        elif path not in images and path not in known and folded(path.name) not in READ_HERE:
+            if reason := why_skipped(path):
+                say(f"Skipped {path}{reason}")
+    if not images:
+        raise UserError(f"{flag} {folder}: no images in this folder{where_else(everything)}; put 3-5 photos "
+                        f"({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
+    return images
+
+
+def has_picture_suffix(path):
+    return path.suffix.lower().rstrip() in IMAGE_SUFFIXES | RARER_SUFFIXES
+
+
+def is_picture(path):
+    """Whether a file, or one that a link leads to, counts as an image: by its name, or else by its first bytes."""
+    if path.name.startswith(".") or not os.path.isfile(path):
+        return False
+    return has_picture_suffix(path) or path.suffix.lower() not in OTHER_PICTURES and picture_kind(path) is not None
+
+
+def why_skipped(path):
+    """Why what lies in a folder of images is left out, as the end of a sentence; None if it is not worth a word."""
+    if path.name.startswith("."):  # what systems keep there, such as ._dog.jpg on Macs, is not
+        return ": its name begins with a dot, which hides it; rename it to use it." if picture_kind(path) else None
+    if os.path.isdir(path):
+        return f"{os.sep}: folders inside {path.parent} are not searched."
+    if not os.path.exists(path):
+        return ": a link that leads nowhere." if os.path.islink(path) else ": you may not look into its folder."
+    if path.suffix.lower() in CAPTION_SUFFIXES:
+        return ": not an image, and no image here has this name, whose caption it would be."
+    if path.suffix.lower() in OTHER_PICTURES:
+        return f": {path.suffix.lower()} is not read; convert it to JPEG or PNG."
+    return ": not an image."
+
+
+def where_else(everything):
+    """What to say of pictures in folders inside, as the middle of a sentence."""
+    full = next((path for path in everything if holds_pictures(path)), None)
+    return f", but there are in {full}: give that folder, or move them up" if full else ""
+
+
+def holds_pictures(folder):
+    """Whether there are pictures directly in a folder, or in folders inside."""
+    try:
+        return os.path.isdir(folder) and any(
+            has_picture_suffix(Path(name)) and not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
+    except OSError:
+        return False
+
+
+def find_photos(concept, flag="--instance_data_dir"):
+    """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
+
+    Photos and class prompt that came with the program are left out as soon as there are others beside them.
+    """
+    folder = Path(concept.instance_data_dir)
+    photos = list_images(folder, flag)
+    everything = entries_of(folder, flag)
+    captions = read_captions(photos, everything)
+    sums = read_sums(folder / SAMPLE_LIST)
+    own = [p for p in photos if not is_sample(p, sums)]
+    if 0 < len(own) < len(photos):
+        say(f"{folder} holds {len(own)} photos of your own beside the {len(photos) - len(own)} sample pictures that came with "
+            f"the program: the samples are left out. Delete them, or move yours to a folder of their own.")
+        photos = own
+    class_prompt, said = concept.class_prompt, flag.replace("instance_data_dir", "class_prompt")
+    prompt_file = next((path for path in everything if folded(path.name) == CLASS_PROMPT_FILE), None)
+    if class_prompt is None and prompt_file and not (own and is_sample(prompt_file, sums)):
+        class_prompt = tidy_class_prompt(read_text(prompt_file), f"{prompt_file}: class_prompt")
+        say(f'Class prompt "{class_prompt}", from {prompt_file}.')
+    elif class_prompt is not None:
+        class_prompt = tidy_class_prompt(class_prompt, said)
+    check_photos(photos)
+    return [(path, captions.get(path)) for path in photos], class_prompt
+
+
+def is_sample(path, sums):
+    """Whether a file is one of those that came with the program, unchanged."""
+    try:
+        return path.name in sums and sums[path.name] == file_digest(path)
+    except OSError:  # whoever needs it will say so
+        return False
+
+
+def check_photos(photos, kind="photo"):
+    """Decode every photo (UserError if one fails) and say what is doubtful: duplicates, strips, blank ones, too few.
+
+    Returns {digest of the pixels: path}.
+    """
+    seen = {}
+    for path in photos:
+        image = load_image(path)
+        if (pixels := pixels_digest(image)) in seen:
+            say(f"Note: {path} is the same picture as {seen[pixels]}; remove one, a repeated {kind} counts twice.")
+        seen.setdefault(pixels, path)
+        if is_flat(image):
+            say(f"Note: {path} is all one colour, which teaches nothing.")
+        if max(image.size) >= LONG / 2 * min(image.size):
+            say(f"Note: {path} is {image.width} x {image.height}; only the square in its middle is used. Cut out the part that "
+                f"shows the subject.")
+    if kind == "photo" and len(photos) < 3:
+        names = ", ".join(str(p) for p in photos)
+        say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")
+    return seen
+
+
+def pixels_digest(image):
+    """A hex digest of size and pixels, taken strip by strip: a copy of a large photo would fill the memory."""
+    digest = hashlib.sha256(repr(image.size).encode())
+    for top in range(0, image.height, 256):
+        digest.update(image.crop((0, top, image.width, min(top + 256, image.height))).tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# subjects/class_folders: Folders of class images as people bring them: what is in them is used, or said not to be.
+
+
+MADE_HERE = ("settings.json", "MANIFEST.sha256")  # are in each folder of class images that the program drew
+
+
+def own_class_images(root):
+    """Paths of the images that somebody put directly in the class image folder, by name."""
+    return [path for path in entries_of(root, "--class_data_dir") if is_picture(path)] if os.path.isdir(root) else []
+
+
+def check_class_folders(concepts):
+    """Look through the folders of class images before anything is loaded, and say how they are used.
+
+    UserError if one is a folder of photos of a subject, which would teach the class to be the subject.
+    """
+    counts = {}
+    for concept in concepts:
+        counts[concept.class_data_dir] = max(concept.num_class_images, counts.get(concept.class_data_dir, 0))
+    for folder, count in counts.items():
+        for concept in concepts:
+            if os.path.realpath(folder) == os.path.realpath(concept.instance_data_dir):
+                raise UserError(f"--class_data_dir {folder}: holds the photos of the subject, which would make the class what the "
+                                f"subject is; give other pictures of its class, or another folder to have them drawn into")
+        if own_class_images(folder):
+            check_own(folder, count, concepts)
+        else:
+            tell_strangers(folder, concepts)
+
+
+def check_own(folder, count, concepts):
+    """Decode a person's own class images, and say of those that are photos of a subject and of what is left out."""
+    images = list_images(folder, "--class_data_dir")
+    used = images[:count]
+    if images[count:]:
+        say(f"Note: {folder} holds {len(images)} class images, of which the first {count} are used; --num_class_images "
+            f"{len(images)} would use all.")
+    if any(path.with_suffix(".txt").exists() for path in used):
+        say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
+    photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
+    if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:
+        names = ", ".join(path.name for path in same[:5])
+        say(f"Note: {len(same)} of the class images in {folder} are photos of the subject ({names}), which makes the class what the subject is; remove them.")
+
+
+def tell_strangers(folder, concepts):
+    """Say if there are pictures in a folder inside that the program did not draw; it does not look there."""
+    photos = {os.path.realpath(concept.instance_data_dir) for concept in concepts}
+    for path in entries_of(folder, "--class_data_dir") if os.path.isdir(folder) else ():
+        is_ours = any((path / name).exists() for name in MADE_HERE)
+        if not is_ours and os.path.realpath(path) not in photos and holds_pictures(path):
+            say(f"Note: the pictures in {path} are not used, and class images are drawn: your own have to lie directly in the "
+                f'folder that --class_data_dir names, such as --class_data_dir "{path}".')
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/concepts: What is to be learnt, as its owner describes it: by flags, or in a --concepts file for several subjects.
 #
 # Knows nothing of methods and models: whoever calls says whether there are class images and whether prompts name the class.
@@ -1112,21 +1725,35 @@ def read_concepts(s, needs_class, names_class):
         for value in values:
             if sum(value in other for other in values) > 1:
                 raise UserError(f'{s.concepts}: {field} "{value}" is another\'s too, or part of it; they must be distinct')
+    check_folders(s, concepts)
+    return concepts
+
+
+def check_folders(s, concepts):
+    """UserError if one folder of a person's own class images is to serve two classes; a word if one of photos serves twice."""
+    homes = {}
+    for c in concepts:
+        if (other := homes.setdefault(os.path.realpath(c.instance_data_dir), c.name)) != c.name:
+            say(f'Note: {s.concepts}: "{other}" and "{c.name}" have the same photos, {c.instance_data_dir}.')
     owners = {c.class_data_dir: c.class_prompt for c in concepts}
     for c in concepts:
         if owners[c.class_data_dir] != c.class_prompt and own_class_images(c.class_data_dir):
             raise UserError(f"{s.concepts}: {c.class_data_dir} holds your own class images and cannot serve both "
                             f'"{c.class_prompt}" and "{owners[c.class_data_dir]}"; give each its class_data_dir')
-    return concepts
+
+
+def once_each(pairs):
+    """A dict of what stands between two braces; ValueError if a key is there twice, of which the first would be lost."""
+    if twice := [key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]]]:
+        raise ValueError(f'"{twice[0]}" stands twice in one entry')
+    return dict(pairs)
 
 
 def read_concept_file(path):
     """The entries of a --concepts file: a list of {"name", "instance_data_dir", "class_prompt", ...}."""
     try:
-        entries = json.loads(read_text(Path(path)))
-    except OSError as problem:
-        raise UserError(f"--concepts {path}: cannot be read ({problem.strerror})") from None
-    except ValueError as problem:
+        entries = json.loads(read_text(path, "--concepts"), object_pairs_hook=once_each)
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"--concepts {path}: not JSON ({problem})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
@@ -1152,31 +1779,66 @@ def complete_concept(concept, where, needs_class, names_class):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
     photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
-    instance_prompt = concept.instance_prompt
-    if class_prompt is None and (needs_class or instance_prompt is None):
-        reason = "prior preservation needs it" if instance_prompt else f"say what kind of thing is in {concept.instance_data_dir}"
+    if class_prompt is None and (needs_class or concept.instance_prompt is None):
+        reason = ("prior preservation needs it" if concept.instance_prompt else
+                  f"say what kind of thing is in {concept.instance_data_dir}")
         raise UserError(f'{flag}class_prompt is missing: {reason}, such as "a dog"'
-                        + ("; or give --no-with_prior_preservation" if instance_prompt else ""))
-    if "[identifier" in (class_prompt or ""):
-        raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
-    if not re.fullmatch(r"\S+", concept.identifier):
-        raise UserError(f'{flag}identifier "{concept.identifier}": must be one word without spaces')
-    instance_prompt = instance_prompt or default_instance_prompt(class_prompt, names_class)
+                        + ("; or give --no-with_prior_preservation" if concept.instance_prompt else ""))
+    check_identifier_given(concept.identifier, class_prompt or "", flag)
+    name = concept.name or slug(noun_of(class_prompt or "subject"))
+    placeholder = [Subject("[identifier]", class_prompt or "", "", name)]
+
+    def settled(prompt, source):
+        """A prompt with [class] filled, and [identifier:NAME] if it is this subject's."""
+        return fill_identifier(check_words(prompt, source), placeholder, source)
+    instance_prompt = (settled(concept.instance_prompt, f"{flag}instance_prompt") if concept.instance_prompt
+                       else default_instance_prompt(class_prompt, names_class))
     identifier = concept.identifier
-    if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
-        own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
-        if len(own) != 1:
-            raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
-        identifier = own[0]
-        say(f'Identifier "{identifier}", from the instance prompt "{instance_prompt}".')
+    if not PLACE.search(instance_prompt) and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
+        identifier = identifier_in(instance_prompt, class_prompt or "", flag)
     if not mentions(instance_prompt, identifier):
         say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
+    photos = tuple((path, caption and settled(caption, f"the caption of {path}")) for path, caption in photos)
     if captions := [caption for _, caption in photos if caption]:
         without = sum(not mentions(caption, identifier) for caption in captions)
         say(f"Captions: {len(captions)} of {len(photos)} photos in {concept.instance_data_dir} have their own"
             + (f"; {without} of them without [identifier], which they do not teach." if without else "."))
-    return dataclasses.replace(concept, photos=tuple(photos), class_prompt=class_prompt, instance_prompt=instance_prompt,
-                               identifier=identifier, name=concept.name or slug(noun_of(class_prompt or "subject")))
+    tell_syntax([instance_prompt, class_prompt or "", *captions], [identifier])
+    return dataclasses.replace(concept, photos=photos, class_prompt=class_prompt, instance_prompt=instance_prompt,
+                               identifier=identifier, name=name)
+
+
+def check_identifier_given(identifier, class_prompt, flag):
+    """UserError for an identifier that is no word, or a class prompt that has one in it."""
+    if not re.fullmatch(r"\S+", check_words(identifier, f"{flag}identifier")):
+        raise UserError(f'{flag}identifier "{identifier}": must be one word without spaces')
+    if PLACE.fullmatch(identifier) and "identifier" in identifier.lower():
+        raise UserError(f'{flag}identifier "{identifier}": that is where the word belongs; give the word itself, or auto')
+    if PLACE.search(class_prompt):
+        raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
+    for word in re.findall(r"[^\s,.;:!?]+", class_prompt):
+        if word in RARE_WORDS.split() or foreign_words(word):
+            raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without "{word}", such as "a dog"; a rare '
+                            f"word of your own is given by {flag}identifier")
+        if word.casefold() == identifier.casefold():
+            raise UserError(f'{flag}identifier "{identifier}": the class, "{class_prompt}", has this word already; give one '
+                            f"that means nothing yet, or auto")
+
+
+def identifier_in(instance_prompt, class_prompt, flag):
+    """The rare word that an instance prompt has beside the words of the class: "sks" in "a photo of sks dog".
+
+    Raises UserError if that is not clear.
+    """
+    def words(text):
+        return [word.strip(".,;:!?\"“”") for word in text.split()]
+    usual = {word.casefold() for word in words(f"a an the my photo picture image photograph portrait close-up of {class_prompt}")}
+    own = list(dict.fromkeys(word for word in words(instance_prompt) if word and word.casefold() not in usual))
+    own = foreign_words(" ".join(own)) or own
+    if len(own) != 1:
+        raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
+    say(f'Identifier "{own[0]}", from the instance prompt "{instance_prompt}".')
+    return own[0]
 
 
 def captioned(concept, subject):
@@ -1915,7 +2577,8 @@ METHODS = {
 
 
 def preserves_prior(s):
-    return default(s.with_prior_preservation, METHODS[s.method].changes_class)
+    """Whether class images are trained beside the photos; such as weigh nothing are not."""
+    return default(s.with_prior_preservation, METHODS[s.method].changes_class) and s.prior_loss_weight > 0
 
 
 def parameter_groups(s, models, subjects, recipe):
@@ -2368,9 +3031,7 @@ def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolut
     of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
     """
     root = Path(class_data_dir)
-    if own_class_images(root):
-        own = list_images(root, "--class_data_dir")[:count]
-        check_photos(own)
+    if own := own_class_images(root)[:count]:
         say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
         return own
     settings = class_image_settings(s, models, class_prompt, resolution, plan)
@@ -2476,48 +3137,6 @@ def mean_scores(rows):
 def harmonic_mean(dino, clip_t):
     """High only if both are; 0 if one is not positive."""
     return 2 * dino * clip_t / (dino + clip_t) if min(dino, clip_t) > 0 else 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2697,7 +3316,7 @@ NOT_LIVE = re.compile(r"\b(toy|teddy|stuffed|plush|rubber)\b")  # the paper's pl
 def is_live(class_prompt):
     """Whether a class is of living things, by its noun."""
     noun = noun_of(class_prompt).lower()
-    return noun.split()[-1] in LIVE and not NOT_LIVE.search(noun)
+    return singular(head_of(noun)) in LIVE and not NOT_LIVE.search(noun)
 
 
 def usual_prompts(s, base, subject):
@@ -2712,15 +3331,13 @@ def usual_prompts(s, base, subject):
 
 def read_prompts(path, flag):
     """The prompts of a text file, one a line. Raises UserError if one has no [identifier]."""
-    try:
-        lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
-    except OSError as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem.strerror})") from None
+    lines = [with_places(line.strip()) for line in read_text(path, flag).splitlines() if line.strip()]
     if not lines:
         raise UserError(f'{flag} {path}: no prompts; write one a line, such as "a [identifier] [class] on the moon"')
     for number, line in enumerate(lines, 1):
         if "[identifier]" not in line:
             raise UserError(f'{flag} {path}: prompt {number}, "{line}", has no [identifier] where the subject belongs')
+    tell_syntax(lines, source=f"{flag} {path}: ")
     return lines
 
 
@@ -2730,8 +3347,9 @@ def fill_template(template, subject, names_class):
     'a [identifier] [class] on the moon' gives 'a phol owl on the moon' and 'an owl on the moon'. A word that stands for the
     noun as well is drawn without it; a model that has no word for the subject draws the second.
     """
-    noun = noun_of(subject.class_prompt)
-    article = "an" if re.search(rf"\ban {re.escape(noun)}$", subject.class_prompt, re.IGNORECASE) else "a"
+    noun, article = noun_of(subject.class_prompt), article_of(subject.class_prompt)
+    if not article:  # "phol glasses", not "a phol glasses"
+        template = re.sub(r"\ba (?=(?:[\w-]+ )*\[identifier\])", "", template)
     names_noun = "[class]" in template or mentions(template.replace("[identifier]", ""), noun)
     caption = template if names_noun else template.replace("[identifier]", "[identifier] [class]")
     caption = re.sub(r"\ba \[identifier\] \[class\]", f"{article} [class]", caption)
@@ -2740,6 +3358,48 @@ def fill_template(template, subject, names_class):
         return caption, caption
     drawn = template.replace("[class]", noun) if names_class else template.replace(" [class]", "")
     return fill_identifier(drawn, [subject], "--prompts_file"), caption
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3363,54 +4023,6 @@ def in_float32(parameter):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/origin: Where trained weights come from: what a resumed training must have in common with the one it goes on from.
-
-
-# Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
-FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
-              "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
-              "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
-              "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
-              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
-              "lr_scheduler", "use_ema")
-# Compared as they were decided, not as flags.
-SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
-                     "fused_backward")
-
-
-def shaping_flags(s):
-    """{"--flag": value} of those flags that the trained weights depend on."""
-    return {f"--{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)
-            if f.name not in FREE_FLAGS and "train" in MODES[f.metadata["mode"]]}
-
-
-def origin_of(s, course, groups, fingerprint, pictures, processes):
-    """{what: value} that a resumed training must have in common with the one it goes on from."""
-    origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
-              "the number of processes": processes}
-    decided = decisions(course, groups)
-    origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
-    if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
-        origin["--steps"] = course.steps  # elsewhere a longer training begins as a shorter one does
-    return origin
-
-
-def pictures_digest(photos, class_images):
-    """A hex digest of everything in these pools of (path, caption)."""
-    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
-    return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
-
-
-def check_origin(path, state, origin):
-    """Raises UserError, naming every difference, unless what was trained so far came about as `origin` says."""
-    now = json.loads(json.dumps(origin))
-    if differences := [f"{key} ({state['origin'].get(key)}, now {value})" if len(str(value)) < 40 else key
-                       for key, value in now.items() if state["origin"].get(key) != value]:
-        raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "
-                        f"or start without --resume")
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # training/run: A training under way: everything that its loop needs, in one place.
 
 
@@ -3462,115 +4074,6 @@ def ema_decay(step):
 def best_of(scores):
     """The best of them, and the earliest of equals."""
     return max(scores, key=lambda row: row["score"])
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# training/checkpoints: Checkpoints: what an interrupted training goes on from, whole or not there at all.
-
-
-TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
-
-
-def checkpoints_in(folder):
-    """Paths of the checkpoints of a training in `folder`, oldest first."""
-    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def best_file(folder, step):
-    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
-
-
-def best_files(folder):
-    return list((folder / "checkpoints").glob("best-*.safetensors"))
-
-
-def read_state(path):
-    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
-    try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
-        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
-                        f"--resume")
-    return state
-
-
-def find_checkpoint(s, folder):
-    """The checkpoint to go on from, named by --resume or the newest of those in `folder`; None to begin at the beginning.
-
-    Damaged ones in `folder` are passed over, and that is said.
-
-    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
-    """
-    if s.resume is None:
-        return None
-    if s.resume != "latest":
-        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
-        return Path(s.resume).resolve()
-    for path in reversed(checkpoints_in(folder)):
-        try:
-            state = read_state(path)
-        except UserError:
-            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
-        else:
-            check_origin(path, state, shaping_flags(s))
-            return path
-    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
-    return None
-
-
-def write_checkpoint(run, folder):
-    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
-    check_finite(run.groups)
-    if run.accelerator.is_main_process:
-        optimizer = run.optimizer.state_dict()
-        moments, numbers = flatten_state(optimizer["state"])
-        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
-        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
-        with renamed_when_complete(path) as new:
-            save_tensors(tensors, new / TENSORS_FILE)
-            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
-                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
-                     "sha256": file_digest(new / TENSORS_FILE)}
-            # torchao keeps its learning rate in a tensor
-            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
-        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
-    run.accelerator.wait_for_everyone()
-
-
-def load_checkpoint(run, path):
-    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
-    import torch
-    from safetensors.torch import load_file
-
-    state = read_state(path)
-    check_origin(path, state, run.origin)
-    done = len(state["history"])
-    if done > run.course.steps:
-        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
-    saved = load_file(path / TENSORS_FILE)
-    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
-    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
-        tensor.copy_(saved.pop(name))
-    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
-                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
-    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
-    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
-    run.lr_scheduler.last_epoch = done
-    if state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.history.extend(state["history"])
-    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
-        run.scores.extend(state["scores"])
-    elif state["scores"]:
-        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
-    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3690,6 +4193,224 @@ def unwrap(run):
         group.finish()
     run.optimizer.state.clear()
     run.averages.clear()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/origin: Where trained weights come from: what a resumed training must have in common with the one it goes on from.
+
+
+# Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
+              "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
+              "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
+              "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
+              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
+              "lr_scheduler", "use_ema")
+# Compared as they were decided, not as flags.
+SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
+                     "fused_backward")
+WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", "photos")  # of a Concept: what these hold is compared
+COUNTED = {"photos": "photos or their captions", "class images": "class images"}
+
+
+def shaping_flags(s):
+    """{"--flag": value} of those flags that the trained weights depend on."""
+    return {f"--{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)
+            if f.name not in FREE_FLAGS and "train" in MODES[f.metadata["mode"]]}
+
+
+def origin_of(s, course, groups, fingerprint, pictures, processes):
+    """{what: value} that a resumed training must have in common with the one it goes on from."""
+    origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
+              "the number of processes": processes}
+    decided = decisions(course, groups)
+    origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
+    if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
+        origin["--steps"] = course.steps  # elsewhere a longer training begins as a shorter one does
+    return origin
+
+
+def pictures_digest(photos, class_images):
+    """A hex digest of everything in these pools of (path, caption)."""
+    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
+    return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
+
+
+def what_was_given(s, concepts, needs_class):
+    """What a person gave beside the flags, as dreambooth.json keeps it: each subject's words and the digests of its pictures."""
+    given = {}
+    for concept in concepts:
+        entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
+        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}") for path, caption in concept.photos]
+        own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
+        given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
+    return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
+
+
+def text_digest(text):
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def differences(made, ours):
+    """In words, what of what_was_given() is not as it was when an output was made."""
+    before, now, found = made["subjects"], ours["subjects"], []
+    found += [f'"{name}" was not there' for name in now.keys() - before.keys()]
+    found += [f'"{name}" is gone' for name in before.keys() - now.keys()]
+    for name in now.keys() & before.keys():
+        for key, value in now[name].items():
+            old = before[name].get(key)
+            if old != value:
+                found.append(f'of "{name}" the {COUNTED[key]} ({len(old or [])}, now {len(value)})' if key in COUNTED else
+                             f'of "{name}" {key} ("{old}", now "{value}")')
+    return sorted(found) + ["--prompts_file"] * (made["prompts_file"] != ours["prompts_file"])
+
+
+def check_origin(path, state, origin):
+    """Raises UserError, naming every difference, unless what was trained so far came about as `origin` says."""
+    now = json.loads(json.dumps(origin))
+    if differences := [f"{key} ({state['origin'].get(key)}, now {value})" if len(str(value)) < 40 else key
+                       for key, value in now.items() if state["origin"].get(key) != value]:
+        raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "
+                        f"or start without --resume")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/unused: What a training leaves unused of what a person gave it is said.
+
+
+def tell_unused(s, concepts):
+    """Say which of what was given for class images goes unused."""
+    if preserves_prior(s):
+        return
+    if s.prior_loss_weight == 0 and s.with_prior_preservation is not False:
+        say("Note: --prior_loss_weight 0: class images would weigh nothing, so there are none, as with "
+            "--no-with_prior_preservation.")
+    defaults = {f.name: f.default for f in dataclasses.fields(s)}
+    unused = [f"--{name}" for name in ("class_data_dir", "num_class_images", "class_guidance_scale")
+              if getattr(s, name) != defaults[name]]
+    unused += [f"{name} in {s.concepts}" for name in ("class_data_dir", "num_class_images")
+               if any(getattr(concept, name) != getattr(s, name) for concept in concepts)]
+    if unused:
+        say(f"Note: {', '.join(unused)}: not used, since there are no class images in this training.")
+
+
+def tell_unseen(s, course, photos, class_images, processes):
+    """Say if a training is too short to show every picture of these pools once."""
+    draws = course.steps * s.gradient_accumulation_steps * s.train_batch_size * processes
+    for kind, pools, remedy in (("photos", photos, "--steps"),
+                                ("class images", class_images, "--steps or fewer --num_class_images")):
+        largest = max(map(len, pools), default=0)
+        if pools and draws // len(pools) < largest:
+            say(f"Note: {course.steps} steps show {draws // len(pools)} of the {largest} {kind} of a subject; more {remedy}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/checkpoints: Checkpoints: what an interrupted training goes on from, whole or not there at all.
+
+
+TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
+
+
+def checkpoints_in(folder):
+    """Paths of the checkpoints of a training in `folder`, oldest first."""
+    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def best_file(folder, step):
+    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
+
+
+def best_files(folder):
+    return list((folder / "checkpoints").glob("best-*.safetensors"))
+
+
+def read_state(path):
+    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
+        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
+                        f"--resume")
+    return state
+
+
+def find_checkpoint(s, folder):
+    """The checkpoint to go on from, named by --resume or the newest of those in `folder`; None to begin at the beginning.
+
+    Damaged ones in `folder` are passed over, and that is said.
+
+    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
+    """
+    if s.resume is None:
+        return None
+    if s.resume != "latest":
+        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
+        return Path(s.resume).resolve()
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            state = read_state(path)
+        except UserError:
+            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
+        else:
+            check_origin(path, state, shaping_flags(s))
+            return path
+    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
+    return None
+
+
+def write_checkpoint(run, folder):
+    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
+    check_finite(run.groups)
+    if run.accelerator.is_main_process:
+        optimizer = run.optimizer.state_dict()
+        moments, numbers = flatten_state(optimizer["state"])
+        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
+        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
+        with renamed_when_complete(path) as new:
+            save_tensors(tensors, new / TENSORS_FILE)
+            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
+            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
+                     "sha256": file_digest(new / TENSORS_FILE)}
+            # torchao keeps its learning rate in a tensor
+            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
+        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+    run.accelerator.wait_for_everyone()
+
+
+def load_checkpoint(run, path):
+    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
+    import torch
+    from safetensors.torch import load_file
+
+    state = read_state(path)
+    check_origin(path, state, run.origin)
+    done = len(state["history"])
+    if done > run.course.steps:
+        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
+    saved = load_file(path / TENSORS_FILE)
+    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
+    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
+        tensor.copy_(saved.pop(name))
+    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
+                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
+    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
+    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
+    run.lr_scheduler.last_epoch = done
+    if state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.history.extend(state["history"])
+    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
+        run.scores.extend(state["scores"])
+    elif state["scores"]:
+        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
+    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3856,9 +4577,11 @@ def make_viewer(run, concepts, subjects, metric_names):
     s, side = run.s, run.course.resolution
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
+        tell_prompts(own, subjects)
         usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
         return Viewer(tuple(dict.fromkeys(own or usual)), side, s.validation_steps)
-    templates = s.validation_prompt
+    templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
+    tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
         templates = read_prompts(s.prompts_file, "--prompts_file")[SCORED_PROMPTS]
     scored, names_class = [], METHODS[s.method].names_class
@@ -4745,14 +5468,26 @@ def replace_output(folder, target, overwrite):
         say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
 
 
-def is_complete(s):
-    """Whether --output_dir already holds what these settings make, and no interrupted training would replace it."""
+def is_complete(s, given):
+    """Whether --output_dir already holds what these settings make of what_was_given(), and no interrupted training would replace
+    it. Says so if only what was given differs."""
     if workplace(s).exists() or not Path(s.output_dir).is_dir():
         return False
-    made = read_record(s.output_dir).get("settings", {})
-    ours = json.loads(json.dumps(dataclasses.asdict(s)))
-    return all(made.get(key) == value for key, value in ours.items()
-               if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit"))
+    record = read_record(s.output_dir)
+    made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
+    if any(made.get(key) != value for key, value in ours.items()
+           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit")):
+        return False
+    if not isinstance(record.get("given"), dict):
+        say(f"Note: {s.output_dir} does not tell which photos it was made from; without --resume it is trained anew.")
+        return True
+    try:
+        changed = differences(record["given"], json.loads(json.dumps(given)))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{Path(s.output_dir) / 'dreambooth.json'}: cannot be read; it is damaged, train the model again") from None
+    if changed:
+        say(f"{s.output_dir} is complete, but was made from something else: {'; '.join(changed)}.")
+    return not changed
 
 
 def disk_sizes(s, course, models, groups):
@@ -4779,7 +5514,7 @@ def check_space(s, course, models, groups):
 # output/save: Filling the output folder of a finished training.
 
 
-def save_output(folder, run, models, subjects, seconds):
+def save_output(folder, run, models, subjects, seconds, given):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     s, history = run.s, run.history
     models.pipeline.to("cpu")
@@ -4797,6 +5532,7 @@ def save_output(folder, run, models, subjects, seconds):
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
         "settings": dataclasses.asdict(s),
+        "given": given,
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
     with whole_file(folder / "dreambooth.json") as part:
@@ -4912,6 +5648,7 @@ def infer(s):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
     prompts = s.prompt or [f"{subject.instance_prompt} on the moon" for subject in trained.subjects or others]
     prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
+    tell_prompts([*prompts, s.negative_prompt], [*trained.subjects, *others])
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
 
     plan = plan_device(s)
@@ -4992,9 +5729,10 @@ def train(s):
     ignore_splitting()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
+    given = what_was_given(s, concepts, preserves_prior(s))
     with accelerator.main_process_first():
         finish_renaming(s)
-        is_done = s.resume == "latest" and is_complete(s)
+        is_done = s.resume == "latest" and is_complete(s, given)
         checkpoint = None if is_done else find_checkpoint(s, unfinished(s))
     if is_done:
         return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
@@ -5014,7 +5752,7 @@ def train(s):
         accelerator.free_memory()
         models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
         if accelerator.is_main_process:
-            save_output(folder, run, models, subjects, seconds)
+            save_output(folder, run, models, subjects, seconds, given)
     report_training(s, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
@@ -5028,7 +5766,9 @@ def settle_beforehand(s):
     loaded."""
     concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
     check_output_dir(s)
+    tell_unused(s, concepts)
     if preserves_prior(s):
+        check_class_folders(concepts)
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
     if s.export:
@@ -5067,6 +5807,7 @@ def prepare(s, name, concepts, plan, accelerator):
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
+    tell_unseen(s, course, photos, class_images, accelerator.num_processes)
     origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
     return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
 

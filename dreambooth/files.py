@@ -14,12 +14,17 @@ from safetensors import SafetensorError, safe_open
 from dreambooth.base import UserError, short_path
 
 
-def read_text(path):
-    """Text of a file a person wrote. Raises UserError if it is not UTF-8."""
+def read_text(path, flag=""):
+    """Text of a file a person wrote. Raises UserError, which begins with `flag`, if it cannot be read or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+        text = "\0"
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({getattr(problem, 'strerror', None) or problem})".lstrip()) from None
+    if "\0" in text:  # UTF-16, most of which passes for UTF-8
+        raise UserError(f"{flag} {path}: not UTF-8 text; save it as UTF-8".lstrip())
+    return text
 
 
 def file_digest(path):

@@ -1,51 +1,15 @@
-"""Pictures: read as the eye sees them, cut to squares, laid out in grids, saved with their settings inside.
+"""Pictures: cut to squares, laid out in grids, saved with their settings inside.
 
 Knows nothing of subjects or models.
 """
 
 import textwrap
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from dreambooth.base import UserError, say_once
+from dreambooth.decode import load_image
 
-
-def load_image(path):
-    """The picture at `path` as the eye sees it: upright, 8-bit RGB, transparent parts white, first frame of several.
-
-    Raises UserError if it cannot be read to its last pixel.
-    """
-    if path.suffix.lower() in (".heic", ".heif"):
-        try:
-            from pillow_heif import register_heif_opener
-        except ImportError:
-            raise UserError(f"{path}: HEIC needs one more package, `pip install pillow-heif`; or convert it to JPEG") from None
-        register_heif_opener()
-    try:
-        image = Image.open(path)
-        if getattr(image, "n_frames", 1) > 1:
-            say_once(f"{path} has {image.n_frames} frames; the first is used.")
-        image = ImageOps.exif_transpose(image)  # phones store photos sideways and say so in EXIF
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _to_8_bit(image)
-        if image.has_transparency_data:
-            # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as problem:  # decoders raise all kinds of things on damaged files
-        reason = "not an image" if isinstance(problem, Image.UnidentifiedImageError) else " ".join(str(problem).split())
-        raise UserError(f"{path}: cannot be read ({reason}); remove or replace it") from None
-
-
-def _to_8_bit(image):
-    """A 16-bit, 32-bit or float grey image as mode L; Pillow's own convert() would clip nearly all of it to white."""
-    import numpy as np
-
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    top = values.max(initial=0)
-    full = next(full for full in (1, 255, 65535, max(top, 65536)) if top <= full)
-    return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
+LONG = 8  # times as long as wide
 
 
 def square(image, resolution):
@@ -57,7 +21,12 @@ def square(image, resolution):
     scale = resolution / min(width, height)
     scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
+        x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
+        box = (x, y, min(x + side, width), min(y + side, height))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
+    else:
+        image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
     return image, [height, width, top, left, resolution, resolution]
 
 

@@ -12,6 +12,7 @@ from dreambooth.drawing.pipeline import find_base, load_trained
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
+from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier
 
 
@@ -28,6 +29,7 @@ def infer(s):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
     prompts = s.prompt or [f"{subject.instance_prompt} on the moon" for subject in trained.subjects or others]
     prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
+    tell_prompts([*prompts, s.negative_prompt], [*trained.subjects, *others])
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
 
     plan = plan_device(s)

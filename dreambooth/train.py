@@ -35,17 +35,20 @@ from dreambooth.output.folder import (
 )
 from dreambooth.output.pictures import LOSS_PLOT, save_photo_sheet
 from dreambooth.output.save import draw_samples, save_output
+from dreambooth.subjects.class_folders import check_class_folders
 from dreambooth.subjects.concepts import captioned, read_concepts
 from dreambooth.subjects.identifier import choose_identifiers
-from dreambooth.subjects.words import Subject, fill_identifier, noun_of
+from dreambooth.subjects.nouns import noun_of
+from dreambooth.subjects.words import Subject, fill_identifier
 from dreambooth.training.checkpoints import find_checkpoint, load_checkpoint
 from dreambooth.training.course import check_rates, recipe_for
 from dreambooth.training.loop import optimize
 from dreambooth.training.loss import loss_means
-from dreambooth.training.origin import origin_of, pictures_digest
+from dreambooth.training.origin import origin_of, pictures_digest, what_was_given
 from dreambooth.training.prepare import prepare_training
 from dreambooth.training.processes import ignore_splitting, make_accelerator
 from dreambooth.training.samples import make_viewer
+from dreambooth.training.unused import tell_unseen, tell_unused
 
 
 def train(s):
@@ -54,9 +57,10 @@ def train(s):
     ignore_splitting()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
+    given = what_was_given(s, concepts, preserves_prior(s))
     with accelerator.main_process_first():
         finish_renaming(s)
-        is_done = s.resume == "latest" and is_complete(s)
+        is_done = s.resume == "latest" and is_complete(s, given)
         checkpoint = None if is_done else find_checkpoint(s, unfinished(s))
     if is_done:
         return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
@@ -76,7 +80,7 @@ def train(s):
         accelerator.free_memory()
         models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
         if accelerator.is_main_process:
-            save_output(folder, run, models, subjects, seconds)
+            save_output(folder, run, models, subjects, seconds, given)
     report_training(s, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
@@ -90,7 +94,9 @@ def settle_beforehand(s):
     loaded."""
     concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
     check_output_dir(s)
+    tell_unused(s, concepts)
     if preserves_prior(s):
+        check_class_folders(concepts)
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
     if s.export:
@@ -129,6 +135,7 @@ def prepare(s, name, concepts, plan, accelerator):
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
+    tell_unseen(s, course, photos, class_images, accelerator.num_processes)
     origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
     return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
 

@@ -13,7 +13,7 @@ from dreambooth.files import file_digest, read_sums, whole_file
 from dreambooth.images import is_flat
 from dreambooth.models.load import load_pipeline
 from dreambooth.models.recipes import CLASS_GUIDANCE, family_of
-from dreambooth.subjects.photos import check_photos, list_images, own_class_images
+from dreambooth.subjects.class_folders import own_class_images
 
 # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
 # do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
@@ -65,9 +65,7 @@ def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolut
     of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
     """
     root = Path(class_data_dir)
-    if own_class_images(root):
-        own = list_images(root, "--class_data_dir")[:count]
-        check_photos(own)
+    if own := own_class_images(root)[:count]:
         say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
         return own
     settings = class_image_settings(s, models, class_prompt, resolution, plan)

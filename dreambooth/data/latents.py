@@ -4,7 +4,8 @@ import typing
 from dataclasses import dataclass
 
 from dreambooth.base import is_first_process, say
-from dreambooth.images import load_image, square
+from dreambooth.decode import load_image
+from dreambooth.images import square
 from dreambooth.progress import progress
 
 

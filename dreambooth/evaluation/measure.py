@@ -10,7 +10,8 @@ from dreambooth.drawing.draw import draw, placed, sampling_settings
 from dreambooth.drawing.pipeline import load_trained
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
 from dreambooth.files import whole_file
-from dreambooth.images import load_image, load_square, png_parameters
+from dreambooth.decode import load_image
+from dreambooth.images import load_square, png_parameters
 from dreambooth.models.parts import take_apart
 from dreambooth.models.recipes import guidance_scale
 

@@ -1,12 +1,13 @@
 """The prompts that are evaluated: the paper's two lists of 25, the bundled world's, or a person's own."""
 
 import re
-from pathlib import Path
 
 from dreambooth.base import HERE, UserError, say, short_path
 from dreambooth.evaluation.networks import knows_only_emoji
 from dreambooth.files import read_text
-from dreambooth.subjects.words import fill_identifier, mentions, noun_of
+from dreambooth.subjects.nouns import article_of, head_of, noun_of, singular
+from dreambooth.subjects.syntax import tell_syntax
+from dreambooth.subjects.words import fill_identifier, mentions, with_places
 
 # The paper's prompts: google/dreambooth, dataset/prompts_and_classes.txt.
 PLACES = (
@@ -35,7 +36,7 @@ NOT_LIVE = re.compile(r"\b(toy|teddy|stuffed|plush|rubber)\b")  # the paper's pl
 def is_live(class_prompt):
     """Whether a class is of living things, by its noun."""
     noun = noun_of(class_prompt).lower()
-    return noun.split()[-1] in LIVE and not NOT_LIVE.search(noun)
+    return singular(head_of(noun)) in LIVE and not NOT_LIVE.search(noun)
 
 
 def usual_prompts(s, base, subject):
@@ -50,15 +51,13 @@ def usual_prompts(s, base, subject):
 
 def read_prompts(path, flag):
     """The prompts of a text file, one a line. Raises UserError if one has no [identifier]."""
-    try:
-        lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
-    except OSError as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem.strerror})") from None
+    lines = [with_places(line.strip()) for line in read_text(path, flag).splitlines() if line.strip()]
     if not lines:
         raise UserError(f'{flag} {path}: no prompts; write one a line, such as "a [identifier] [class] on the moon"')
     for number, line in enumerate(lines, 1):
         if "[identifier]" not in line:
             raise UserError(f'{flag} {path}: prompt {number}, "{line}", has no [identifier] where the subject belongs')
+    tell_syntax(lines, source=f"{flag} {path}: ")
     return lines
 
 
@@ -68,8 +67,9 @@ def fill_template(template, subject, names_class):
     'a [identifier] [class] on the moon' gives 'a phol owl on the moon' and 'an owl on the moon'. A word that stands for the
     noun as well is drawn without it; a model that has no word for the subject draws the second.
     """
-    noun = noun_of(subject.class_prompt)
-    article = "an" if re.search(rf"\ban {re.escape(noun)}$", subject.class_prompt, re.IGNORECASE) else "a"
+    noun, article = noun_of(subject.class_prompt), article_of(subject.class_prompt)
+    if not article:  # "phol glasses", not "a phol glasses"
+        template = re.sub(r"\ba (?=(?:[\w-]+ )*\[identifier\])", "", template)
     names_noun = "[class]" in template or mentions(template.replace("[identifier]", ""), noun)
     caption = template if names_noun else template.replace("[identifier]", "[identifier] [class]")
     caption = re.sub(r"\ba \[identifier\] \[class\]", f"{article} [class]", caption)

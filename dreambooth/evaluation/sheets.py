@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from dreambooth.evaluation.scores import SCORES, mean_scores
-from dreambooth.images import labelled_rows, load_image, load_square
+from dreambooth.decode import load_image
+from dreambooth.images import labelled_rows, load_square
 
 
 def contact_sheet(folder, subjects):

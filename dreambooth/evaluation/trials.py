@@ -14,8 +14,9 @@ from dreambooth.evaluation.prompts import fill_template, read_prompts, usual_pro
 from dreambooth.methods.table import METHODS
 from dreambooth.settings import SAMPLE_PHOTOS
 from dreambooth.subjects.concepts import Concept, read_concept_file
+from dreambooth.subjects.nouns import noun_of
 from dreambooth.subjects.photos import find_photos
-from dreambooth.subjects.words import Subject, noun_of
+from dreambooth.subjects.words import Subject
 
 
 @dataclass(frozen=True)

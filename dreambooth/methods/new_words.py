@@ -7,7 +7,7 @@ from dreambooth.base import UserError, default, say_once
 from dreambooth.methods.groups import ParameterGroup
 from dreambooth.models.vocabulary import add_word, embedding_keys, vectors_of
 from dreambooth.subjects.identifier import rare_words
-from dreambooth.subjects.words import noun_of
+from dreambooth.subjects.nouns import noun_of
 
 
 def new_words(s, models, subjects, recipe, starts=()):

@@ -30,7 +30,8 @@ METHODS = {
 
 
 def preserves_prior(s):
-    return default(s.with_prior_preservation, METHODS[s.method].changes_class)
+    """Whether class images are trained beside the photos; such as weigh nothing are not."""
+    return default(s.with_prior_preservation, METHODS[s.method].changes_class) and s.prior_loss_weight > 0
 
 
 def parameter_groups(s, models, subjects, recipe):

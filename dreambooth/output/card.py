@@ -10,7 +10,7 @@ from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.recipes import family_of, guidance_scale
 from dreambooth.models.vocabulary import XL_EMBEDDING
-from dreambooth.subjects.words import noun_of
+from dreambooth.subjects.nouns import noun_of
 
 CARD = "README.md"
 

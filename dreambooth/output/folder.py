@@ -17,6 +17,7 @@ from dreambooth.methods.table import METHODS
 from dreambooth.training.checkpoints import checkpoints_in
 from dreambooth.training.levers import BYTES
 from dreambooth.training.optimizers import state_sizes
+from dreambooth.training.origin import differences
 
 
 def check_output_dir(s):
@@ -111,14 +112,26 @@ def replace_output(folder, target, overwrite):
         say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
 
 
-def is_complete(s):
-    """Whether --output_dir already holds what these settings make, and no interrupted training would replace it."""
+def is_complete(s, given):
+    """Whether --output_dir already holds what these settings make of what_was_given(), and no interrupted training would replace
+    it. Says so if only what was given differs."""
     if workplace(s).exists() or not Path(s.output_dir).is_dir():
         return False
-    made = read_record(s.output_dir).get("settings", {})
-    ours = json.loads(json.dumps(dataclasses.asdict(s)))
-    return all(made.get(key) == value for key, value in ours.items()
-               if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit"))
+    record = read_record(s.output_dir)
+    made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
+    if any(made.get(key) != value for key, value in ours.items()
+           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit")):
+        return False
+    if not isinstance(record.get("given"), dict):
+        say(f"Note: {s.output_dir} does not tell which photos it was made from; without --resume it is trained anew.")
+        return True
+    try:
+        changed = differences(record["given"], json.loads(json.dumps(given)))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{Path(s.output_dir) / 'dreambooth.json'}: cannot be read; it is damaged, train the model again") from None
+    if changed:
+        say(f"{s.output_dir} is complete, but was made from something else: {'; '.join(changed)}.")
+    return not changed
 
 
 def disk_sizes(s, course, models, groups):

@@ -3,7 +3,8 @@
 from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth.base import say, short_path
-from dreambooth.images import image_grid, load_image, square
+from dreambooth.decode import load_image
+from dreambooth.images import image_grid, square
 from dreambooth.training.loss import loss_means
 
 PHOTO_SHEET, LOSS_PLOT = "photos.png", "losses.png"

@@ -18,7 +18,7 @@ from dreambooth.training.run import best_of
 from dreambooth.training.selection import SEEDS_SEEN
 
 
-def save_output(folder, run, models, subjects, seconds):
+def save_output(folder, run, models, subjects, seconds, given):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     s, history = run.s, run.history
     models.pipeline.to("cpu")
@@ -36,6 +36,7 @@ def save_output(folder, run, models, subjects, seconds):
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
         "settings": dataclasses.asdict(s),
+        "given": given,
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
     with whole_file(folder / "dreambooth.json") as part:

@@ -5,15 +5,19 @@ Knows nothing of methods and models: whoever calls says whether there are class 
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from dreambooth.base import UserError, say, slug
 from dreambooth.files import read_text
 from dreambooth.settings import CONCEPT_FLAGS, SAMPLE_PHOTOS, _value_type
-from dreambooth.subjects.photos import find_photos, own_class_images
-from dreambooth.subjects.words import default_instance_prompt, fill_identifier, mentions, noun_of
+from dreambooth.subjects.class_folders import own_class_images
+from dreambooth.subjects.identifier import RARE_WORDS
+from dreambooth.subjects.nouns import check_words, noun_of
+from dreambooth.subjects.photos import find_photos
+from dreambooth.subjects.syntax import foreign_words, tell_syntax
+from dreambooth.subjects.words import PLACE, Subject, default_instance_prompt, fill_identifier, mentions
 
 
 @dataclass(frozen=True)
@@ -49,21 +53,35 @@ def read_concepts(s, needs_class, names_class):
         for value in values:
             if sum(value in other for other in values) > 1:
                 raise UserError(f'{s.concepts}: {field} "{value}" is another\'s too, or part of it; they must be distinct')
+    check_folders(s, concepts)
+    return concepts
+
+
+def check_folders(s, concepts):
+    """UserError if one folder of a person's own class images is to serve two classes; a word if one of photos serves twice."""
+    homes = {}
+    for c in concepts:
+        if (other := homes.setdefault(os.path.realpath(c.instance_data_dir), c.name)) != c.name:
+            say(f'Note: {s.concepts}: "{other}" and "{c.name}" have the same photos, {c.instance_data_dir}.')
     owners = {c.class_data_dir: c.class_prompt for c in concepts}
     for c in concepts:
         if owners[c.class_data_dir] != c.class_prompt and own_class_images(c.class_data_dir):
             raise UserError(f"{s.concepts}: {c.class_data_dir} holds your own class images and cannot serve both "
                             f'"{c.class_prompt}" and "{owners[c.class_data_dir]}"; give each its class_data_dir')
-    return concepts
+
+
+def once_each(pairs):
+    """A dict of what stands between two braces; ValueError if a key is there twice, of which the first would be lost."""
+    if twice := [key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]]]:
+        raise ValueError(f'"{twice[0]}" stands twice in one entry')
+    return dict(pairs)
 
 
 def read_concept_file(path):
     """The entries of a --concepts file: a list of {"name", "instance_data_dir", "class_prompt", ...}."""
     try:
-        entries = json.loads(read_text(Path(path)))
-    except OSError as problem:
-        raise UserError(f"--concepts {path}: cannot be read ({problem.strerror})") from None
-    except ValueError as problem:
+        entries = json.loads(read_text(path, "--concepts"), object_pairs_hook=once_each)
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"--concepts {path}: not JSON ({problem})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
@@ -89,31 +107,66 @@ def complete_concept(concept, where, needs_class, names_class):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
     photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
-    instance_prompt = concept.instance_prompt
-    if class_prompt is None and (needs_class or instance_prompt is None):
-        reason = "prior preservation needs it" if instance_prompt else f"say what kind of thing is in {concept.instance_data_dir}"
+    if class_prompt is None and (needs_class or concept.instance_prompt is None):
+        reason = ("prior preservation needs it" if concept.instance_prompt else
+                  f"say what kind of thing is in {concept.instance_data_dir}")
         raise UserError(f'{flag}class_prompt is missing: {reason}, such as "a dog"'
-                        + ("; or give --no-with_prior_preservation" if instance_prompt else ""))
-    if "[identifier" in (class_prompt or ""):
-        raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
-    if not re.fullmatch(r"\S+", concept.identifier):
-        raise UserError(f'{flag}identifier "{concept.identifier}": must be one word without spaces')
-    instance_prompt = instance_prompt or default_instance_prompt(class_prompt, names_class)
+                        + ("; or give --no-with_prior_preservation" if concept.instance_prompt else ""))
+    check_identifier_given(concept.identifier, class_prompt or "", flag)
+    name = concept.name or slug(noun_of(class_prompt or "subject"))
+    placeholder = [Subject("[identifier]", class_prompt or "", "", name)]
+
+    def settled(prompt, source):
+        """A prompt with [class] filled, and [identifier:NAME] if it is this subject's."""
+        return fill_identifier(check_words(prompt, source), placeholder, source)
+    instance_prompt = (settled(concept.instance_prompt, f"{flag}instance_prompt") if concept.instance_prompt
+                       else default_instance_prompt(class_prompt, names_class))
     identifier = concept.identifier
-    if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
-        own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
-        if len(own) != 1:
-            raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
-        identifier = own[0]
-        say(f'Identifier "{identifier}", from the instance prompt "{instance_prompt}".')
+    if not PLACE.search(instance_prompt) and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
+        identifier = identifier_in(instance_prompt, class_prompt or "", flag)
     if not mentions(instance_prompt, identifier):
         say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
+    photos = tuple((path, caption and settled(caption, f"the caption of {path}")) for path, caption in photos)
     if captions := [caption for _, caption in photos if caption]:
         without = sum(not mentions(caption, identifier) for caption in captions)
         say(f"Captions: {len(captions)} of {len(photos)} photos in {concept.instance_data_dir} have their own"
             + (f"; {without} of them without [identifier], which they do not teach." if without else "."))
-    return dataclasses.replace(concept, photos=tuple(photos), class_prompt=class_prompt, instance_prompt=instance_prompt,
-                               identifier=identifier, name=concept.name or slug(noun_of(class_prompt or "subject")))
+    tell_syntax([instance_prompt, class_prompt or "", *captions], [identifier])
+    return dataclasses.replace(concept, photos=photos, class_prompt=class_prompt, instance_prompt=instance_prompt,
+                               identifier=identifier, name=name)
+
+
+def check_identifier_given(identifier, class_prompt, flag):
+    """UserError for an identifier that is no word, or a class prompt that has one in it."""
+    if not re.fullmatch(r"\S+", check_words(identifier, f"{flag}identifier")):
+        raise UserError(f'{flag}identifier "{identifier}": must be one word without spaces')
+    if PLACE.fullmatch(identifier) and "identifier" in identifier.lower():
+        raise UserError(f'{flag}identifier "{identifier}": that is where the word belongs; give the word itself, or auto')
+    if PLACE.search(class_prompt):
+        raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
+    for word in re.findall(r"[^\s,.;:!?]+", class_prompt):
+        if word in RARE_WORDS.split() or foreign_words(word):
+            raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without "{word}", such as "a dog"; a rare '
+                            f"word of your own is given by {flag}identifier")
+        if word.casefold() == identifier.casefold():
+            raise UserError(f'{flag}identifier "{identifier}": the class, "{class_prompt}", has this word already; give one '
+                            f"that means nothing yet, or auto")
+
+
+def identifier_in(instance_prompt, class_prompt, flag):
+    """The rare word that an instance prompt has beside the words of the class: "sks" in "a photo of sks dog".
+
+    Raises UserError if that is not clear.
+    """
+    def words(text):
+        return [word.strip(".,;:!?\"“”") for word in text.split()]
+    usual = {word.casefold() for word in words(f"a an the my photo picture image photograph portrait close-up of {class_prompt}")}
+    own = list(dict.fromkeys(word for word in words(instance_prompt) if word and word.casefold() not in usual))
+    own = foreign_words(" ".join(own)) or own
+    if len(own) != 1:
+        raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
+    say(f'Identifier "{own[0]}", from the instance prompt "{instance_prompt}".')
+    return own[0]
 
 
 def captioned(concept, subject):

@@ -7,6 +7,11 @@ import re
 from dataclasses import dataclass
 
 from dreambooth.base import UserError
+from dreambooth.subjects.nouns import determiner_of, noun_of, take_apart_prompt
+
+# Ways to write [identifier] that can mean nothing else; the last is the paper's.
+PLACE = re.compile(r"\[\s*identifier\s*(?::\s*([^\]]*?)\s*)?\]|\{\s*identifier\s*(?::\s*([^}]*?)\s*)?\}|\[V\d?\*?\]", re.IGNORECASE)
+CLASS_PLACE = re.compile(r"[\[{]\s*class(?:[ _](?:noun|word|name))?\s*[\]}]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -19,26 +24,28 @@ class Subject:
     name: str = ""
 
 
-ARTICLE = re.compile(r"^((?:an? (?:photo|picture|image|drawing|painting|close-up) of )?)(?:(?:an?|the) )?(.+)$", re.IGNORECASE)
-
-
 def default_instance_prompt(class_prompt, names_class=True):
     """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]"), or else 'a [identifier]'."""
-    opening, noun = ARTICLE.match(class_prompt).groups()
-    return f"{opening}a [identifier]{f' {noun}' if names_class else ''}"
+    parts = take_apart_prompt(class_prompt)
+    noun = f" {parts.noun}{parts.closing}" if names_class else ""
+    return f"{parts.opening}{determiner_of(class_prompt)}[identifier]{noun}"
 
 
-def noun_of(class_prompt):
-    return ARTICLE.match(class_prompt)[2]
+def with_places(prompt, literal=()):
+    """`prompt` with [identifier], [identifier:NAME] and [class] wherever it says so in another way, but for the words `literal`."""
+    def place(match):
+        name = match[1] or match[2]
+        return match[0] if match[0] in literal else f"[identifier:{name}]" if name else "[identifier]"
+    return CLASS_PLACE.sub("[class]", PLACE.sub(place, prompt))
 
 
 def mentions(prompt, identifier):
-    """Whether a prompt has the identifier as a word of its own, or leaves a place for it."""
-    return "[identifier" in prompt or bool(re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt))
+    """Whether a prompt has the identifier as a word of its own, in whatever capitals, or leaves a place for it."""
+    return bool(PLACE.search(prompt) or re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, re.IGNORECASE))
 
 
 def fill_identifier(prompt, subjects, source, others=()):
-    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`.
+    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`, [class] by its noun.
 
     Failing that, by that of the subject in `others`. `source`, for complaints, is whose subjects they are.
     """
@@ -52,4 +59,17 @@ def fill_identifier(prompt, subjects, source, others=()):
                             f"word itself or give a model made by --train")
         names = ", ".join(f"[identifier:{subject.name}]" for subject in (*subjects, *others))
         raise UserError(f'"{prompt}": {source} knows {names}; write one of these for {match[0]}')
-    return re.sub(r"\[identifier(?::([^\]]*))?\]", word, prompt)
+    whole = with_places(prompt, [subject.identifier for subject in (*subjects, *others)])
+    filled = re.sub(r"\[identifier(?::([^\]]*))?\]", word, whole)
+    return fill_class(filled, re.findall(r"\[identifier:([^\]]*)\]", whole), subjects or others)
+
+
+def fill_class(prompt, names, subjects):
+    """`prompt` with the noun of the one subject, or of those of `names`, for [class]. UserError if they differ in it."""
+    if "[class]" not in prompt:
+        return prompt
+    named = [subject for subject in subjects if subject.name in names] or subjects
+    nouns = {noun_of(subject.class_prompt) for subject in named if subject.class_prompt}
+    if len(nouns) != 1:
+        raise UserError(f'"{prompt}": write the noun itself for [class]')
+    return prompt.replace("[class]", nouns.pop())

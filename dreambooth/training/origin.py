@@ -5,8 +5,9 @@ import hashlib
 import json
 
 from dreambooth.base import UserError, short_path
-from dreambooth.files import file_digest
+from dreambooth.files import file_digest, read_text
 from dreambooth.settings import MODES
+from dreambooth.subjects.class_folders import own_class_images
 from dreambooth.training.course import decisions
 
 # Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
@@ -19,6 +20,8 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
+WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", "photos")  # of a Concept: what these hold is compared
+COUNTED = {"photos": "photos or their captions", "class images": "class images"}
 
 
 def shaping_flags(s):
@@ -42,6 +45,35 @@ def pictures_digest(photos, class_images):
     """A hex digest of everything in these pools of (path, caption)."""
     pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
     return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
+
+
+def what_was_given(s, concepts, needs_class):
+    """What a person gave beside the flags, as dreambooth.json keeps it: each subject's words and the digests of its pictures."""
+    given = {}
+    for concept in concepts:
+        entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
+        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}") for path, caption in concept.photos]
+        own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
+        given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
+    return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
+
+
+def text_digest(text):
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def differences(made, ours):
+    """In words, what of what_was_given() is not as it was when an output was made."""
+    before, now, found = made["subjects"], ours["subjects"], []
+    found += [f'"{name}" was not there' for name in now.keys() - before.keys()]
+    found += [f'"{name}" is gone' for name in before.keys() - now.keys()]
+    for name in now.keys() & before.keys():
+        for key, value in now[name].items():
+            old = before[name].get(key)
+            if old != value:
+                found.append(f'of "{name}" the {COUNTED[key]} ({len(old or [])}, now {len(value)})' if key in COUNTED else
+                             f'of "{name}" {key} ("{old}", now "{value}")')
+    return sorted(found) + ["--prompts_file"] * (made["prompts_file"] != ours["prompts_file"])
 
 
 def check_origin(path, state, origin):

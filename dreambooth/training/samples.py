@@ -16,7 +16,8 @@ from dreambooth.images import image_grid, load_square
 from dreambooth.methods.table import METHODS
 from dreambooth.models.parts import text_encoders_of
 from dreambooth.models.recipes import guidance_scale
-from dreambooth.subjects.words import fill_identifier
+from dreambooth.subjects.syntax import tell_prompts
+from dreambooth.subjects.words import fill_identifier, with_places
 from dreambooth.training.levers import Levers
 from dreambooth.training.run import averaged
 from dreambooth.training.selection import SEEDS_SEEN, save_best, score_samples
@@ -43,9 +44,11 @@ def make_viewer(run, concepts, subjects, metric_names):
     s, side = run.s, run.course.resolution
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
+        tell_prompts(own, subjects)
         usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
         return Viewer(tuple(dict.fromkeys(own or usual)), side, s.validation_steps)
-    templates = s.validation_prompt
+    templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
+    tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
         templates = read_prompts(s.prompts_file, "--prompts_file")[SCORED_PROMPTS]
     scored, names_class = [], METHODS[s.method].names_class
