@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.base import UserError
-from dreambooth.files import tensor_names
 from dreambooth.methods.lora import LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
+from dreambooth.models.headers import tensor_names
 from dreambooth.models.hub import hub_file
 from dreambooth.models.vocabulary import word_in
 from dreambooth.settings import DEFAULT_OUTPUT

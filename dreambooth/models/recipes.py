@@ -51,8 +51,9 @@ def family_of(unet_config):
     """The name of a UNet's model family, which RECIPES and GUIDANCE are listed by."""
     if unet_config["addition_embed_type"] == "text_time":
         return "stable-diffusion-xl"
-    # SD 1.x attends to 768 and SD 2.x to 1024 text channels
-    return "stable-diffusion" if unet_config["cross_attention_dim"] in (768, 1024) else "small"
+    width = unet_config["cross_attention_dim"]  # or a list with one for each block
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    return "stable-diffusion" if widths <= {768, 1024} else "small"  # SD 1.x attends to 768 and SD 2.x to 1024 text channels
 
 
 def guidance_scale(s, unet_config):
