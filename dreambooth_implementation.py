@@ -44,6 +44,7 @@ import threading
 import time
 import types
 import typing
+import warnings
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from dataclasses import dataclass
 from filelock import FileLock, Timeout
@@ -1324,11 +1325,6 @@ IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the fi
              b"GGUF": "it is a GGUF file; give the .safetensors form"}
 
 
-def tensor_names(path, flag):
-    """Names of the tensors in a .safetensors file. Raises UserError if it cannot be read."""
-    return list(read_header(path, flag)[0])
-
-
 def read_header(path, flag):
     """({tensor name: shape}, {note: text}) of a .safetensors file. Raises UserError if it cannot be read, whatever it is."""
     if trouble := trouble_with(Path(path)):
@@ -1415,13 +1411,16 @@ RECIPES = {
 }
 
 
+TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
+
+
 def family_of(unet_config):
     """The name of a UNet's model family, which RECIPES and GUIDANCE are listed by."""
     if unet_config["addition_embed_type"] == "text_time":
         return "stable-diffusion-xl"
     width = unet_config["cross_attention_dim"]  # or a list with one for each block
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    return "stable-diffusion" if widths <= {768, 1024} else "small"  # SD 1.x attends to 768 and SD 2.x to 1024 text channels
+    return "stable-diffusion" if widths <= {768, 1024} else "small"  # those of SD 1.x and 2.x
 
 
 def guidance_scale(s, unet_config):
@@ -1432,6 +1431,17 @@ def guidance_scale(s, unet_config):
 # models/vocabulary: New words of a tokenizer and its text encoder, and how files of embeddings name them.
 
 
+def taken_tokens(tokenizer, word, count):
+    """Those of the tokens of a new word of so many vectors that a tokenizer has already."""
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in tokens_of(word, count) if token in vocabulary or f"{token}</w>" in vocabulary]
+
+
+def tokens_of(word, count):
+    """The tokens of a word of so many vectors, as diffusers names them: <x>, <x>_1, ..."""
+    return [word] + [f"{word}_{i}" for i in range(1, count)]
+
+
 def add_word(tokenizer, text_encoder, word, vectors):
     """Add a word of n vectors [n, channels] to a tokenizer and its text encoder, named as diffusers names them.
 
@@ -1439,8 +1449,8 @@ def add_word(tokenizer, text_encoder, word, vectors):
     """
     import torch
 
-    tokens = [word] + [f"{word}_{i}" for i in range(1, len(vectors))]
-    if taken := [token for token in tokens if token in tokenizer.get_vocab() or f"{token}</w>" in tokenizer.get_vocab()]:
+    tokens = tokens_of(word, len(vectors))
+    if taken := taken_tokens(tokenizer, word, len(vectors)):
         raise UserError(f'"{taken[0]}" is in this model\'s vocabulary already; a new word needs another name, such as '
                         f'--identifier "<my-{slug(word)}>"')
     tokenizer.add_tokens(tokens)
@@ -1458,6 +1468,7 @@ def vectors_of(tokenizer, text_encoder, word):
     return text_encoder.get_input_embeddings().weight[vocabulary[word]:vocabulary[word] + n].detach()
 
 
+NAMELESS = ("emb_params", "string_to_param.*", "*")  # A1111's and its converters', which go by the name of the file
 XL_EMBEDDING = ["clip_l", "clip_g"]  # a word's tensors in a file for SDXL, one for each text encoder
 
 
@@ -1468,7 +1479,7 @@ def embedding_keys(models, word):
 
 def word_in(names, otherwise):
     """The word that an embedding file of these tensors holds; None if it is none. Some tools name the file, not the word."""
-    if set(names) == set(XL_EMBEDDING) or names == ["emb_params"]:
+    if set(names) == set(XL_EMBEDDING) or len(names) == 1 and names[0] in NAMELESS:
         return otherwise
     return names[0] if len(names) == 1 else None
 
@@ -1476,9 +1487,13 @@ def word_in(names, otherwise):
 def embedding_vectors(models, tensors):
     """A word's vectors [n, channels] for each text encoder. Raises ValueError if the file is for another model."""
     keys = embedding_keys(models, next(iter(tensors)))
+    if sorted(tensors) != sorted(keys):
+        raise ValueError("it is for SDXL, which has two text encoders" if set(tensors) == set(XL_EMBEDDING) else
+                         "it is for a model with one text encoder")
     widths = [text_encoder.get_input_embeddings().weight.shape[1] for text_encoder in models.text_encoders]
-    if sorted(tensors) != sorted(keys) or [tensors[key].shape[-1] for key in keys] != widths:
-        raise ValueError("its vectors have another size")
+    own = [tensors[key].shape[-1] if tensors[key].dim() else 1 for key in keys]
+    if own != widths:
+        raise ValueError(f"its vectors have {' and '.join(map(str, own))} numbers, those of this model {' and '.join(map(str, widths))}")
     return [tensors[key].reshape(-1, width) for key, width in zip(keys, widths)]
 
 
@@ -1648,13 +1663,13 @@ FOREIGN_KINDS = (
 PART_KINDS = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)|hada_w1_a|lokr_w1|oft_blocks|\.diff(_b)?$|_lora\.", "a LoRA or the like, to be added to "
      "a model with --adapter when drawing"),
-    (r"^conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures; give the base model"),
+    (r"^conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures"),
     (r"^control_model\.|controlnet_cond_embedding|^zero_convs|^input_hint_block", "a ControlNet"),
     (r"^emb_params$|^string_to_param|^clip_[lg]$", "an embedding, to be added to a model with --adapter when drawing"),
     (r"^(model\.)?(transformer_blocks|blocks|layers)\.\d+\.|^net\.|pipe\.|patch_embed|x_embedder", "a transformer model of another kind"),
-    (r"^down_blocks\.\d+\.(resnets|attentions)", "a UNet alone, as diffusers names it; give its diffusers folder"),
-    (r"^(en|de)coder\.(down|up|mid|conv_in|mid_block|down_blocks|up_blocks)", "a VAE alone; give the whole model"),
-    (r"^(text_model\.)?encoder\.layers\.\d+|^transformer\.resblocks", "a text encoder alone; give the whole model"))
+    (r"^down_blocks\.\d+\.(resnets|attentions)", "a UNet alone, as diffusers names it"),
+    (r"^(en|de)coder\.(down|up|mid|conv_in|mid_block|down_blocks|up_blocks)", "a VAE alone"),
+    (r"^(text_model\.)?encoder\.layers\.\d+|^transformer\.resblocks", "a text encoder alone"))
 # The same for a folder: a class that a config.json names.
 FOLDER_KINDS = {"UNet2DConditionModel": "a UNet alone", "ControlNetModel": "a ControlNet", "AutoencoderKL": "a VAE alone",
                 "CLIPTextModel": "a text encoder alone", "CLIPTextModelWithProjection": "a text encoder alone"}
@@ -1691,7 +1706,7 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
 DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-DISTILLED_NAMES = ("turbo", "lightning", "lcm", "hyper-sd", "hypersd", "dmd2", "schnell")
+DISTILLED_NAME = r"turbo|lightning|hyper-?sd|(?<![a-z])(lcm|dmd2?|schnell|distilled)(?![a-z])"
 
 
 def numbers(value):
@@ -1765,7 +1780,7 @@ def is_distilled(pipeline, name):
     scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
     is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
     return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(pipeline.unet.config.get("time_cond_proj_dim"))
-            or any(word in Path(name).name.lower() for word in DISTILLED_NAMES))
+            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
 
 
 def say_if_distilled(pipeline, name, trains):
@@ -1840,6 +1855,27 @@ def hub_file(name, file, **revision):
     return cached
 
 
+def hub_files(name):
+    """Names of the files of a hub model: those in the cache if it has a pipeline, else as the hub says, else those in the cache.
+
+    Raises what the hub's client raises.
+    """
+    from huggingface_hub import model_info, snapshot_download
+
+    if cached := cached_file(name, "model_index.json"):
+        return files_in(cached.parent)
+    try:
+        return [entry.rfilename for entry in model_info(name, timeout=4).siblings]
+    except Exception:  # whatever the hub's client raises
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except Exception:
+            folder = None
+        if folder is None:
+            raise
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
 def lacks_in_cache(folder):
     """What a pipeline's snapshot in the cache lacks, as a list of phrases."""
     return missing_parts(files_in(folder), read_json(folder / "model_index.json"))
@@ -1892,6 +1928,8 @@ def hub_configs(name):
 # Everything that names a model or an adapter passes through here first.
 
 
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+ITSELF = ("model_index.json", "dreambooth.json")  # files that make a folder a model
 QUOTES = " \t\r\n\"'`\u2018\u2019\u201c\u201d"
 HUB = r"(?:(?:https?:)?//)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://(?:models/)?"
 
@@ -1901,17 +1939,24 @@ def is_single_file(name):
     return name.lower().endswith(".safetensors") and not Path(name).is_dir()
 
 
+def refuse_pickle(name, flag):
+    """UserError for the name of a file that can run code when it is opened."""
+    if name.lower().endswith(PICKLES) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
+                        f"give its .safetensors form (docs/formats.md says how to convert it)")
+
+
 def located(name, flag):
     """The folder, hub id or file that a text means: what is pasted is made a name, and what is there is looked at.
 
     Says what it takes a text for, if it is another. Raises UserError for an address that cannot be taken.
     """
+    plain = name.strip(QUOTES)
+    if not plain:
+        raise UserError(f"{flag}: it is empty; give a folder, a file or a hub id")
     if Path(name).exists():
         plain = name
     else:
-        plain = name.strip(QUOTES)
-        if not plain:
-            raise UserError(f"{flag}: it is empty; give a folder, a file or a hub id")
         plain = from_address(plain, flag) if re.match(rf"{HUB}|\w+://|www\.", plain, re.IGNORECASE) else local_name(plain)
     found = pipeline_at(plain, flag) if Path(plain).exists() else plain
     if found != name:
@@ -1939,10 +1984,9 @@ def from_address(address, flag):
     if revision not in ([], ["main"]):
         raise UserError(f"{flag} {address}: it names the revision {revision[0]}; fetch that with `hf download {name} --revision "
                         f"{revision[0]} --local-dir {parts[1]}` and give the folder {parts[1]}")
-    if not file.lower().endswith((".safetensors", ".ckpt", ".bin", ".pt")):
-        return name
+    refuse_pickle(file, flag)
     if not is_single_file(file):
-        return file  # refused by its suffix
+        return name
     try:
         return str(hub_file(name, file))
     except Exception as problem:  # whatever the hub's client raises
@@ -1952,9 +1996,9 @@ def from_address(address, flag):
 def pipeline_at(name, flag):
     """The pipeline that a path which exists is, lies in, or holds alone; else the path itself."""
     path = Path(name)
-    if path.name in ("model_index.json", "dreambooth.json") and path.is_file():
+    if path.name in ITSELF and path.is_file():
         return short_path(path.parent)
-    if not path.is_dir() or (path / "model_index.json").is_file() or (path / "dreambooth.json").is_file():
+    if not path.is_dir() or any((path / file).is_file() for file in ITSELF) or any(path.glob("*.safetensors")):
         return name
     within = [folder for pattern in ("*/model_index.json", "snapshots/*/model_index.json") for folder in path.glob(pattern)]
     if (path / "refs" / "main").is_file():  # a model's folder in the hub's cache: the snapshot that is today's
@@ -1978,6 +2022,8 @@ SD2_TOLD_BY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.nor
 # What a checkpoint may say of its noise: as empty tensors, as ComfyUI reads them, or as notes in its header.
 PREDICTS = {"v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 EDM_TENSORS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# How such a model is drawn that begins at pure noise, where its own scheduler cannot (Lin et al., arXiv 2305.08891).
+TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
 # Names of older and other layouts, and what they are today: a prefix of all, a text encoder of NovelAI's, a UNet of ComfyUI's.
 RENAMED = ((r"^.+?\.(?=(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.)", ""),
            (r"^(?=diffusion_model\.)", "model."),
@@ -2069,7 +2115,7 @@ def told_scheduler(scheduler, told, name):
     kind, options = type(scheduler), dict(told)
     if told.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in scheduler.config:
         kind = DDIMScheduler  # such as SD 1.x's own, which cannot begin at pure noise
-        options |= {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+        options |= TRAILING
     what = {"v_prediction": "predicts velocity", "epsilon": "predicts epsilon"}.get(told.get("prediction_type"))
     said = [what] * bool(what) + ["begins at pure noise (zero terminal SNR)"] * bool(told.get("rescale_betas_zero_snr"))
     say_once(f"{name} says of itself that it {' and '.join(said)}; this goes before its configs.")
@@ -2096,6 +2142,9 @@ def load_single_file(name, flag, dtypes, parts):
             getattr(transformers, index[part][1]), dict(tensors), subfolder=part, torch_dtype=dtypes["default"], **where)
             for part in ("text_encoder", "text_encoder_2") if index.get(part, [None])[0]}
         is_whole = not any(tensor.is_meta for part in loaded.values() for tensor in part.parameters())
+    except (KeyError, ValueError, TypeError) as problem:
+        reason = " ".join(str(problem).split()).split(" If you want to")[0]
+        raise ValueError(f"it does not fit the configs in {configs}: {reason}") from None
     except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
         is_whole = False
     if not is_whole:
@@ -2113,7 +2162,6 @@ def load_single_file(name, flag, dtypes, parts):
 # models/find: Where a model is: a folder, a hub id, a file or a short name. Nothing is loaded, and torch is not imported.
 
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -2159,9 +2207,7 @@ def named_model(name, flag):
 def find_model(name, flag):
     """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
     name = named_model(located(name, flag), flag)
-    if name.lower().endswith(PICKLES) and not Path(name).is_dir():
-        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
-                        f"give its .safetensors form (docs/formats.md says how to convert it)")
+    refuse_pickle(name, flag)
     index = model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
@@ -2221,9 +2267,9 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     try:
         pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except LOADING_FAILS as problem:
-        reason = " ".join(str(problem).split())[:300]
-        if package := re.search(r"`?(pip install [\w-]+)`?", str(problem)):
-            reason = f"it needs a package that is not here: {package[1]}"
+        reason = " ".join(str(problem).split())
+        package = re.search(r"pip install [\w-]+", reason)
+        reason = f"it needs a package that is not here: {package[0]}" if package else reason[:300]
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from None
     make_ready(pipeline, name, flag)
     return pipeline
@@ -2263,6 +2309,8 @@ def load_part(folder, part, kind, variant, dtype):
         raise ValueError(f"{part}: it lacks some of the weights that its config asks for, such as {min(missing)}")
     if others := sorted(report["mismatched_keys"]):  # here it would, too, and says which only so
         raise ValueError(f"{part}: its weights are of another size than its config says, such as {others[0][0]}")
+    if part in ("unet", "vae") and (unread := sorted(report["unexpected_keys"])):
+        say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
     return module.eval()
 
 
@@ -2277,7 +2325,11 @@ def say_variants(name, variants):
 def make_ready(pipeline, name, flag):
     """What every loaded pipeline needs here. UserError where its tokenizer is not that of its text encoder."""
     pipeline.set_progress_bar_config(disable=True)
-    getattr(pipeline.vae, "enable_slicing", bool)()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
+    if not hasattr(pipeline.scheduler, "init_noise_sigma"):
+        raise UserError(f"{flag} {name}: its scheduler, {type(pipeline.scheduler).__name__}, is of another kind of model than Stable "
+                        f"Diffusion; give a model with its own scheduler")
+    with contextlib.suppress(NotImplementedError, AttributeError):  # not every VAE can
+        pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
     pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
     for part, text_encoder in text_encoders_of(pipeline).items():
         tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
@@ -2551,6 +2603,114 @@ def parameter_groups(s, models, subjects, recipe):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# drawing/foreign: LoRAs and embeddings as other programs write them: what a file is, whom it fits, and what it is called here.
+
+
+PEFT = "base_model.model."
+PEFT_CONFIG = "adapter_config.json"
+LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
+# What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
+LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
+           (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
+            "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
+TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|single_blocks|"
+                r"joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
+# Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
+PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
+              (r"(text_model|encoder)\.", "text_encoder."))
+
+
+def is_lora(names):
+    """Whether tensors of these names are a LoRA, or of LyCORIS's family."""
+    return any("lora" in name or any(re.search(sign, name) for sign, _ in LYCORIS) for name in names)
+
+
+def check_lora(path, pipeline, flag):
+    """UserError if a LoRA is of a kind that is not supported, or for another kind of model than the pipeline's."""
+    shapes, _ = read_header(path, flag)
+    for sign, kind in LYCORIS:
+        if found := next((name for name in shapes if re.search(sign, name)), None):
+            raise UserError(f"{flag} {path}: it is {kind} ({found}), and only LoRAs are added; give one, or merge it into its model with "
+                            f"the program that made it")
+    if not any(re.search(LORA_LAYER, name) for name in shapes):
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: no pair of matrices in it has a name that is known")
+    if any(re.search(TRANSFORMERS, name) for name in shapes):
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a transformer model, such as Flux or "
+                        f"Stable Diffusion 3 ({min(shapes)})")
+    wants = sorted({shape[1] for name, shape in shapes.items()
+                    if re.search(r"attn2[._]?(processor[._])?to_[kv]", name) and re.search(LORA_LAYER, name) and len(shape) > 1})
+    has = pipeline.unet.config.cross_attention_dim
+    if wants and isinstance(has, int) and wants != [has]:
+        of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a model whose text has "
+                        f"{' or '.join(of[:-1])} channels, and this one's has {of[-1]}")
+
+
+def lora_weights(path):
+    """What load_lora_weights() takes for a LoRA: its folder and file, or tensors under other names, scaled by alpha / rank."""
+    from safetensors.torch import load_file
+
+    names = list(read_header(path, "--adapter")[0])
+    if not any(name.startswith(PEFT) for name in names):
+        return path.parent, {"weight_name": path.name}
+    config = read_json(path.with_name(PEFT_CONFIG))
+    if not config:
+        say_once(f"Note: {path} has no {PEFT_CONFIG} beside it that tells its alpha; it is taken to be the rank.")
+    tensors, weights = load_file(path), {}
+    for name, tensor in tensors.items():
+        if name.endswith("lora_B.weight"):
+            tensor = tensor * peft_scale(config, name, tensor.shape[1])
+        weights[peft_name(name)] = tensor
+    return weights, {}
+
+
+def peft_name(name):
+    """A tensor's name in PEFT's file as diffusers has it: "base_model.model.down_blocks..." is "unet.down_blocks..."."""
+    name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(PEFT))
+    return next((part + name for sign, part in PEFT_PARTS if re.match(sign, name)), name)
+
+
+def peft_scale(config, name, rank):
+    """What PEFT multiplies a layer's product by, as its adapter_config.json says."""
+    layer = name.removeprefix(PEFT).removesuffix(".lora_B.weight")
+    alphas = config.get("alpha_pattern") or {}
+    alpha = next((value for sign, value in alphas.items() if re.fullmatch(rf"(.*\.)?({sign})", layer)), config.get("lora_alpha", rank))
+    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+
+
+def layers_in(path):
+    """How many layers a LoRA's file changes."""
+    return sum(bool(re.search(LORA_LAYER, name)) for name in read_header(path, "--adapter")[0])
+
+
+def layers_taken(parts, adapter):
+    """How many layers of a pipeline's parts have the LoRA of this name."""
+    return sum(f".lora_A.{adapter}." in name for part in parts for name, _ in part.named_parameters())
+
+
+def only_adapter(folder, files, flag):
+    """The one file among the names `files` of a folder or hub id that is a LoRA or an embedding; None if there is none.
+
+    UserError if there are several, or only such as are not opened.
+    """
+    tensors = sorted(file for file in files if file.lower().endswith(".safetensors") and "/" not in file)
+    usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in tensors]
+    if usual or len(tensors) == 1:
+        chosen = (usual or tensors)[0]
+        if others := [file for file in tensors if file not in (chosen, "kohya_lora.safetensors")]:
+            say_once(f"{folder} is read as {chosen}; give {', '.join(f'{folder}/{file}' for file in others)} with --adapter as well, if "
+                     f"they are to be added.")
+        return chosen
+    if tensors:
+        raise UserError(f"{flag} {folder}: it holds several files; give one of them: "
+                        f"{', '.join(str(Path(folder) / file) for file in tensors[:8])}")
+    if pickles := sorted(file for file in files if file.lower().endswith((".bin", ".pt", ".pth", ".ckpt")) and "/" not in file):
+        raise UserError(f"{flag} {folder}: {pickles[0]} is not opened, since such a file can run any code on this machine; give its "
+                        f".safetensors form")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/draw: Pictures from a pipeline: one for each prompt and seed, as many at once as memory allows.
 #
 # Knows nothing of subjects or training.
@@ -2710,18 +2870,18 @@ class Trained:
 
 def find_trained(source, flag):
     """What is at `source`: a folder, a hub id or a .safetensors file. UserError if it is damaged or nothing of the kind."""
-    if source.endswith(".safetensors"):
-        return find_adapter_file(Path(source), flag)
+    source = located(source, flag)
+    refuse_pickle(source, flag)
+    if is_single_file(source):
+        return find_adapter_file(Path(source), flag, source)
     record = read_record(source)
-    subjects = [Subject(**subject) for subject in record.get("subjects", [])]
+    if not record:
+        return find_unrecorded(source, flag)
+    subjects = [Subject(**subject) for subject in record["subjects"]]
     method = METHODS[record.get("method", "full")]
 
     def part(file):
-        try:
-            path = Path(source) / file if Path(source).is_dir() else hub_file(source, file)
-        except Exception as problem:  # whatever the hub's client raises
-            reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {source}: {file} cannot be had from the hub ({reason})") from None
+        path = fetched(source, file, flag)
         if not path.is_file():
             raise UserError(f"{flag} {source}: {file} is missing; train it again")
         return path
@@ -2730,30 +2890,87 @@ def find_trained(source, flag):
     return Trained(source, record, subjects, lora, words)
 
 
-def find_adapter_file(path, flag):
-    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it."""
-    names = tensor_names(path, flag)
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        return Trained(str(path), {}, [], None, {})
-    if any("lora" in name for name in names):
-        return Trained(str(path), {}, [], path, {})
-    if (word := word_in(names, otherwise=path.stem)) is None:
-        raise UserError(f"{flag} {path}: neither a LoRA nor an embedding")
-    return Trained(str(path), {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
+def fetched(source, file, flag):
+    """Path of a file of a folder or hub id; in a folder it need not be there. UserError if the hub does not give it."""
+    if Path(source).is_dir():
+        return Path(source) / file
+    try:
+        return hub_file(source, file)
+    except Exception as problem:  # whatever the hub's client raises
+        raise UserError(f"{flag} {source}: {file} is not in the cache, and {hub_refusal(problem, source, file)}") from None
+
+
+def find_unrecorded(source, flag):
+    """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
+    files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
+    if "model_index.json" in files or not files:
+        return Trained(source, {}, [], None, {})
+    file = only_adapter(source, files, flag)
+    path = fetched(source, file, flag) if file else None
+    if path is None or (is_whole(path, flag) if Path(source).is_dir() else False):
+        return Trained(source, {}, [], None, {})  # whoever wants a model of it will say what it lacks
+    return find_adapter_file(path, flag, source)
+
+
+def files_on_hub(name, flag):
+    """Names of the files of a hub id. For an adapter UserError if they cannot be had; of a model [], as find_model() tells more."""
+    try:
+        return hub_files(name)
+    except Exception as problem:  # whatever the hub's client raises
+        if flag != "--adapter":
+            return []
+        is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+        raise UserError(f"--adapter {name}: no such file or folder; " + (hub_refusal(problem, name) if is_id else
+                        "give an output of --train, a .safetensors file or a hub id")) from None
+
+
+def is_whole(path, flag):
+    """Whether a .safetensors file is a whole model, or has a UNet at least."""
+    return any("model.diffusion_model." in name for name in read_header(path, flag)[0])
+
+
+def find_adapter_file(path, flag, source):
+    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it; `source` is what was given for it."""
+    shapes, _ = read_header(path, flag)
+    names = list(shapes)
+    if any("model.diffusion_model." in name for name in names) and not is_lora(names):
+        return Trained(source, {}, [], None, {})
+    if is_lora(names):
+        return Trained(source, {}, [], path, {})
+    word = word_in(names, otherwise=path.stem) if all(len(shape) < 3 for shape in shapes.values()) else None
+    if word is None:
+        kind = kind_of_file(names, (*FOREIGN_KINDS, *PART_KINDS))
+        raise UserError(f"{flag} {path}: neither a LoRA nor an embedding" + (f", but {kind}" if kind else "")
+                        + "; give a .safetensors file of one")
+    return Trained(source, {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
+
+
+STRENGTH = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def find_adapters(s):
     """[(Trained, strength)] of --adapter."""
     adapters = []
     for text in s.adapter or []:
-        source, strength = text, 1.0
-        if not Path(text).exists() and (match := re.fullmatch(r"(.+)=(\d*\.?\d+)", text)):
-            source, strength = match[1], float(match[2])
+        source, strength = split_strength(text)
         trained = find_trained(source, "--adapter")
         if not trained.is_adapter:
             raise UserError(f"--adapter {source}: not a LoRA or embedding made by --train, nor a .safetensors file of one")
-        adapters.append((trained, strength))
+        if strength is not None and not trained.lora:
+            raise UserError(f"--adapter {text}: an embedding has no strength; leave out what follows the =")
+        adapters.append((trained, default(strength, 1.0)))
     return adapters
+
+
+def split_strength(text):
+    """(source, strength, or None if none is given) of PATH or PATH=STRENGTH."""
+    if Path(text).exists():
+        return text, None
+    if match := re.fullmatch(rf"(.+)=({STRENGTH})", text):
+        return match[1], float(match[2])
+    if match := re.fullmatch(r"(.+\.safetensors)[=: ]([^/\\]*)", text, re.IGNORECASE):
+        raise UserError(f'--adapter {text}: "{match[2]}" is no strength; write {match[1]}=0.8')
+    return text, None
 
 
 def model_paths(s):
@@ -2780,16 +2997,40 @@ def find_base(s, trained):
     places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
     found = next((place for place in places if Path(place).exists()), places[0])
     try:
+        if Path(found).exists() and Path(found).resolve() == Path(trained.source).resolve():
+            raise UserError("it is recorded as lying in that very folder")
         return find_model(found, "--model_name")
     except UserError as problem:
         if s.model_name is not None:
             raise
         raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
-                        f"({problem}); give its place with --model_name") from None
+                        f"({problem}); give its place with --model_name{kept_beside(recorded)}") from None
 
 
-def add_trained(pipeline, trained, strength, flag):
-    """Add words and LoRA to a loaded pipeline. Raises UserError if they are not of this model."""
+def kept_beside(name):
+    """Where an earlier output that had this name may be now: ", such as output-1" or ""."""
+    path = Path(name)
+    kept = sorted(other for other in path.parent.glob(f"{path.name}-*") if (other / "model_index.json").is_file())
+    return f", such as {kept[0]}" if kept else ""
+
+
+def check_base(s, base, sample, trained, flag):
+    """That what was trained is added to the weights that it was trained on; `sample` is sample_weights() of the model at `base`.
+
+    UserError if another model has the recorded name by now; a line if it is another on purpose.
+    """
+    expected = trained.record.get("base_sample")
+    if not trained.is_adapter or not isinstance(expected, dict) or is_same_sample(expected, sample):
+        return
+    recorded = trained.record.get("base_model")
+    if flag == "--model_path" and s.model_name is None:
+        raise UserError(f"--model_path {trained.source}: it was trained on another model than the one that is at {base} now; give the "
+                        f"place of its own with --model_name{kept_beside(recorded)}, or --model_name {base} to use this one all the same")
+    say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
+
+
+def add_words(pipeline, trained, flag):
+    """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
     from safetensors.torch import load_file
 
     models = take_apart(trained.source, pipeline)
@@ -2799,25 +3040,49 @@ def add_trained(pipeline, trained, strength, flag):
         except ValueError as problem:
             raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
         for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
+            if taken := taken_tokens(tokenizer, word, len(rows)):
+                raise UserError(f'{flag} {path}: its word "{taken[0]}" is in the vocabulary already, of the model or of what else is added; '
+                                f"leave it out" + ("" if trained.record else ", or give the file another name if that is its word"))
             add_word(tokenizer, text_encoder, word, rows)
-    if trained.lora:
-        name = f"lora_{len(pipeline.get_list_adapters().get('unet', []))}"
-        try:
-            pipeline.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name, adapter_name=name)
-        except (RuntimeError, ValueError, KeyError, OSError) as problem:
-            reason = " ".join(str(problem).split())[:200]
-            raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
-    return {name: strength} if trained.lora else {}
+
+
+def add_lora_file(pipeline, trained, adapter, flag):
+    """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
+    check_lora(trained.lora, pipeline, flag)
+    weights, options = lora_weights(trained.lora)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
+            pipeline.load_lora_weights(weights, adapter_name=adapter, **options)
+    except Exception as problem:  # whatever diffusers' converters of other programs' names raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
+    taken = layers_taken([pipeline.unet, *text_encoders_of(pipeline).values()], adapter)
+    total = layers_in(trained.lora)
+    if not taken:
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} (none of its {total} layers is in it)")
+    if taken < total:
+        say_once(f"Note: {trained.lora}: {total - taken} of its {total} layers have no place in {pipeline.name_or_path} and are left out.")
 
 
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
     pipeline = load_pipeline(base, dtype, "--model_path")
-    strengths = {}
-    for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
-        strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")
-    if strengths:
-        pipeline.set_adapters(list(strengths), list(strengths.values()))
+    if s.guidance_scale is None or s.num_inference_steps > 12:
+        say_if_distilled(pipeline, base, trains=False)
+    sample = sample_weights(pipeline)
+    check_base(s, base, sample, trained, "--model_path")
+    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
+    for each, _, flag in everything:
+        add_words(pipeline, each, flag)
+    loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
+    for number, (each, _, flag) in enumerate(loras):
+        if any(each.lora.resolve() == other.lora.resolve() for other, _, _ in loras[:number]):
+            say(f"Note: {each.source} is added more than once; its strengths add up.")
+        add_lora_file(pipeline, each, f"lora_{number}", flag)
+    if loras:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [strength for _, strength, _ in loras])
+    for each, _ in adapters:
+        check_base(s, base, sample, each, "--adapter")
     return pipeline
 
 
@@ -3387,7 +3652,7 @@ def draw_candidate(s, candidate, plan):
     pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
     model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
     side = (candidate.trained.record.get("used", {}).get("resolution")
-            or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+            or min(own_size(pipeline)))
     look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
     missing = []
     for trial in candidate.trials:
@@ -5252,11 +5517,12 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
+    load, scheduler = how_to_load(models, quoted)
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
-    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
+    kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler and method.is_adapter else [])}))
+    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
+              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}", *(scheduler if method.is_adapter else [])]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
     for subject in subjects if save_words in method.saves else ():
@@ -5272,6 +5538,60 @@ def usage(s, models, subjects):
     lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
               f'guidance_scale={scale:g}).images[0].save("subject.png")']
     return "\n".join(lines)
+
+
+def how_to_load(models, quoted):
+    """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
+    place."""
+    if not is_single_file(models.name):
+        folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
+        variant = folder and choose_variant(files_in(folder), "unet")
+        return f"from_pretrained({quoted(models.name)}" + (f", variant={quoted(variant)})" if variant else ")"), []
+    told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
+    if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
+        told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}
+    options = "".join(f", {key}={value!r}" for key, value in told.items())
+    set_scheduler = f"pipe.scheduler = {type(models.pipeline.scheduler).__name__}.from_config(pipe.scheduler.config{options})"
+    return f"from_single_file({quoted(models.name)})", [set_scheduler] if told else []
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# output/needed: What a training reads and its output needs afterwards must not lie where an earlier output is renamed or deleted.
+
+
+def lies_in(path, folder):
+    """Whether a path that exists is in a folder, is the folder, or has files that lead into it, through whatever links."""
+    path, folder = Path(path), Path(folder).resolve()
+    if not path.exists() or not folder.exists():
+        return False
+    files = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else [path]
+    return any(folder in (place, *place.parents) for place in (file.resolve() for file in files))
+
+
+def check_needed(s, name, concepts):
+    """UserError if --output_dir holds the model that an adapter will need, or photos, or what only --overwrite would delete."""
+    if lies_in(name, s.output_dir):
+        what = f"--output_dir {s.output_dir}: the model to start from, {name}, lies in it"
+        if METHODS[s.method].is_adapter:
+            raise UserError(f"{what}, and what --method {s.method} makes needs it there afterwards; give another --output_dir, such as "
+                            f"{s.output_dir.rstrip('/')}-{s.method.replace('_', '-')}")
+        if s.overwrite and Path(name).resolve() != Path(s.output_dir).resolve():
+            raise UserError(f"{what} and would be deleted by --overwrite; give another --output_dir")
+    for concept in concepts:
+        if lies_in(concept.instance_data_dir, s.output_dir):
+            raise UserError(f"--output_dir {s.output_dir}: the photos in {concept.instance_data_dir} lie in it, and it will get another name "
+                            f"or be deleted; give another --output_dir, or copy the photos elsewhere")
+
+
+def name_when_done(s, name):
+    """How the model to start from will be called when the output has its name: an earlier output gets another one."""
+    if not lies_in(name, s.output_dir):
+        return name
+    if s.overwrite:
+        return f"{name} (as it was; deleted by --overwrite)"
+    target, place = Path(s.output_dir).resolve(), Path(name).resolve()
+    is_inside = target in (place, *place.parents)  # and not only some of its files
+    return short_path(unused_name(target) / place.relative_to(target)) if is_inside else name
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5407,6 +5727,7 @@ def check_space(s, course, models, groups):
 def save_output(folder, run, models, subjects, seconds):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     s, history = run.s, run.history
+    models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
     for save in METHODS[s.method].saves:
         save(folder, models, subjects)
@@ -5415,6 +5736,7 @@ def save_output(folder, run, models, subjects, seconds):
     record = {
         "method": s.method,
         "base_model": models.name,
+        "base_sample": run.models.sample,  # tells whether the model of that name is still the same
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
         "used": decisions(run.course, run.groups) | {
             "guidance_scale": guidance_scale(s, models.unet.config),
@@ -5436,7 +5758,8 @@ def draw_samples(s, models, subjects, viewer, plan):
         placed(models.pipeline.to(plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
                              range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
-        save_card(Path(s.output_dir), s, models, subjects, grid)
+        base = read_record(s.output_dir)["base_model"]
+        save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")
     except (UserError, RuntimeError, OSError) as problem:
         say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
@@ -5542,7 +5865,8 @@ def infer(s):
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
     check_length(pipeline, prompts)
-    side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    side = record.get("used", {}).get("resolution")
+    width, height = (side, side) if side else own_size(pipeline)
     model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"
@@ -5556,7 +5880,7 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, side), default(s.height, side)))
+                         (default(s.width, width), default(s.height, height)))
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 
@@ -5659,6 +5983,7 @@ def settle_beforehand(s):
     if s.export:
         check_export(s)
     name = find_model(s.model_name or default_model(), "--model_name")
+    check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
     check_levers(s, plan)

@@ -9,6 +9,8 @@ from pathlib import Path
 from dreambooth.base import UserError, say_once, short_path
 from dreambooth.models.hub import hub_file, hub_refusal
 
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+ITSELF = ("model_index.json", "dreambooth.json")  # files that make a folder a model
 QUOTES = " \t\r\n\"'`\u2018\u2019\u201c\u201d"
 HUB = r"(?:(?:https?:)?//)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://(?:models/)?"
 
@@ -18,17 +20,24 @@ def is_single_file(name):
     return name.lower().endswith(".safetensors") and not Path(name).is_dir()
 
 
+def refuse_pickle(name, flag):
+    """UserError for the name of a file that can run code when it is opened."""
+    if name.lower().endswith(PICKLES) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
+                        f"give its .safetensors form (docs/formats.md says how to convert it)")
+
+
 def located(name, flag):
     """The folder, hub id or file that a text means: what is pasted is made a name, and what is there is looked at.
 
     Says what it takes a text for, if it is another. Raises UserError for an address that cannot be taken.
     """
+    plain = name.strip(QUOTES)
+    if not plain:
+        raise UserError(f"{flag}: it is empty; give a folder, a file or a hub id")
     if Path(name).exists():
         plain = name
     else:
-        plain = name.strip(QUOTES)
-        if not plain:
-            raise UserError(f"{flag}: it is empty; give a folder, a file or a hub id")
         plain = from_address(plain, flag) if re.match(rf"{HUB}|\w+://|www\.", plain, re.IGNORECASE) else local_name(plain)
     found = pipeline_at(plain, flag) if Path(plain).exists() else plain
     if found != name:
@@ -56,10 +65,9 @@ def from_address(address, flag):
     if revision not in ([], ["main"]):
         raise UserError(f"{flag} {address}: it names the revision {revision[0]}; fetch that with `hf download {name} --revision "
                         f"{revision[0]} --local-dir {parts[1]}` and give the folder {parts[1]}")
-    if not file.lower().endswith((".safetensors", ".ckpt", ".bin", ".pt")):
-        return name
+    refuse_pickle(file, flag)
     if not is_single_file(file):
-        return file  # refused by its suffix
+        return name
     try:
         return str(hub_file(name, file))
     except Exception as problem:  # whatever the hub's client raises
@@ -69,9 +77,9 @@ def from_address(address, flag):
 def pipeline_at(name, flag):
     """The pipeline that a path which exists is, lies in, or holds alone; else the path itself."""
     path = Path(name)
-    if path.name in ("model_index.json", "dreambooth.json") and path.is_file():
+    if path.name in ITSELF and path.is_file():
         return short_path(path.parent)
-    if not path.is_dir() or (path / "model_index.json").is_file() or (path / "dreambooth.json").is_file():
+    if not path.is_dir() or any((path / file).is_file() for file in ITSELF) or any(path.glob("*.safetensors")):
         return name
     within = [folder for pattern in ("*/model_index.json", "snapshots/*/model_index.json") for folder in path.glob(pattern)]
     if (path / "refs" / "main").is_file():  # a model's folder in the hub's cache: the snapshot that is today's

@@ -20,6 +20,8 @@ SD2_TOLD_BY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.nor
 # What a checkpoint may say of its noise: as empty tensors, as ComfyUI reads them, or as notes in its header.
 PREDICTS = {"v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 EDM_TENSORS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# How such a model is drawn that begins at pure noise, where its own scheduler cannot (Lin et al., arXiv 2305.08891).
+TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
 # Names of older and other layouts, and what they are today: a prefix of all, a text encoder of NovelAI's, a UNet of ComfyUI's.
 RENAMED = ((r"^.+?\.(?=(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.)", ""),
            (r"^(?=diffusion_model\.)", "model."),
@@ -111,7 +113,7 @@ def told_scheduler(scheduler, told, name):
     kind, options = type(scheduler), dict(told)
     if told.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in scheduler.config:
         kind = DDIMScheduler  # such as SD 1.x's own, which cannot begin at pure noise
-        options |= {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+        options |= TRAILING
     what = {"v_prediction": "predicts velocity", "epsilon": "predicts epsilon"}.get(told.get("prediction_type"))
     said = [what] * bool(what) + ["begins at pure noise (zero terminal SNR)"] * bool(told.get("rescale_betas_zero_snr"))
     say_once(f"{name} says of itself that it {' and '.join(said)}; this goes before its configs.")
@@ -138,6 +140,9 @@ def load_single_file(name, flag, dtypes, parts):
             getattr(transformers, index[part][1]), dict(tensors), subfolder=part, torch_dtype=dtypes["default"], **where)
             for part in ("text_encoder", "text_encoder_2") if index.get(part, [None])[0]}
         is_whole = not any(tensor.is_meta for part in loaded.values() for tensor in part.parameters())
+    except (KeyError, ValueError, TypeError) as problem:
+        reason = " ".join(str(problem).split()).split(" If you want to")[0]
+        raise ValueError(f"it does not fit the configs in {configs}: {reason}") from None
     except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
         is_whole = False
     if not is_whole:

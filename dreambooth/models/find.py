@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 
 from dreambooth.base import UserError, say, say_once, short_path
-from dreambooth.models.addresses import is_single_file, located
+from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.checkpoint import checkpoint_configs
 from dreambooth.models.fits import check_fit
 from dreambooth.models.hub import BUNDLED_MODEL, DEFAULT_MODEL, MOVED_MODELS, SHORT_NAMES, hub_file, hub_refusal, where_cached
 from dreambooth.models.inventory import check_folder
 from dreambooth.models.kinds import kind_of_folder
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -58,9 +57,7 @@ def named_model(name, flag):
 def find_model(name, flag):
     """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
     name = named_model(located(name, flag), flag)
-    if name.lower().endswith(PICKLES) and not Path(name).is_dir():
-        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
-                        f"give its .safetensors form (docs/formats.md says how to convert it)")
+    refuse_pickle(name, flag)
     index = model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]

@@ -4,6 +4,7 @@ A model that draws well may still be one that must not be trained here, since it
 2006.11239) or its latents are shifted: it would learn from made-up noise, without a sign of it.
 """
 
+import re
 from pathlib import Path
 
 from dreambooth.base import UserError, say
@@ -14,7 +15,7 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
 DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-DISTILLED_NAMES = ("turbo", "lightning", "lcm", "hyper-sd", "hypersd", "dmd2", "schnell")
+DISTILLED_NAME = r"turbo|lightning|hyper-?sd|(?<![a-z])(lcm|dmd2?|schnell|distilled)(?![a-z])"
 
 
 def numbers(value):
@@ -88,7 +89,7 @@ def is_distilled(pipeline, name):
     scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
     is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
     return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(pipeline.unet.config.get("time_cond_proj_dim"))
-            or any(word in Path(name).name.lower() for word in DISTILLED_NAMES))
+            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
 
 
 def say_if_distilled(pipeline, name, trains):

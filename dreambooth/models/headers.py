@@ -16,11 +16,6 @@ IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the fi
              b"GGUF": "it is a GGUF file; give the .safetensors form"}
 
 
-def tensor_names(path, flag):
-    """Names of the tensors in a .safetensors file. Raises UserError if it cannot be read."""
-    return list(read_header(path, flag)[0])
-
-
 def read_header(path, flag):
     """({tensor name: shape}, {note: text}) of a .safetensors file. Raises UserError if it cannot be read, whatever it is."""
     if trouble := trouble_with(Path(path)):

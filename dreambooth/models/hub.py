@@ -67,6 +67,27 @@ def hub_file(name, file, **revision):
     return cached
 
 
+def hub_files(name):
+    """Names of the files of a hub model: those in the cache if it has a pipeline, else as the hub says, else those in the cache.
+
+    Raises what the hub's client raises.
+    """
+    from huggingface_hub import model_info, snapshot_download
+
+    if cached := cached_file(name, "model_index.json"):
+        return files_in(cached.parent)
+    try:
+        return [entry.rfilename for entry in model_info(name, timeout=4).siblings]
+    except Exception:  # whatever the hub's client raises
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except Exception:
+            folder = None
+        if folder is None:
+            raise
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
 def lacks_in_cache(folder):
     """What a pipeline's snapshot in the cache lacks, as a list of phrases."""
     return missing_parts(files_in(folder), read_json(folder / "model_index.json"))

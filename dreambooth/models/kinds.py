@@ -12,13 +12,13 @@ FOREIGN_KINDS = (
 PART_KINDS = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)|hada_w1_a|lokr_w1|oft_blocks|\.diff(_b)?$|_lora\.", "a LoRA or the like, to be added to "
      "a model with --adapter when drawing"),
-    (r"^conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures; give the base model"),
+    (r"^conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures"),
     (r"^control_model\.|controlnet_cond_embedding|^zero_convs|^input_hint_block", "a ControlNet"),
     (r"^emb_params$|^string_to_param|^clip_[lg]$", "an embedding, to be added to a model with --adapter when drawing"),
     (r"^(model\.)?(transformer_blocks|blocks|layers)\.\d+\.|^net\.|pipe\.|patch_embed|x_embedder", "a transformer model of another kind"),
-    (r"^down_blocks\.\d+\.(resnets|attentions)", "a UNet alone, as diffusers names it; give its diffusers folder"),
-    (r"^(en|de)coder\.(down|up|mid|conv_in|mid_block|down_blocks|up_blocks)", "a VAE alone; give the whole model"),
-    (r"^(text_model\.)?encoder\.layers\.\d+|^transformer\.resblocks", "a text encoder alone; give the whole model"))
+    (r"^down_blocks\.\d+\.(resnets|attentions)", "a UNet alone, as diffusers names it"),
+    (r"^(en|de)coder\.(down|up|mid|conv_in|mid_block|down_blocks|up_blocks)", "a VAE alone"),
+    (r"^(text_model\.)?encoder\.layers\.\d+|^transformer\.resblocks", "a text encoder alone"))
 # The same for a folder: a class that a config.json names.
 FOLDER_KINDS = {"UNet2DConditionModel": "a UNet alone", "ControlNetModel": "a ControlNet", "AutoencoderKL": "a VAE alone",
                 "CLIPTextModel": "a text encoder alone", "CLIPTextModelWithProjection": "a text encoder alone"}

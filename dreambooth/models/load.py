@@ -1,5 +1,6 @@
 """Loading a pipeline, whole and from safetensors alone, to draw with it or to train it."""
 
+import contextlib
 import dataclasses
 import importlib
 import re
@@ -36,9 +37,9 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     try:
         pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except LOADING_FAILS as problem:
-        reason = " ".join(str(problem).split())[:300]
-        if package := re.search(r"`?(pip install [\w-]+)`?", str(problem)):
-            reason = f"it needs a package that is not here: {package[1]}"
+        reason = " ".join(str(problem).split())
+        package = re.search(r"pip install [\w-]+", reason)
+        reason = f"it needs a package that is not here: {package[0]}" if package else reason[:300]
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from None
     make_ready(pipeline, name, flag)
     return pipeline
@@ -78,6 +79,8 @@ def load_part(folder, part, kind, variant, dtype):
         raise ValueError(f"{part}: it lacks some of the weights that its config asks for, such as {min(missing)}")
     if others := sorted(report["mismatched_keys"]):  # here it would, too, and says which only so
         raise ValueError(f"{part}: its weights are of another size than its config says, such as {others[0][0]}")
+    if part in ("unet", "vae") and (unread := sorted(report["unexpected_keys"])):
+        say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
     return module.eval()
 
 
@@ -92,7 +95,11 @@ def say_variants(name, variants):
 def make_ready(pipeline, name, flag):
     """What every loaded pipeline needs here. UserError where its tokenizer is not that of its text encoder."""
     pipeline.set_progress_bar_config(disable=True)
-    getattr(pipeline.vae, "enable_slicing", bool)()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
+    if not hasattr(pipeline.scheduler, "init_noise_sigma"):
+        raise UserError(f"{flag} {name}: its scheduler, {type(pipeline.scheduler).__name__}, is of another kind of model than Stable "
+                        f"Diffusion; give a model with its own scheduler")
+    with contextlib.suppress(NotImplementedError, AttributeError):  # not every VAE can
+        pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
     pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
     for part, text_encoder in text_encoders_of(pipeline).items():
         tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
