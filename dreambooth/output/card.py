@@ -62,12 +62,12 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load, scheduler = how_to_load(models, quoted)
+    load, scheduler = how_to_load(models, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
-    kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler and method.is_adapter else [])}))
+    kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}", *(scheduler if method.is_adapter else [])]
+              f"pipe = {kind}.{load}", *scheduler]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
     for subject in subjects if save_words in method.saves else ():
