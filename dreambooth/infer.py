@@ -12,6 +12,7 @@ from dreambooth.drawing.pipeline import find_base, load_trained
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
+from dreambooth.models.parts import own_size
 from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier
 
@@ -35,7 +36,8 @@ def infer(s):
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
     check_length(pipeline, prompts)
-    side = record.get("used", {}).get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    side = record.get("used", {}).get("resolution")
+    width, height = (side, side) if side else own_size(pipeline)
     model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"
@@ -49,5 +51,5 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, side), default(s.height, side)))
+                         (default(s.width, width), default(s.height, height)))
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")

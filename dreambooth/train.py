@@ -33,6 +33,7 @@ from dreambooth.output.folder import (
     unfinished,
     workplace,
 )
+from dreambooth.output.needed import check_needed
 from dreambooth.output.pictures import LOSS_PLOT, save_photo_sheet
 from dreambooth.output.save import draw_samples, save_output
 from dreambooth.subjects.class_folders import check_class_folders
@@ -102,6 +103,7 @@ def settle_beforehand(s):
     if s.export:
         check_export(s)
     name = find_model(s.model_name or default_model(), "--model_name")
+    check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
     check_levers(s, plan)

@@ -1,12 +1,15 @@
 """The pipeline to draw with: a base model and everything that was trained beside it."""
 
+import warnings
 from pathlib import Path
 
-from dreambooth.base import HERE, UserError
+from dreambooth.base import HERE, UserError, say, say_once
+from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_weights
 from dreambooth.models.find import find_model
+from dreambooth.models.fits import say_if_distilled
 from dreambooth.models.load import load_pipeline
-from dreambooth.models.parts import take_apart
-from dreambooth.models.vocabulary import add_word, embedding_vectors
+from dreambooth.models.parts import is_same_sample, sample_weights, take_apart, text_encoders_of
+from dreambooth.models.vocabulary import add_word, embedding_vectors, taken_tokens
 
 
 def find_base(s, trained):
@@ -21,16 +24,40 @@ def find_base(s, trained):
     places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
     found = next((place for place in places if Path(place).exists()), places[0])
     try:
+        if Path(found).exists() and Path(found).resolve() == Path(trained.source).resolve():
+            raise UserError("it is recorded as lying in that very folder")
         return find_model(found, "--model_name")
     except UserError as problem:
         if s.model_name is not None:
             raise
         raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
-                        f"({problem}); give its place with --model_name") from None
+                        f"({problem}); give its place with --model_name{kept_beside(recorded)}") from None
 
 
-def add_trained(pipeline, trained, strength, flag):
-    """Add words and LoRA to a loaded pipeline. Raises UserError if they are not of this model."""
+def kept_beside(name):
+    """Where an earlier output that had this name may be now: ", such as output-1" or ""."""
+    path = Path(name)
+    kept = sorted(other for other in path.parent.glob(f"{path.name}-*") if (other / "model_index.json").is_file())
+    return f", such as {kept[0]}" if kept else ""
+
+
+def check_base(s, base, sample, trained, flag):
+    """That what was trained is added to the weights that it was trained on; `sample` is sample_weights() of the model at `base`.
+
+    UserError if another model has the recorded name by now; a line if it is another on purpose.
+    """
+    expected = trained.record.get("base_sample")
+    if not trained.is_adapter or not isinstance(expected, dict) or is_same_sample(expected, sample):
+        return
+    recorded = trained.record.get("base_model")
+    if flag == "--model_path" and s.model_name is None:
+        raise UserError(f"--model_path {trained.source}: it was trained on another model than the one that is at {base} now; give the "
+                        f"place of its own with --model_name{kept_beside(recorded)}, or --model_name {base} to use this one all the same")
+    say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
+
+
+def add_words(pipeline, trained, flag):
+    """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
     from safetensors.torch import load_file
 
     models = take_apart(trained.source, pipeline)
@@ -40,23 +67,47 @@ def add_trained(pipeline, trained, strength, flag):
         except ValueError as problem:
             raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
         for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
+            if taken := taken_tokens(tokenizer, word, len(rows)):
+                raise UserError(f'{flag} {path}: its word "{taken[0]}" is in the vocabulary already, of the model or of what else is added; '
+                                f"leave it out" + ("" if trained.record else ", or give the file another name if that is its word"))
             add_word(tokenizer, text_encoder, word, rows)
-    if trained.lora:
-        name = f"lora_{len(pipeline.get_list_adapters().get('unet', []))}"
-        try:
-            pipeline.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name, adapter_name=name)
-        except (RuntimeError, ValueError, KeyError, OSError) as problem:
-            reason = " ".join(str(problem).split())[:200]
-            raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
-    return {name: strength} if trained.lora else {}
+
+
+def add_lora_file(pipeline, trained, adapter, flag):
+    """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
+    check_lora(trained.lora, pipeline, flag)
+    weights, options = lora_weights(trained.lora)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
+            pipeline.load_lora_weights(weights, adapter_name=adapter, **options)
+    except Exception as problem:  # whatever diffusers' converters of other programs' names raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
+    taken = layers_taken([pipeline.unet, *text_encoders_of(pipeline).values()], adapter)
+    total = layers_in(trained.lora)
+    if not taken:
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} (none of its {total} layers is in it)")
+    if taken < total:
+        say_once(f"Note: {trained.lora}: {total - taken} of its {total} layers have no place in {pipeline.name_or_path} and are left out.")
 
 
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
     pipeline = load_pipeline(base, dtype, "--model_path")
-    strengths = {}
-    for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
-        strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")
-    if strengths:
-        pipeline.set_adapters(list(strengths), list(strengths.values()))
+    if s.guidance_scale is None or s.num_inference_steps > 12:
+        say_if_distilled(pipeline, base, trains=False)
+    sample = sample_weights(pipeline)
+    check_base(s, base, sample, trained, "--model_path")
+    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
+    for each, _, flag in everything:
+        add_words(pipeline, each, flag)
+    loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
+    for number, (each, _, flag) in enumerate(loras):
+        if any(each.lora.resolve() == other.lora.resolve() for other, _, _ in loras[:number]):
+            say(f"Note: {each.source} is added more than once; its strengths add up.")
+        add_lora_file(pipeline, each, f"lora_{number}", flag)
+    if loras:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [strength for _, strength, _ in loras])
+    for each, _ in adapters:
+        check_base(s, base, sample, each, "--adapter")
     return pipeline

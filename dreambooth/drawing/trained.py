@@ -9,12 +9,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.base import UserError
-from dreambooth.files import tensor_names
+from dreambooth.base import UserError, default
+from dreambooth.drawing.foreign import is_lora, only_adapter
 from dreambooth.methods.lora import LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
-from dreambooth.models.hub import hub_file
+from dreambooth.models.addresses import is_single_file, located, refuse_pickle
+from dreambooth.models.headers import read_header
+from dreambooth.models.hub import HUB_ID, hub_file, hub_files, hub_refusal
+from dreambooth.models.kinds import FOREIGN_KINDS, PART_KINDS, kind_of_file
 from dreambooth.models.vocabulary import word_in
 from dreambooth.settings import DEFAULT_OUTPUT
 from dreambooth.subjects.words import Subject
@@ -63,18 +66,18 @@ class Trained:
 
 def find_trained(source, flag):
     """What is at `source`: a folder, a hub id or a .safetensors file. UserError if it is damaged or nothing of the kind."""
-    if source.endswith(".safetensors"):
-        return find_adapter_file(Path(source), flag)
+    source = located(source, flag)
+    refuse_pickle(source, flag)
+    if is_single_file(source):
+        return find_adapter_file(Path(source), flag, source)
     record = read_record(source)
-    subjects = [Subject(**subject) for subject in record.get("subjects", [])]
+    if not record:
+        return find_unrecorded(source, flag)
+    subjects = [Subject(**subject) for subject in record["subjects"]]
     method = METHODS[record.get("method", "full")]
 
     def part(file):
-        try:
-            path = Path(source) / file if Path(source).is_dir() else hub_file(source, file)
-        except Exception as problem:  # whatever the hub's client raises
-            reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {source}: {file} cannot be had from the hub ({reason})") from None
+        path = fetched(source, file, flag)
         if not path.is_file():
             raise UserError(f"{flag} {source}: {file} is missing; train it again")
         return path
@@ -83,30 +86,87 @@ def find_trained(source, flag):
     return Trained(source, record, subjects, lora, words)
 
 
-def find_adapter_file(path, flag):
-    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it."""
-    names = tensor_names(path, flag)
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        return Trained(str(path), {}, [], None, {})
-    if any("lora" in name for name in names):
-        return Trained(str(path), {}, [], path, {})
-    if (word := word_in(names, otherwise=path.stem)) is None:
-        raise UserError(f"{flag} {path}: neither a LoRA nor an embedding")
-    return Trained(str(path), {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
+def fetched(source, file, flag):
+    """Path of a file of a folder or hub id; in a folder it need not be there. UserError if the hub does not give it."""
+    if Path(source).is_dir():
+        return Path(source) / file
+    try:
+        return hub_file(source, file)
+    except Exception as problem:  # whatever the hub's client raises
+        raise UserError(f"{flag} {source}: {file} is not in the cache, and {hub_refusal(problem, source, file)}") from None
+
+
+def find_unrecorded(source, flag):
+    """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
+    files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
+    if "model_index.json" in files or not files:
+        return Trained(source, {}, [], None, {})
+    file = only_adapter(source, files, flag)
+    path = fetched(source, file, flag) if file else None
+    if path is None or (is_whole(path, flag) if Path(source).is_dir() else False):
+        return Trained(source, {}, [], None, {})  # whoever wants a model of it will say what it lacks
+    return find_adapter_file(path, flag, source)
+
+
+def files_on_hub(name, flag):
+    """Names of the files of a hub id. For an adapter UserError if they cannot be had; of a model [], as find_model() tells more."""
+    try:
+        return hub_files(name)
+    except Exception as problem:  # whatever the hub's client raises
+        if flag != "--adapter":
+            return []
+        is_id = re.fullmatch(HUB_ID, name)
+        raise UserError(f"--adapter {name}: no such file or folder; " + (hub_refusal(problem, name) if is_id else
+                        "give an output of --train, a .safetensors file or a hub id")) from None
+
+
+def is_whole(path, flag):
+    """Whether a .safetensors file is a whole model, or has a UNet at least."""
+    return any("model.diffusion_model." in name for name in read_header(path, flag)[0])
+
+
+def find_adapter_file(path, flag, source):
+    """A LoRA, an embedding or a whole model in one .safetensors file, whoever made it; `source` is what was given for it."""
+    shapes, _ = read_header(path, flag)
+    names = list(shapes)
+    if any("model.diffusion_model." in name for name in names) and not is_lora(names):
+        return Trained(source, {}, [], None, {})
+    if is_lora(names):
+        return Trained(source, {}, [], path, {})
+    word = word_in(names, otherwise=path.stem) if all(len(shape) < 3 for shape in shapes.values()) else None
+    if word is None:
+        kind = kind_of_file(names, (*FOREIGN_KINDS, *PART_KINDS))
+        raise UserError(f"{flag} {path}: neither a LoRA nor an embedding" + (f", but {kind}" if kind else "")
+                        + "; give a .safetensors file of one")
+    return Trained(source, {}, [Subject(word, "", f"a {word}", path.stem)], None, {word: path})
+
+
+STRENGTH = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def find_adapters(s):
     """[(Trained, strength)] of --adapter."""
     adapters = []
     for text in s.adapter or []:
-        source, strength = text, 1.0
-        if not Path(text).exists() and (match := re.fullmatch(r"(.+)=(\d*\.?\d+)", text)):
-            source, strength = match[1], float(match[2])
+        source, strength = split_strength(text)
         trained = find_trained(source, "--adapter")
         if not trained.is_adapter:
             raise UserError(f"--adapter {source}: not a LoRA or embedding made by --train, nor a .safetensors file of one")
-        adapters.append((trained, strength))
+        if strength is not None and not trained.lora:
+            raise UserError(f"--adapter {text}: an embedding has no strength; leave out what follows the =")
+        adapters.append((trained, default(strength, 1.0)))
     return adapters
+
+
+def split_strength(text):
+    """(source, strength, or None if none is given) of PATH or PATH=STRENGTH."""
+    if Path(text).exists():
+        return text, None
+    if match := re.fullmatch(rf"(.+)=({STRENGTH})", text):
+        return match[1], float(match[2])
+    if match := re.fullmatch(r"(.+\.safetensors)[=: ]([^/\\]*)", text, re.IGNORECASE):
+        raise UserError(f'--adapter {text}: "{match[2]}" is no strength; write {match[1]}=0.8')
+    return text, None
 
 
 def model_paths(s):

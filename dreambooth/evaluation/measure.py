@@ -6,13 +6,13 @@ import time
 from PIL import PngImagePlugin
 
 from dreambooth.base import say, slug
+from dreambooth.decode import load_image
 from dreambooth.drawing.draw import draw, placed, sampling_settings
 from dreambooth.drawing.pipeline import load_trained
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
 from dreambooth.files import whole_file
-from dreambooth.decode import load_image
 from dreambooth.images import load_square, png_parameters
-from dreambooth.models.parts import take_apart
+from dreambooth.models.parts import own_size, take_apart
 from dreambooth.models.recipes import guidance_scale
 
 
@@ -32,7 +32,7 @@ def draw_candidate(s, candidate, plan):
     pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
     model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
     side = (candidate.trained.record.get("used", {}).get("resolution")
-            or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+            or min(own_size(pipeline)))
     look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
     missing = []
     for trial in candidate.trials:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dreambooth.base import HERE, UserError, default, is_first_process, say, short_path
-from dreambooth.models.hub import hub_file
+from dreambooth.models.hub import hub_file, hub_refusal
 from dreambooth.progress import progress
 
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
@@ -72,9 +72,8 @@ def metric_models(s, bases):
             path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
             found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         except Exception as problem:  # of the file, or whatever the hub's client raises
-            reason = str(problem).strip().split("\n")[0][:100]
-            raise UserError(f"{flag} {name}: neither a folder with a config.json nor on the hub ({reason}); give another "
-                            f"folder or hub id") from None
+            raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
+                            f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
         if found != kind:
             raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
     return names

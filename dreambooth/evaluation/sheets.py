@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dreambooth.evaluation.scores import SCORES, mean_scores
 from dreambooth.decode import load_image
+from dreambooth.evaluation.scores import SCORES, mean_scores
 from dreambooth.images import labelled_rows, load_square
 
 

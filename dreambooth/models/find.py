@@ -4,11 +4,23 @@ import json
 import re
 from pathlib import Path
 
-from dreambooth.base import UserError, say, short_path
+from dreambooth.base import UserError, say, say_once, short_path
+from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.checkpoint import checkpoint_configs
-from dreambooth.models.hub import BUNDLED_MODEL, DEFAULT_MODEL, MOVED_MODELS, SHORT_NAMES, hub_file
+from dreambooth.models.fits import check_fit
+from dreambooth.models.hub import (
+    BUNDLED_MODEL,
+    DEFAULT_MODEL,
+    HUB_ID,
+    MOVED_MODELS,
+    SHORT_NAMES,
+    hub_file,
+    hub_refusal,
+    where_cached,
+)
+from dreambooth.models.inventory import check_folder
+from dreambooth.models.kinds import kind_of_folder
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -32,51 +44,59 @@ def check_bundled(asked):
                         f"program's repository, or give another model")
 
 
-def find_model(name, flag):
-    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+def named_model(name, flag):
+    """What a short name, or the id of a model that moved, stands for; else the name itself. Says so."""
     if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
         short, name = name, SHORT_NAMES[name]
         if name == BUNDLED_MODEL:
             check_bundled(f"{flag} {short}")
             name = short_path(name)
-        say(f"{short} is {name}.")
-    if name in MOVED_MODELS and not Path(name).exists():
-        say(f"{name} is no longer on the hub; using {MOVED_MODELS[name]}, the same weights.")
-        name = MOVED_MODELS[name]
-    if name.endswith(PICKLES) and not Path(name).is_dir():
-        raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
-                        f"give its .safetensors form (docs/formats.md says how to convert it)")
+        say_once(f"{short} is {name}.")
+    if Path(name).exists() or name not in (*MOVED_MODELS, *MOVED_MODELS.values()):
+        return name
+    found = where_cached(MOVED_MODELS.get(name, name))
+    if found != name:
+        say_once(f"{name} is no longer on the hub; using {found}, the same weights." if name in MOVED_MODELS else
+                 f"{name} is not in the cache; using {found}, the same weights.")
+    elif name in MOVED_MODELS:
+        say_once(f"{name} is no longer on the hub; using it from the cache.")
+    return found
+
+
+def find_model(name, flag):
+    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+    name = named_model(located(name, flag), flag)
+    refuse_pickle(name, flag)
     index = model_index(name, flag)
     try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
+        kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
     if kind not in PIPELINES:
         raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
+    if Path(name).is_dir():
+        check_folder(name, name, flag)
+    if Path(name).exists():
+        check_fit(index.parent, name, flag)
     return name
 
 
 def model_index(name, flag):
     """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
-    if name.endswith(".safetensors"):
+    if is_single_file(name):
         return checkpoint_configs(name, flag) / "model_index.json"
     if Path(name).is_dir():
         index = Path(name) / "model_index.json"
         if not index.is_file():
-            raise UserError(f"{flag} {name}: this folder has no model_index.json; give a diffusers pipeline folder")
-        if not any(Path(name).glob("unet/*.safetensors")) and any(Path(name).glob("unet/*.bin")):
-            raise UserError(f"{flag} {name}: its weights are .bin files, which may run code when they are read; if you trust "
-                            f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
-                            f".save_pretrained(...)")
+            raise UserError(f"{flag} {name}: this folder has no model_index.json; {kind_of_folder(Path(name))}")
         return index
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:
         return hub_file(name, "model_index.json")
-    except Exception as problem:  # whatever the hub's client raises, the user's remedy is the same
-        reason = str(problem).strip().split("\n")[0][:100]
-        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and the hub did not give it ({reason}); "
-                        f"check spelling and network, or give a folder with this model"
+    except Exception as problem:  # whatever the hub's client raises
+        raise UserError(f"{flag} {name}: neither a local folder nor in the cache, and {hub_refusal(problem, name)}, or give a folder "
+                        f"with this model"
                         + (f", or {short_path(BUNDLED_MODEL)}, which came with the program" if BUNDLED_MODEL.is_dir() else ""),
                         ) from None

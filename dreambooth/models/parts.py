@@ -21,6 +21,7 @@ class Models:
     unet: typing.Any
     noise_scheduler: typing.Any  # DDPM with the model's own betas and prediction type, for training
     arithmetic: typing.Any = None  # the torch.dtype that the UNet will compute in; None: that of its weights
+    sample: dict | None = None  # sample_weights() of the weights as they were loaded
 
     @property
     def latent_scale(self):
@@ -29,8 +30,8 @@ class Models:
 
     @property
     def resolution(self):
-        """The side in pixels that the UNet was trained at."""
-        return self.unet.config.sample_size * self.latent_scale
+        """The side in pixels of the squares that the UNet was trained at."""
+        return min(own_size(self.pipeline))
 
     @functools.cached_property
     def fingerprint(self):
@@ -51,6 +52,51 @@ class Models:
 def text_encoders_of(pipeline):
     """{part name: text encoder} of a pipeline: one, or SDXL's two."""
     return {part: module for part in ("text_encoder", "text_encoder_2") if (module := pipeline.components.get(part)) is not None}
+
+
+def own_size(pipeline):
+    """(width, height) in pixels that a pipeline draws by itself. Where its UNet's config says nothing, SD 1.x's or SDXL's size."""
+    size = pipeline.unet.config.sample_size or (64 if "text_encoder_2" not in pipeline.components else 128)
+    height, width = (size, size) if isinstance(size, int) else size
+    return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
+
+
+SAMPLE_TENSORS, SAMPLE_PLACES = 24, (0, 3, 17)  # of each part so many tensors, of each tensor the numbers at these places
+
+
+def sample_weights(pipeline):
+    """Some numbers of every part of a pipeline, which tell one model from another and are short enough for a record.
+
+    {part: [precision of its weights, the numbers as text]}. A hash would differ between precisions; these are compared.
+    """
+    parts = {"unet": pipeline.unet, **text_encoders_of(pipeline)}
+    sample = {}
+    for part, module in parts.items():
+        weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+        tensors = [weights[name] for name in sorted(weights)]
+        chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
+        numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
+        sample[part] = [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+    return sample
+
+
+def is_same_sample(one, other):
+    """Whether two results of sample_weights() are of the same weights, in whatever precision each was loaded."""
+    import torch
+
+    if one.keys() != other.keys():
+        return False
+    for part, (precision, text) in one.items():
+        kinds = [getattr(torch, kind) for kind in (precision, other[part][0])]
+        values = [torch.tensor([float(number) for number in numbers.split()]) for numbers in (text, other[part][1])]
+        if values[0].shape != values[1].shape:
+            return False
+        coarse = min(kinds, key=lambda kind: torch.finfo(kind).bits)
+        rounded = [value.to(coarse) for value in values]
+        alike = torch.equal(*rounded) if len({*kinds, torch.float32}) < 3 else torch.allclose(*values, rtol=2**-7, atol=1e-6)
+        if not alike:
+            return False
+    return True
 
 
 def take_apart(name, pipeline):

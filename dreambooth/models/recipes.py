@@ -47,12 +47,16 @@ RECIPES = {
 }
 
 
+TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
+
+
 def family_of(unet_config):
     """The name of a UNet's model family, which RECIPES and GUIDANCE are listed by."""
     if unet_config["addition_embed_type"] == "text_time":
         return "stable-diffusion-xl"
-    # SD 1.x attends to 768 and SD 2.x to 1024 text channels
-    return "stable-diffusion" if unet_config["cross_attention_dim"] in (768, 1024) else "small"
+    width = unet_config["cross_attention_dim"]  # or a list with one for each block
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    return "stable-diffusion" if widths <= {768, 1024} else "small"  # those of SD 1.x and 2.x
 
 
 def guidance_scale(s, unet_config):

@@ -3,6 +3,17 @@
 from dreambooth.base import UserError, slug
 
 
+def taken_tokens(tokenizer, word, count):
+    """Those of the tokens of a new word of so many vectors that a tokenizer has already."""
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in tokens_of(word, count) if token in vocabulary or f"{token}</w>" in vocabulary]
+
+
+def tokens_of(word, count):
+    """The tokens of a word of so many vectors, as diffusers names them: <x>, <x>_1, ..."""
+    return [word] + [f"{word}_{i}" for i in range(1, count)]
+
+
 def add_word(tokenizer, text_encoder, word, vectors):
     """Add a word of n vectors [n, channels] to a tokenizer and its text encoder, named as diffusers names them.
 
@@ -10,8 +21,8 @@ def add_word(tokenizer, text_encoder, word, vectors):
     """
     import torch
 
-    tokens = [word] + [f"{word}_{i}" for i in range(1, len(vectors))]
-    if taken := [token for token in tokens if token in tokenizer.get_vocab() or f"{token}</w>" in tokenizer.get_vocab()]:
+    tokens = tokens_of(word, len(vectors))
+    if taken := taken_tokens(tokenizer, word, len(vectors)):
         raise UserError(f'"{taken[0]}" is in this model\'s vocabulary already; a new word needs another name, such as '
                         f'--identifier "<my-{slug(word)}>"')
     tokenizer.add_tokens(tokens)
@@ -29,6 +40,7 @@ def vectors_of(tokenizer, text_encoder, word):
     return text_encoder.get_input_embeddings().weight[vocabulary[word]:vocabulary[word] + n].detach()
 
 
+NAMELESS = ("emb_params", "string_to_param.*", "*")  # A1111's and its converters', which go by the name of the file
 XL_EMBEDDING = ["clip_l", "clip_g"]  # a word's tensors in a file for SDXL, one for each text encoder
 
 
@@ -39,7 +51,7 @@ def embedding_keys(models, word):
 
 def word_in(names, otherwise):
     """The word that an embedding file of these tensors holds; None if it is none. Some tools name the file, not the word."""
-    if set(names) == set(XL_EMBEDDING) or names == ["emb_params"]:
+    if set(names) == set(XL_EMBEDDING) or len(names) == 1 and names[0] in NAMELESS:
         return otherwise
     return names[0] if len(names) == 1 else None
 
@@ -47,7 +59,11 @@ def word_in(names, otherwise):
 def embedding_vectors(models, tensors):
     """A word's vectors [n, channels] for each text encoder. Raises ValueError if the file is for another model."""
     keys = embedding_keys(models, next(iter(tensors)))
+    if sorted(tensors) != sorted(keys):
+        raise ValueError("it is for SDXL, which has two text encoders" if set(tensors) == set(XL_EMBEDDING) else
+                         "it is for a model with one text encoder")
     widths = [text_encoder.get_input_embeddings().weight.shape[1] for text_encoder in models.text_encoders]
-    if sorted(tensors) != sorted(keys) or [tensors[key].shape[-1] for key in keys] != widths:
-        raise ValueError("its vectors have another size")
+    own = [tensors[key].shape[-1] if tensors[key].dim() else 1 for key in keys]
+    if own != widths:
+        raise ValueError(f"its vectors have {' and '.join(map(str, own))} numbers, those of this model {' and '.join(map(str, widths))}")
     return [tensors[key].reshape(-1, width) for key, width in zip(keys, widths)]

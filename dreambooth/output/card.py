@@ -8,6 +8,10 @@ from dreambooth.files import write_file
 from dreambooth.methods.lora import LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
+from dreambooth.models.addresses import is_single_file
+from dreambooth.models.checkpoint import TRAILING, told_of_noise
+from dreambooth.models.hub import cached_file
+from dreambooth.models.inventory import choose_variant, files_in
 from dreambooth.models.recipes import family_of, guidance_scale
 from dreambooth.models.vocabulary import XL_EMBEDDING
 from dreambooth.subjects.nouns import noun_of
@@ -58,11 +62,12 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
+    load, scheduler = how_to_load(models, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
-    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
+    kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
+    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load if method.is_adapter else 'from_pretrained(folder)'}"]
+              f"pipe = {kind}.{load}", *scheduler]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
     for subject in subjects if save_words in method.saves else ():
@@ -78,3 +83,18 @@ def usage(s, models, subjects):
     lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
               f'guidance_scale={scale:g}).images[0].save("subject.png")']
     return "\n".join(lines)
+
+
+def how_to_load(models, quoted):
+    """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
+    place."""
+    if not is_single_file(models.name):
+        folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
+        variant = folder and choose_variant(files_in(folder), "unet")
+        return f"from_pretrained({quoted(models.name)}" + (f", variant={quoted(variant)})" if variant else ")"), []
+    told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
+    if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
+        told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}
+    options = "".join(f", {key}={value!r}" for key, value in told.items())
+    set_scheduler = f"pipe.scheduler = {type(models.pipeline.scheduler).__name__}.from_config(pipe.scheduler.config{options})"
+    return f"from_single_file({quoted(models.name)})", [set_scheduler] if told else []

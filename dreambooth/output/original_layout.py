@@ -124,3 +124,9 @@ def original_checkpoint(pipeline):
         parts["cond_stage_model.transformer."] = clip_tensors(pipeline.text_encoder)
     tensors = {prefix + name: tensor.contiguous() for prefix, part in parts.items() for name, tensor in part.items()}
     return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
+
+
+def notes_of_noise(scheduler):
+    """Notes for a checkpoint's header that tell what its model predicts, as Stability's ModelSpec and Kohya's tools write them."""
+    velocity, from_noise = scheduler.config.get("prediction_type") == "v_prediction", scheduler.config.get("rescale_betas_zero_snr")
+    return {"modelspec.prediction_type": "v" if velocity else "epsilon", **({"ss_zero_terminal_snr": "True"} if from_noise else {})}

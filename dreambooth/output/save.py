@@ -7,10 +7,12 @@ from pathlib import Path
 
 from dreambooth.base import UserError, say
 from dreambooth.drawing.draw import draw_pictures, placed
+from dreambooth.drawing.trained import read_record
 from dreambooth.files import flush, whole_file
 from dreambooth.methods.table import METHODS
 from dreambooth.models.recipes import guidance_scale
 from dreambooth.output.card import save_card
+from dreambooth.output.needed import name_when_done
 from dreambooth.output.pictures import LOSS_PLOT, loss_plot
 from dreambooth.training.course import decisions
 from dreambooth.training.loss import loss_means
@@ -21,6 +23,7 @@ from dreambooth.training.selection import SEEDS_SEEN
 def save_output(folder, run, models, subjects, seconds, given):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     s, history = run.s, run.history
+    models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
     for save in METHODS[s.method].saves:
         save(folder, models, subjects)
@@ -29,6 +32,7 @@ def save_output(folder, run, models, subjects, seconds, given):
     record = {
         "method": s.method,
         "base_model": models.name,
+        "base_sample": run.models.sample,  # tells whether the model of that name is still the same
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
         "used": decisions(run.course, run.groups) | {
             "guidance_scale": guidance_scale(s, models.unet.config),
@@ -51,7 +55,8 @@ def draw_samples(s, models, subjects, viewer, plan):
         placed(models.pipeline.to(plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
                              range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
-        save_card(Path(s.output_dir), s, models, subjects, grid)
+        base = read_record(s.output_dir)["base_model"]
+        save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")
     except (UserError, RuntimeError, OSError) as problem:
         say(f"Note: the samples could not be drawn ({problem}); the model is complete.")

@@ -11,7 +11,14 @@ from dreambooth.base import UserError, say
 from dreambooth.decode import load_image, picture_kind
 from dreambooth.files import file_digest, read_sums, read_text
 from dreambooth.images import LONG, is_flat
-from dreambooth.subjects.captions import CAPTION_LISTS, CAPTION_SUFFIXES, CLASS_PROMPT_FILE, caption_files, folded, read_captions
+from dreambooth.subjects.captions import (
+    CAPTION_LISTS,
+    CAPTION_SUFFIXES,
+    CLASS_PROMPT_FILE,
+    caption_files,
+    folded,
+    read_captions,
+)
 from dreambooth.subjects.nouns import tidy_class_prompt
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
