@@ -1,5 +1,6 @@
 """Checkpoints: what an interrupted training goes on from, whole or not there at all."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -83,9 +84,17 @@ def write_checkpoint(run, folder):
                      "sha256": file_digest(new / TENSORS_FILE)}
             # torchao keeps its learning rate in a tensor
             (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
-        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+        for old in (*checkpoints_in(folder)[:-run.s.checkpoints_total_limit], *path.parent.glob(".step-*")):
+            discard(old)
     run.accelerator.wait_for_everyone()
+
+
+def discard(checkpoint):
+    """Delete a checkpoint, or what a killed process left of one; at no time is there half of one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}")
+    with contextlib.suppress(OSError):  # another program has it open: it is deleted the next time
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def load_checkpoint(run, path):
