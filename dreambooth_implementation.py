@@ -26,9 +26,15 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
+import glob
 import hashlib
 import importlib
+<<<<<<< HEAD
+=======
+import importlib.metadata
+>>>>>>> people-machines
 import importlib.util
 import io
 import itertools
@@ -40,11 +46,16 @@ import random
 import re
 import shutil
 import signal
+<<<<<<< HEAD
 import struct
+=======
+import stat
+>>>>>>> people-machines
 import sys
 import textwrap
 import threading
 import time
+import traceback
 import types
 import typing
 import unicodedata
@@ -74,12 +85,27 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. Arguments: what to tell, the signal's number."""
+    """Ctrl-C, or a signal that ends programs. Arguments: what to tell, the signal's number."""
+
+
+def place_among_processes():
+    """(rank, rank on this machine, number of processes) of one of several that train together; (0, 0, 1) for one alone.
+
+    As `accelerate launch` says in the environment. What says less than they need to meet was left there by something else, and is
+    not believed.
+    """
+    read = os.environ.get
+    try:
+        rank, local_rank, number, port = (int(read(name, "")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    except ValueError:
+        return 0, 0, 1
+    can_meet = read("MASTER_ADDR", "").strip() and 0 < port < 2**16 and 0 <= local_rank <= rank < number > 1
+    return (rank, local_rank, number) if can_meet else (0, 0, 1)
 
 
 def is_first_process():
     """False in all but one of the processes that `accelerate launch` starts."""
-    return os.environ.get("RANK", "0") == "0"
+    return place_among_processes()[0] == 0
 
 
 @functools.cache
@@ -96,7 +122,14 @@ def say(message):
 
 def processes():
     """How many train together, as `accelerate launch` says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return place_among_processes()[2]
+
+
+def ending_signals():
+    """Signals that ask a program to end, beside Ctrl-C: of the system, of a terminal that closes; none that is ignored, as nohup
+    has it."""
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def default(value, otherwise):
@@ -122,6 +155,170 @@ def own_command():
 def slug(text):
     """A prompt as part of a file name: words joined by "-", short enough for every file system."""
     return re.sub(r"\W+", "-", text.lower()).encode()[:120].decode(errors="ignore").strip("-") or "prompt"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# console: Where lines go: nothing that becomes of the console, or was never there, ends a command.
+#
+# Knows nothing of what is said.
+
+
+LOST = (OSError, ValueError, RuntimeError)  # the reader is gone, the stream is closed, a signal's handler speaks within a line
+
+
+class LastingStream:
+    """A text stream that never fails: letters that its encoding lacks are written as \\u4e00, and what nobody reads is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def isatty(self):
+        with contextlib.suppress(AttributeError, *LOST):
+            return self.stream.isatty()
+        return False
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = getattr(self.stream, "encoding", None) or "ascii"
+            with contextlib.suppress(*LOST):
+                self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except LOST:
+            pass
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(AttributeError, *LOST):
+            self.stream.flush()
+
+    def settle(self):
+        """Send what could not be written nowhere, or Python would complain of it in the end."""
+        try:
+            self.stream.flush()
+        except OSError:
+            with contextlib.suppress(*LOST), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+        except (AttributeError, *LOST):
+            pass
+
+
+@contextlib.contextmanager
+def lasting_console():
+    """Within the block, standard output and error are there and never fail."""
+    own = sys.stdout, sys.stderr
+    open_descriptors()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        streams = [LastingStream(nowhere if stream is None else stream) for stream in own]
+        sys.stdout, sys.stderr = streams
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.settle()
+            sys.stdout, sys.stderr = own
+
+
+def open_descriptors():
+    """Have 0, 1 and 2 lead somewhere: the next file opened would get the number of one that is closed, and what a library
+    writes to the console would go into it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                opened = os.open(os.devnull, os.O_RDWR)
+                if opened != number:
+                    os.dup2(opened, number)
+                    os.close(opened)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# mishaps: What goes wrong outside of this program - disks, memory, other packages - in one line that names it and the remedy.
+#
+# Knows nothing of what was being done.
+
+
+KEPT = "what was complete is still there"
+AGAIN = f"give the same command again (with --resume after training steps); {KEPT}"
+MEMORY = ("the memory is full; for --train try --gradient_checkpointing, --train_batch_size 1, a smaller --resolution or "
+          "--sample_batch_size 1; otherwise --sample_batch_size 1")
+SIGNS = {  # what an exception of any library says -> what to tell
+    "CUDA out of memory": "the GPU's memory is full; for --train try --gradient_checkpointing, --train_batch_size 1, a smaller "
+                          "--resolution or --sample_batch_size 1; otherwise --sample_batch_size 1 or --mixed_precision fp16",
+    "out of memory": MEMORY, "can't allocate memory": MEMORY, "not enough memory": MEMORY,
+    "CUDA error": f"the GPU failed ({{reason}}); {AGAIN}", "CUDA driver": "the GPU cannot be used ({reason}); update its driver, "
+    "or set CUDA_VISIBLE_DEVICES= in the environment to compute on the CPU"}
+NUMBERS = {  # what the system says, by number -> what to tell
+    "ENOSPC": f"the disk is full; make room and {AGAIN}",
+    "EDQUOT": f"your share of the disk is full (quota); make room and {AGAIN}",
+    "EFBIG": f"the disk takes no file this large (FAT32 takes 4 GB); give a place on another; {KEPT}",
+    "EROFS": f"the disk is write-protected; give a place on another; {KEPT}",
+    "EACCES": f"permission denied: protected, or another program has it open; change that, or give another; {KEPT}",
+    "EPERM": f"permission denied: protected, or another program has it open; change that, or give another; {KEPT}",
+    "ENAMETOOLONG": f"the name is longer than the disk takes; give a shorter one; {KEPT}",
+    "EIO": f"the disk or the network failed; {AGAIN}",
+    "ESTALE": f"the network's disk went away; {AGAIN}",
+    "EMFILE": f"too many files are open (ulimit -n); {KEPT}",
+    "ENOMEM": MEMORY}
+
+
+def mishap(problem):
+    """One line of an exception that is no fault of this program; None if it may be one."""
+    if isinstance(problem, MemoryError):
+        return MEMORY
+    causes = [problem]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        reason = " ".join(str(cause).split("\n")[0].split())[:200]
+        for sign, line in SIGNS.items():
+            if sign in str(cause):
+                return line.format(reason=reason)
+    return of_system(causes[-1]) or of_package(causes[-1])
+
+
+def of_system(problem):
+    """The line of what the operating system refused; None if it is something else."""
+    found = re.search(r"\(os error (\d+)\)", str(problem))  # as libraries in Rust write it
+    if isinstance(problem, ImportError) or not (isinstance(problem, OSError) or found):
+        return None
+    number = int(found[1]) if found else problem.errno
+    name = next((name for name in NUMBERS if getattr(errno, name, None) == number is not None), None)
+    file = getattr(problem, "filename", None)
+    where = f"{os.fsdecode(file)}: " if isinstance(file, (str, bytes)) else ""
+    reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())[:300]
+    return where + (NUMBERS[name] if name else f"{reason}; {KEPT}")
+
+
+def of_package(problem):
+    """The line of a package that failed while it was imported, or is not there; None if it is something else."""
+    reason = " ".join(str(problem).split())[:200]
+    names = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(problem.__traceback__)
+             if frame.f_code.co_name == "<module>"]
+    missing = getattr(problem, "name", None) if isinstance(problem, ModuleNotFoundError) else None
+    if not names and missing:
+        return f"the package {missing} is missing: pip install -r {HERE / 'requirements.txt'}"
+    if not names and isinstance(problem, ImportError):
+        return f"a package that is installed cannot be used ({reason}); upgrade it, or remove it (pip uninstall)"
+    if not names:
+        return None
+    package = importlib.metadata.packages_distributions().get(names[-1], [names[-1]])[0]
+    return (f"the package {package} is installed and cannot be imported ({type(problem).__name__}: {reason}); repair it "
+            f"(pip install --upgrade --force-reinstall {package}), or remove it if nothing needs it (pip uninstall {package})")
+
+
+def check_import(package, flag):
+    """UserError, naming `flag`, if a package that is installed cannot be imported."""
+    try:
+        importlib.import_module(package)
+    except Exception as problem:  # whatever its own code raises
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{flag} needs {package}, which is installed and cannot be imported ({type(problem).__name__}: {reason}); "
+                        f"repair it: pip install --upgrade --force-reinstall {package}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -154,8 +351,13 @@ def plan_device(s):
     """The Plan for this machine: CUDA, else Apple's MPS, else the CPU. Raises UserError for fp16 without a CUDA GPU."""
     import torch
 
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("mps" if mps else "cpu")
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")  # `accelerate launch --cpu`
+    cuda, mps = (not on_cpu and there() for there in (torch.cuda.is_available, torch.backends.mps.is_available))
+    number = place_among_processes()[1]
+    if cuda and number >= max(1, torch.cuda.device_count()):
+        raise UserError(f"LOCAL_RANK={number} in the environment: this machine has {torch.cuda.device_count()} CUDA GPUs; start as "
+                        f"many processes as it has")
+    device = torch.device("cuda", number) if cuda else torch.device("mps" if mps else "cpu")
     precision = s.mixed_precision
     if precision == "auto":
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
@@ -218,6 +420,48 @@ def read_text(path, flag=""):
     return text
 
 
+LONGEST_NAME = 255  # bytes, on nearly every file system
+
+
+def given_path(text, flag):
+    """A path as a person gave it, with ~ and $NAME replaced as a shell does outside quotes. UserError if nothing can have that
+    name."""
+    short = ascii(text[:40] + "..." if len(text) > 43 else text)
+    if not text.strip():
+        raise UserError(f"{flag} is empty; give a path, or leave it out")
+    try:
+        path = text if "$" in text and os.path.lexists(text) else os.path.expandvars(os.path.expanduser(text))
+        longest = max(len(os.fsencode(name)) for name in re.split(r"[/\\]" if os.name == "nt" else "/", path))
+    except ValueError:
+        path, longest = "\0", 0
+    if "\0" in path:
+        raise UserError(f"{flag} {short}: no file can have this name; write it anew")
+    if longest > LONGEST_NAME or len(os.fsencode(path)) > 4000:
+        raise UserError(f"{flag} {short}: too long for a path, of which each part may have {LONGEST_NAME} bytes; give a file or folder")
+    if unknown := re.match(r"~(?=/|$)|\$(\w+|{\w+})", path):
+        if not os.path.lexists(path):
+            raise UserError(f"{flag} {short}: {unknown[0]} is not known here; write out what it stands for")
+    return path
+
+
+def given_text(text, flag):
+    """A text as a person gave it. UserError if it is not UTF-8, as where a console writes something else."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            return os.fsencode(text).decode()  # typed in UTF-8 where the system takes ASCII
+        raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; type it in a terminal that is set to UTF-8") from None
+
+
+def check_room(path, flag, added):
+    """UserError unless the file system takes the name of `path` with `added` more letters, for the time of writing."""
+    if len(os.fsencode(Path(path).resolve().name)) + added > LONGEST_NAME:
+        raise UserError(f"{flag} {ascii(str(path)[:40])}...: the name is too long; leave {added} of the {LONGEST_NAME} bytes that file "
+                        f"systems take")
+
+
 def file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -227,7 +471,7 @@ def read_sums(path):
     """{file name: sha256} from a file that `sha256sum` could have written; {} where there is none. Last line wins."""
     if not Path(path).is_file():
         return {}
-    lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines())
     return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
 
 
@@ -237,6 +481,16 @@ def save_tensors(tensors, path):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+def share(place):
+    """Let others read the files at `place`, a file or a folder, as far as the umask has it: safetensors writes for its owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (place, *place.rglob("*")) if place.is_dir() else (place,):
+        with contextlib.suppress(OSError):  # a disk that knows no permissions
+            if stat.S_IMODE(path.stat().st_mode) == 0o600 and path.is_file():
+                path.chmod(0o666 & ~mask)
+
+
 @contextlib.contextmanager
 def renamed_when_complete(path):
     """A folder to write files into that takes the name `path` once they are safely on the disk."""
@@ -244,20 +498,34 @@ def renamed_when_complete(path):
     for leftover in (new, path):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    yield new
-    for place in (*new.iterdir(), new):
-        flush(place)
-    new.rename(path)
+    try:
+        yield new
+        share(new)
+        for place in (*new.iterdir(), new):
+            flush(place)
+        new.rename(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # on a full disk it would be in the way
+        raise
     flush(path.parent)
 
 
+LOSSES = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # what writing to the disk fails with
+
+
 def flush(path):
-    """Have the system write a file, or a folder's list of files, to the disk."""
+    """Have the system write a file, or a folder's list of files, to the disk, where it can be asked to."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such thing for folders
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
+    except OSError as problem:
+        if problem.errno in LOSSES:  # anything else: the file system has no such thing, as some on networks
+            raise
     finally:
         os.close(descriptor)
 
@@ -265,18 +533,31 @@ def flush(path):
 @contextlib.contextmanager
 def whole_file(path):
     """A name beside `path` to write to, which becomes `path` if the block succeeds."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two trainings may write the same file
     try:
         yield part
+        share(part)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def delete(place):
+    """Delete a file or folder; where that is refused, say so and go on."""
+    try:
+        shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
+    except OSError as problem:
+        say_once(f"Note: {short_path(place)} cannot be deleted ({problem.strerror}); delete it when it is no longer in use.")
 
 
 def write_file(path, write):
     """Let `write` make a file under another name that then becomes `path`. UserError if it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if time.time() - part.stat().st_mtime > 3600:  # a process that was killed has left it
+                delete(part)
         with whole_file(path) as part:
             write(part)
     except (OSError, SafetensorError) as problem:
@@ -285,17 +566,21 @@ def write_file(path, write):
 
 def check_writable(path, flag):
     """UserError unless `path` is, or can be made, a folder to write in."""
-    whole = Path(path).resolve()
-    existing = next(p for p in (whole, *whole.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "is write-protected" if existing.is_dir() else "is a file"
+    try:
+        whole = Path(path).resolve()
+        existing = next(p for p in (whole, *whole.parents) if p.exists())
+        is_folder = existing.is_dir()
+    except (OSError, RuntimeError) as problem:  # a folder that may not be looked into, links in a circle
+        raise UserError(f"{flag} {path}: cannot be reached ({getattr(problem, 'strerror', None) or problem}); give another folder") from None
+    if not is_folder or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "is write-protected" if is_folder else "is a file"
         raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")
 
 
 def tidy(folder, keep):
     for path in folder.iterdir():
         if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            delete(path)
 
 
 def unused_name(path):
@@ -634,6 +919,7 @@ def save_picture(folder, name, picture, parameters):
     A picture made with other parameters that has the name already is kept: the new one gets a number.
     """
     text = PngImagePlugin.PngInfo()
+    parameters = parameters.encode(errors="backslashreplace").decode()  # names of folders that are not UTF-8
     text.add_itxt("parameters", parameters)
     for number in range(1, 10**6):
         path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
@@ -912,7 +1198,7 @@ class Settings:
                                    "prodigy prodigyopt", shown="adamw, or as --max_vram needs",
                                    choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
     adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
-    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
+    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
                                   shown="on for --method full of small models with --select_best, else off")
     max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
@@ -989,6 +1275,8 @@ class Settings:
     seed: int = _field("all", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
 
 
+PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path", "adapter",
+              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 
@@ -1031,6 +1319,13 @@ def build_parser():
     return parser
 
 
+def given_value(value, name, flag="--"):
+    """A flag's value with paths and texts as given_path() and given_text() have them."""
+    if isinstance(value, list):
+        return [given_value(part, name, flag) for part in value]
+    return (given_path if name in PATH_FLAGS else given_text)(value, f"{flag}{name}") if isinstance(value, str) else value
+
+
 def parse_settings(argv=None):
     """Settings from the command line. Raises UserError for anything argparse or a field's limits reject."""
     given = vars(build_parser().parse_args(argv))
@@ -1038,7 +1333,7 @@ def parse_settings(argv=None):
         if "export" not in given:
             raise UserError("say what to do: --train, --infer, --evaluate or --export FILE; --help lists the flags")
         given["mode"] = "export"
-    settings = Settings(**given)
+    settings = Settings(**{name: given_value(value, name) for name, value in given.items()})
     for field in dataclasses.fields(Settings)[1:]:
         value, meta = getattr(settings, field.name), field.metadata
         if field.name in given and settings.mode not in MODES[meta["mode"]]:
@@ -1760,8 +2055,9 @@ def read_concept_file(path):
             if type(value) is not kinds[key] or not value:
                 raise UserError(f'--concepts {path}: entry {number}, "{key}" must be '
                                 + ("a number of at least 1" if kinds[key] is int else "a text that is not empty"))
-        if not re.fullmatch(r"[\w-]+", entry["name"]):
-            raise UserError(f'--concepts {path}: name "{entry["name"]}": letters, digits, - and _ only')
+            entry[key] = given_value(value, key, f"--concepts {path}: entry {number}, ")
+        if not re.fullmatch(r"[\w-]+", entry["name"]) or len(entry["name"].encode()) > 120:  # it becomes part of a file's name
+            raise UserError(f'--concepts {path}: name "{entry["name"][:60]}": letters, digits, - and _ only, 120 at most')
         if entry.get("num_class_images", 1) < 1:
             raise UserError(f'--concepts {path}: entry {number}, "num_class_images" must be a number of at least 1')
     return entries
@@ -4609,7 +4905,7 @@ def diffusion_loss(noise_scheduler, batch, denoiser, snr_gamma=None):
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
     losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
+    if snr_gamma:  # 0 is off, as in other trainers
         losses = losses * min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
     return (batch["weight"] * losses).sum(), losses
 
@@ -4691,27 +4987,74 @@ def give_state(optimizer, state, stays_on_cpu):
 # Each trains the whole model; their gradients are averaged.
 
 
-def ignore_splitting():
-    """Have accelerate overlook a configuration that splits the model over GPUs: --max_vram fits it into each by other means."""
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all of which several processes need to meet
+ASKING = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
+          "MV2_COMM_WORLD_SIZE": "1"}  # what one process alone would have there
+SPLITTING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+OVERRIDING = ("GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "TORCH_DEVICE", "USE_CPU", "USE_PARALLELISM_CONFIG", "DEBUG_MODE",
+              "USE_SAGEMAKER")  # of accelerate's, where the flags or the machine decide here
+MEETING_PATIENCE = 20  # seconds
+
+
+def clear_environment():
+    """Take out of the environment what accelerate would believe and this program does not, and say what a person may have meant."""
+    if processes() == 1:
+        asked = [f"{name}={os.environ[name]}" for name, alone in ASKING.items() if os.environ.get(name, "") not in ("", alone)]
+        lacking = [name for name in MEETING if not os.environ.get(name)]
+        why = f"without {', '.join(lacking)}, by which they would meet" if lacking else "but the numbers do not fit together"
+        if asked:
+            say(f"Note: {', '.join(asked)} in the environment asks for several processes, {why}: this one trains alone. "
+                f"`accelerate launch` sets all that several need.")
+        for name in (*MEETING, *ASKING):
+            os.environ.pop(name, None)
+    for kind in SPLITTING:
         if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
             say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
                 f"averaged, as a plain multi-GPU configuration has it.")
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # would go before the flag of this program
+    for name in [name for name in os.environ if name.removeprefix("ACCELERATE_") in OVERRIDING or name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
 
 
 def make_accelerator(s, plan):
     """What brings models to their devices, wraps them for half precision, and lets several processes train together.
 
     Autocast makes its copy of a weight anew for each use. There is but one in a pass, and with gradient checkpointing a copy
-    that it kept would lie there from its layer to the end of the pass for nothing.
+    that it kept would lie there from its layer to the end of the pass for nothing. accelerate keeps one state per Python process:
+    a training before this one, in a notebook, must not decide its precision.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import AutocastKwargs
 
-    return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
-                       gradient_accumulation_steps=s.gradient_accumulation_steps,
-                       kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with meeting():
+        return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
+                           gradient_accumulation_steps=s.gradient_accumulation_steps,
+                           kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+
+
+@contextlib.contextmanager
+def meeting():
+    """Several processes meet within the block. It is said if that takes long; UserError if they cannot."""
+    rank, _, number = place_among_processes()
+    if number == 1:
+        yield
+        return
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    who = f"RANK={rank} and WORLD_SIZE={number} in the environment: this is one of {number} processes"
+    waiting = threading.Timer(MEETING_PATIENCE, print, (f"{who}, waiting for the others at {place}. To train alone, unset them.",),
+                              {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as problem:  # of torch.distributed, whichever way they failed to meet
+        reason = " ".join(str(problem).split("\n")[0].split())[:200]
+        raise UserError(f"{who}, and they cannot meet at {place} ({reason}); start them with `accelerate launch`, or unset these "
+                        f"to train alone") from None
+    finally:
+        waiting.cancel()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4966,6 +5309,154 @@ def best_of(scores):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+<<<<<<< HEAD
+=======
+# training/checkpoints: Checkpoints: what an interrupted training goes on from, whole or not there at all.
+
+
+TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
+
+
+def checkpoints_in(folder):
+    """Paths of the checkpoints of a training in `folder`, oldest first."""
+    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def best_file(folder, step):
+    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
+
+
+def best_files(folder):
+    return list((folder / "checkpoints").glob("best-*.safetensors"))
+
+
+def read_state(path):
+    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        own = state.pop("state_sha256", None)
+        whole = own in (None, state_digest(state)) and state["sha256"] == file_digest(path / TENSORS_FILE) and is_whole_state(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
+                        f"--resume")
+    return state
+
+
+def state_digest(state):
+    """sha256 of what state.json says beside it."""
+    return hashlib.sha256(json.dumps(state, default=float, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole_state(state):
+    """Whether a state.json holds what write_checkpoint() puts there."""
+    def are_numbers(row, count):
+        return len(row) == count and all(value is None or type(value) in (int, float) for value in row)
+    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict, "scaler": (dict, type(None))}
+    return (all(isinstance(state[name], kind) for name, kind in kinds.items())
+            and all(are_numbers(row, 3) for row in state["history"])
+            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
+            and all(isinstance(group, dict) for group in state["optimizer"]))
+
+
+def find_checkpoint(s, folder):
+    """The checkpoint to go on from, named by --resume or the newest of those in `folder`; None to begin at the beginning.
+
+    Damaged ones in `folder` are passed over, and that is said.
+
+    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
+    """
+    if s.resume is None:
+        return None
+    if s.resume != "latest":
+        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
+        return Path(s.resume).resolve()
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            state = read_state(path)
+        except UserError:
+            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
+        else:
+            check_origin(path, state, shaping_flags(s))
+            return path
+    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
+    return None
+
+
+def write_checkpoint(run, folder):
+    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
+    check_finite(run.groups)
+    if run.accelerator.is_main_process:
+        optimizer = run.optimizer.state_dict()
+        moments, numbers = flatten_state(optimizer["state"])
+        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
+        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
+        with renamed_when_complete(path) as new:
+            save_tensors(tensors, new / TENSORS_FILE)
+            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
+            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
+                     "sha256": file_digest(new / TENSORS_FILE)}
+            # torchao keeps its learning rate in a tensor
+            text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
+            (new / STATE_FILE).write_text(text, encoding="utf-8")
+        for old in (*checkpoints_in(folder)[:-run.s.checkpoints_total_limit], *path.parent.glob(".step-*")):
+            discard(old)
+    run.accelerator.wait_for_everyone()
+
+
+def discard(checkpoint):
+    """Delete a checkpoint, or what a killed process left of one; at no time is there half of one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}")
+    with contextlib.suppress(OSError):  # another program has it open: it is deleted the next time
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def load_checkpoint(run, path):
+    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
+    from safetensors.torch import load_file
+
+    state = read_state(path)
+    check_origin(path, state, run.origin)
+    done = len(state["history"])
+    if done > run.course.steps:
+        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
+    try:
+        restore(run, load_file(path / TENSORS_FILE), state)
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        if "out of memory" in str(problem):
+            raise
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is damaged, or of another version of this program "
+                        f"({' '.join(str(problem).split())[:200]}); start without --resume") from None
+    run.lr_scheduler.last_epoch = done
+    run.history.extend(state["history"])
+    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
+        run.scores.extend(state["scores"])
+    elif state["scores"]:
+        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
+    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
+
+
+def restore(run, saved, state):
+    """Put the tensors and the optimizer's state of a checkpoint into `run`."""
+    import torch
+
+    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
+    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
+        tensor.copy_(saved.pop(name))
+    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
+                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
+    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
+    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
+    if state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+>>>>>>> people-machines
 # training/prepare: Making a Run of what is to train, and ordinary modules of it again.
 
 
@@ -5344,13 +5835,46 @@ def log_scalars(writer, step, values):
         writer.add_scalar(name, value, step)
 
 
-def loss_writer(log_dir, done):
-    """A TensorBoard writer to use in a `with`, None on all processes but the first. Of earlier logs `done` steps count."""
-    if not is_first_process():
-        return contextlib.nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
+class LossWriter:
+    """TensorBoard's writer, to use in a `with`. No training ends for its logs: once they cannot be written, that is said, and it
+    is silent."""
 
-    return SummaryWriter(log_dir, purge_step=done + 1)
+    def __init__(self, log_dir, done):
+        self.writer = None
+        self.attempt(lambda: self.open(log_dir, done))
+
+    def open(self, log_dir, done):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(log_dir, purge_step=done + 1)
+
+    def attempt(self, write):
+        try:
+            write()
+        except Exception as problem:  # a full disk, or tensorboard not installed, or not as torch needs it
+            reason = " ".join(str(problem).split())[:200]
+            say(f"Note: no more logs for TensorBoard ({type(problem).__name__}: {reason}); the training goes on without.")
+            self.writer = None
+
+    def add_scalar(self, *values):
+        if self.writer:
+            self.attempt(lambda: self.writer.add_scalar(*values))
+
+    def add_image(self, *values, **options):
+        if self.writer:
+            self.attempt(lambda: self.writer.add_image(*values, **options))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *problem):
+        if self.writer:
+            self.attempt(self.writer.close)
+
+
+def loss_writer(log_dir, done):
+    """A LossWriter to use in a `with`, None on all processes but the first. Of earlier logs `done` steps count."""
+    return LossWriter(log_dir, done) if is_first_process() else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5406,24 +5930,25 @@ def keep_best(run, folder):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/signals: Ctrl-C and SIGTERM: a training finishes its step first.
+# training/signals: Ctrl-C and signals that end programs: a training finishes its step first, and what is being saved is saved.
 
 
 @contextlib.contextmanager
-def deferred_stop():
-    """A list that receives the number of a first Ctrl-C or SIGTERM; a second one acts at once, as does one outside."""
+def deferred_stop(promise="this step is finished and a checkpoint written"):
+    """A list that receives the number of a first Ctrl-C or signal that ends programs; a second one acts at once, as does one
+    outside. `promise` is what is said to be done before."""
     received, handlers = [], {}
 
     def note(number, frame):
         received.append(number)
         restore()
-        say("\nStopping: this step is finished and a checkpoint written. Once more stops at once.")
+        say(f"\nStopping: {promise}. Once more stops at once.")
 
     def restore():
         while handlers:
             signal.signal(*handlers.popitem())
     if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
-        handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, *ending_signals())}
     try:
         yield received
     finally:
@@ -5891,9 +6416,11 @@ def missing_package(levers):
 
 
 def check_package(levers):
-    """UserError if the optimizer's library is not installed."""
+    """UserError if the optimizer's library is not installed, or broken."""
     if package := missing_package(levers):
         raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+    if package := OPTIMIZERS[levers.optimizer].package:
+        check_import(package, f"--optimizer {levers.optimizer}")
 
 
 PLANS = (  # from the fastest to the most frugal
@@ -6238,7 +6765,7 @@ Write in the prompt:
 {usage(s, models, subjects)}
 ```
 """
-    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def usage(s, models, subjects):
@@ -6326,14 +6853,33 @@ def name_when_done(s, name):
 # output/folder: The output folder: written whole or not at all, and an earlier one is never lost.
 
 
+MARKS = (".lock", "checkpoints", "dreambooth.json")  # one of which a training's own folder has
+
+
 def check_output_dir(s):
-    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed."""
-    folder = Path(s.output_dir).resolve()
+    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed; and beside it
+    the folder that a training fills first."""
+    folder, flag = Path(s.output_dir).resolve(), f"--output_dir {s.output_dir}:"
     check_writable(s.output_dir, "--output_dir")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "dreambooth.json").is_file():
-        raise UserError(f"--output_dir {s.output_dir}: the folder holds something else (no dreambooth.json); give another folder")
-    if folder == Path.cwd() or os.path.ismount(folder):
-        raise UserError(f"--output_dir {s.output_dir}: this folder cannot be renamed; give one inside it")
+        raise UserError(f"{flag} the folder holds something else (no dreambooth.json); give another folder")
+    if Path.cwd().is_relative_to(folder) or os.path.ismount(folder):
+        raise UserError(f"{flag} this folder cannot be renamed; give one inside it")
+    check_room(folder, "--output_dir", len(".partial-1000000"))
+    check_writable(folder.parent, "--output_dir")
+    beside = workplace(s)
+    if beside.exists() and not (beside.is_dir() and (not any(beside.iterdir()) or any((beside / mark).exists() for mark in MARKS))):
+        raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give another folder")
+
+
+def check_apart(s, concepts):
+    """UserError if what a training reads lies in --output_dir, which gets another name in the end or is deleted."""
+    given = [("instance_data_dir", c.instance_data_dir) for c in concepts] + [("class_data_dir", c.class_data_dir) for c in concepts]
+    for name, path in given + [(name, getattr(s, name)) for name in ("concepts", "prompts_file")]:
+        for folder in (Path(s.output_dir).resolve(), workplace(s)):
+            if path and Path(path).resolve().is_relative_to(folder):
+                raise UserError(f"--output_dir {s.output_dir}: {name} {path} lies in {short_path(folder)}, which is renamed when the "
+                                f"training is done; give another folder")
 
 
 def workplace(s):
@@ -6357,11 +6903,17 @@ def new_output(s):
         lock.acquire(timeout=0)  # the system lets go of it when the process ends, however that happens
     except Timeout:
         raise UserError(f"--output_dir {s.output_dir}: another training is writing to it; give another folder") from None
+    except (OSError, NotImplementedError) as problem:
+        if isinstance(problem, PermissionError):
+            raise
+        say(f"Note: the disk of {short_path(folder)} has no locks; see to it that no other training writes there.")
     try:
         yield folder
     except BaseException:
         lock.release()
-        if checkpoints_in(folder):
+        if is_whole(folder):
+            finish_renaming(s)
+        elif checkpoints_in(folder):
             tidy(folder, keep=("checkpoints", "logs", "samples"))
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -6370,11 +6922,16 @@ def new_output(s):
     finish_renaming(s)
 
 
+def is_whole(folder):
+    """Whether an output is complete: dreambooth.json is written last."""
+    return (folder / "dreambooth.json").is_file()
+
+
 def finish_renaming(s):
-    """Give a complete output its name, if it still lacks it. dreambooth.json is written last, so it tells."""
+    """Give a complete output its name, if it still lacks it."""
     folder = workplace(s)
-    if is_first_process() and (folder / "dreambooth.json").is_file():
-        (folder / ".lock").unlink(missing_ok=True)
+    if is_first_process() and is_whole(folder):
+        delete(folder / ".lock")
         replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
 
 
@@ -6409,11 +6966,12 @@ def replace_output(folder, target, overwrite):
             target.rename(earlier)
         folder.rename(target)
     except OSError as problem:
-        if earlier and not target.exists():
-            earlier.rename(target)
+        if earlier and earlier.exists() and not target.exists():
+            with contextlib.suppress(OSError):
+                earlier.rename(target)
         raise UserError(f"{target} cannot be replaced ({problem.strerror}); the new model is complete in {folder}") from None
     if earlier and overwrite:
-        shutil.rmtree(earlier)
+        delete(earlier)
     elif earlier:
         say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
 
@@ -6464,8 +7022,23 @@ def check_space(s, course, models, groups):
 # output/save: Filling the output folder of a finished training.
 
 
+<<<<<<< HEAD
 def save_output(folder, run, models, subjects, seconds, given):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
+=======
+def save_output(folder, run, models, subjects, seconds):
+    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it.
+
+    Raises Interrupted, once all is written, on Ctrl-C or a signal that ends programs.
+    """
+    with deferred_stop("the model is saved") as signals:
+        write_output(folder, run, models, subjects, seconds)
+    if signals:
+        raise Interrupted(f"interrupted; the model is complete in {run.s.output_dir}", signals[0])
+
+
+def write_output(folder, run, models, subjects, seconds):
+>>>>>>> people-machines
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
@@ -6487,6 +7060,7 @@ def save_output(folder, run, models, subjects, seconds, given):
         "given": given,
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
+    share(folder)
     with whole_file(folder / "dreambooth.json") as part:
         part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in folder.rglob("*"):
@@ -6525,6 +7099,7 @@ def check_export(s):
     if path.suffix != ".safetensors":
         raise UserError(f"--export {path}: must end in .safetensors")
     check_writable(path.parent, "--export")
+    check_room(path, "--export", len("..1000000.part"))
     check_free([path], s)
 
 
@@ -6680,7 +7255,7 @@ def evaluate(s):
 def train(s):
     """Fine-tune a model on a subject and write it to --output_dir."""
     concepts, name, metric_names, plan = settle_beforehand(s)
-    ignore_splitting()
+    clear_environment()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
     given = what_was_given(s, concepts, preserves_prior(s))
@@ -6720,7 +7295,11 @@ def settle_beforehand(s):
     loaded."""
     concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
     check_output_dir(s)
+<<<<<<< HEAD
     tell_unused(s, concepts)
+=======
+    check_apart(s, concepts)
+>>>>>>> people-machines
     if preserves_prior(s):
         check_class_folders(concepts)
         for concept in concepts:
@@ -6801,56 +7380,68 @@ def report_training(s, subjects, history, seconds):
 # cli: The command line: one command, one line for every error, and the exit status.
 
 
-REMEDIES = {  # what an exception of any library says -> what to tell
-    "out of memory": "the GPU's memory is full; for --train try --gradient_checkpointing, --train_batch_size 1, a smaller "
-                     "--resolution or --sample_batch_size 1; otherwise --sample_batch_size 1 or --mixed_precision fp16",
-    "No space left on device": "the disk is full; make room and give the same command again (with --resume after training "
-                               "steps); what was complete is still there",
-}
-
-
 # Libraries that say at length on loading what nobody here needs: torchao of kernels for GPUs that are not there, and torch of it.
 TALKATIVE = ("torchao", "torch.utils._pytree")
+KEPT_SO_FAR = "pictures drawn so far are kept, and so is an earlier output"
 
 
 def main(argv=None):
     """Run one command. The exit status is 0; or 2 after one line on standard error if the user can put it right; or 128 +
-    the signal's number after Ctrl-C or SIGTERM."""
-    try:
-        with terminable():
-            settings = parse_settings(argv)
-            for name in TALKATIVE:
-                logging.getLogger(name).setLevel(logging.ERROR)
-            {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        message, number = stop.args or ("interrupted; pictures drawn so far are kept, and so is an earlier output", signal.SIGINT)
-        print(message, file=sys.stderr)
-        return 128 + number
-    except Exception as problem:
-        remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in str(problem)), None)
-        if remedy is None:
-            raise
-        print(f"error: {remedy}", file=sys.stderr)
-        return 2
+    the signal's number after Ctrl-C or a signal that ends programs."""
+    with lasting_console():
+        try:
+            with terminable():
+                run_command(argv)
+        except UserError as problem:
+            return refusal(problem)
+        except KeyboardInterrupt as stop:
+            message, number = stop.args or (f"interrupted; {KEPT_SO_FAR}", signal.SIGINT)
+            print(message, file=sys.stderr)
+            return 128 + number
+        except SystemExit as end:  # --help has said everything
+            return end.code or 0
+        except Exception as problem:
+            line = mishap(problem)
+            if line is None:
+                raise
+            return refusal(line)
     return 0
+
+
+def run_command(argv):
+    """Parse the flags and do what they say."""
+    say_once.cache_clear()  # in a notebook, another command may have been before
+    settings = parse_settings(argv)
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the folder that this was started in is gone; change to another (cd)") from None
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
+
+
+def refusal(problem):
+    """Say in one line what is wrong; returns the exit status."""
+    print("error:", " ".join(str(problem).splitlines()), file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager
 def terminable():
-    """SIGTERM ends the block as Ctrl-C does."""
+    """Signals that end programs end the block as Ctrl-C does."""
     def stop(number, frame):
-        raise Interrupted("terminated; pictures drawn so far are kept, and so is an earlier output", number)
+        how = "the terminal was closed" if number == getattr(signal, "SIGHUP", None) else "terminated"
+        raise Interrupted(f"{how}; {KEPT_SO_FAR}", number)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = signal.signal(signal.SIGTERM, stop)
+    earlier = {number: signal.signal(number, stop) for number in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,9 @@ FOLDER = Path("webui")
 PHOTOS, OUTPUT, IMAGES, CLASS_IMAGES = (FOLDER / name for name in ("photos", "output", "images", "class_images"))
 PROGRESS_BAR = re.compile(r"^\w[\w ]*: +\d+%\|")  # as tqdm writes it
 LINES = 200  # of the log that the page shows
+PORTS = range(7860, 7960)  # that are tried where none is given
+ENVIRONMENT = dict(os.environ)  # as it was given, proxies and all: what the program gets
+GRADIO_KEPT = ("GRADIO_ANALYTICS_ENABLED", "GRADIO_ROOT_PATH", "GRADIO_TEMP_DIR")  # others could open the page to other machines
 
 
 class Job:
@@ -44,7 +48,7 @@ class Job:
             self.lines, self.state, self.pictures_of, self.earlier = [], "Running.", pictures_of, {}
             self.earlier = self.pictures()
             self.process = subprocess.Popen(
-                [sys.executable, db.__file__, *flags], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                [sys.executable, db.__file__, *flags], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=job_environment(),
                 stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", bufsize=1)
         threading.Thread(target=self.read, args=(self.process,), daemon=True).start()
 
@@ -61,9 +65,9 @@ class Job:
         self.state = "Done." if status == 0 else errors[-1] if errors else f"Stopped (exit status {status})."
 
     def stop(self):
-        """Interrupt the program as Ctrl-C does, with which it tidies up; end it if it has not ended in a minute."""
+        """Ask the program to end, which tidies up as after Ctrl-C; end it at once if it has not ended in a minute."""
         if self.process and self.process.poll() is None:
-            self.process.terminate() if os.name == "nt" else self.process.send_signal(signal.SIGINT)
+            self.process.terminate()  # a shell may have had it ignore Ctrl-C's signal
             timer = threading.Timer(60, self.process.terminate)
             timer.daemon = True
             timer.start()
@@ -77,6 +81,11 @@ class Job:
             except OSError:  # the output was renamed just now
                 pass
         return {path: time for path, time in times.items() if self.earlier.get(path) != time}
+
+
+def job_environment():
+    """The environment of the program: what it prints comes in UTF-8 on every system, with a bar that the page shows."""
+    return ENVIRONMENT | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace", "DREAMBOOTH_PROGRESS": "bar"}
 
 
 JOB = Job()
@@ -126,7 +135,7 @@ def build_page():
         def act(*values):
             try:
                 action(*values)
-            except db.UserError as problem:
+            except (db.UserError, OSError) as problem:
                 raise gr.Error(str(problem)) from None
         return act
 
@@ -174,23 +183,76 @@ def build_page():
     return page
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--port", type=int, default=7860, help="port of the page on 127.0.0.1")
-    port = parser.parse_args(argv).port
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other, which stops the job
+def keep_to_this_machine():
+    """Have gradio talk to itself without a proxy, and let no variable of its own open the page or the disk to others."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy") and name.lower() != "no_proxy"]:
+        del os.environ[name]  # the page asks nobody but itself; a SOCKS proxy alone would want one more package
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (ENVIRONMENT.get("no_proxy") or ENVIRONMENT.get("NO_PROXY"), "127.0.0.1,localhost")))
+    for name in [name for name in os.environ if name.startswith("GRADIO_") and name not in GRADIO_KEPT]:
+        print(f"Note: {name} in the environment is ignored: the page answers this machine alone.", flush=True)
+        del os.environ[name]
+    # Its own place in the system's folder for such things would be shared with, or belong to, another user.
+    os.environ.setdefault("GRADIO_TEMP_DIR", str((FOLDER / "uploads").resolve()))
+
+
+def is_free(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def port_number(text):
+    if not 1 <= int(text) <= 65535:
+        raise ValueError
+    return int(text)
+
+
+def ready_page(port):
+    """(the page, being served; its port). UserError if that cannot be."""
+    keep_to_this_machine()
+    db.check_writable(FOLDER, "the page's folder")
     try:
         page = build_page()
-    except ImportError:
-        print("error: the page needs gradio: pip install -r requirements-webui.txt", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as problem:
+        if problem.name == "gradio":
+            raise db.UserError("the page needs gradio: pip install -r requirements-webui.txt") from None
+        raise db.UserError(f"gradio needs {problem.name}, which is missing: pip install -r requirements-webui.txt") from None
+    except Exception as problem:  # whatever its own code raises, or that of what it needs
+        reason = " ".join(str(problem).split())[:300]
+        raise db.UserError(f"gradio cannot make the page ({type(problem).__name__}: {reason}); pip install --upgrade "
+                           f"-r requirements-webui.txt") from None
+    if port and not is_free(port):
+        raise db.UserError(f"--port {port}: in use already, or not for this user; give another")
+    if not (port := port or next(filter(is_free, PORTS), None)):
+        raise db.UserError(f"ports {PORTS[0]} to {PORTS[-1]} are in use; give another with --port")
     try:
         page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True)
-    except OSError:
-        print(f"error: --port {port}: in use already; give another", file=sys.stderr)
-        return 2
-    print(f"The page is http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    except Exception as problem:  # of the server, or of the client with which gradio looks for it
+        reason = " ".join(str(problem).split())[:300]
+        raise db.UserError(f"the page cannot be served on port {port} ({type(problem).__name__}: {reason})") from None
+    return page, port
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--port", type=port_number, help=f"port of the page on 127.0.0.1 (default: the first that is free from "
+                                                         f"{PORTS[0]})")
+    port = parser.parse_args(argv).port
+    for number in db.ending_signals():
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # an exit like any other, which stops the job
+    with db.lasting_console():
+        try:
+            page, port = ready_page(port)
+        except db.UserError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            return 2
+        print(f"The page is http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
     return 0
 
 

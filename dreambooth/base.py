@@ -6,6 +6,7 @@ Knows nothing of models, pictures or flags.
 import functools
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -18,12 +19,27 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. Arguments: what to tell, the signal's number."""
+    """Ctrl-C, or a signal that ends programs. Arguments: what to tell, the signal's number."""
+
+
+def place_among_processes():
+    """(rank, rank on this machine, number of processes) of one of several that train together; (0, 0, 1) for one alone.
+
+    As `accelerate launch` says in the environment. What says less than they need to meet was left there by something else, and is
+    not believed.
+    """
+    read = os.environ.get
+    try:
+        rank, local_rank, number, port = (int(read(name, "")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    except ValueError:
+        return 0, 0, 1
+    can_meet = read("MASTER_ADDR", "").strip() and 0 < port < 2**16 and 0 <= local_rank <= rank < number > 1
+    return (rank, local_rank, number) if can_meet else (0, 0, 1)
 
 
 def is_first_process():
     """False in all but one of the processes that `accelerate launch` starts."""
-    return os.environ.get("RANK", "0") == "0"
+    return place_among_processes()[0] == 0
 
 
 @functools.cache
@@ -40,7 +56,14 @@ def say(message):
 
 def processes():
     """How many train together, as `accelerate launch` says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return place_among_processes()[2]
+
+
+def ending_signals():
+    """Signals that ask a program to end, beside Ctrl-C: of the system, of a terminal that closes; none that is ignored, as nohup
+    has it."""
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def default(value, otherwise):

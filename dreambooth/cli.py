@@ -2,64 +2,79 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
 
-from dreambooth.base import Interrupted, UserError
+from dreambooth.base import Interrupted, UserError, ending_signals, say_once
+from dreambooth.console import lasting_console
 from dreambooth.evaluate import evaluate
 from dreambooth.export import export
 from dreambooth.infer import infer
+from dreambooth.mishaps import mishap
 from dreambooth.settings import parse_settings
 from dreambooth.train import train
 
-REMEDIES = {  # what an exception of any library says -> what to tell
-    "out of memory": "the GPU's memory is full; for --train try --gradient_checkpointing, --train_batch_size 1, a smaller "
-                     "--resolution or --sample_batch_size 1; otherwise --sample_batch_size 1 or --mixed_precision fp16",
-    "No space left on device": "the disk is full; make room and give the same command again (with --resume after training "
-                               "steps); what was complete is still there",
-}
-
-
 # Libraries that say at length on loading what nobody here needs: torchao of kernels for GPUs that are not there, and torch of it.
 TALKATIVE = ("torchao", "torch.utils._pytree")
+KEPT_SO_FAR = "pictures drawn so far are kept, and so is an earlier output"
 
 
 def main(argv=None):
     """Run one command. The exit status is 0; or 2 after one line on standard error if the user can put it right; or 128 +
-    the signal's number after Ctrl-C or SIGTERM."""
-    try:
-        with terminable():
-            settings = parse_settings(argv)
-            for name in TALKATIVE:
-                logging.getLogger(name).setLevel(logging.ERROR)
-            {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        message, number = stop.args or ("interrupted; pictures drawn so far are kept, and so is an earlier output", signal.SIGINT)
-        print(message, file=sys.stderr)
-        return 128 + number
-    except Exception as problem:
-        remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in str(problem)), None)
-        if remedy is None:
-            raise
-        print(f"error: {remedy}", file=sys.stderr)
-        return 2
+    the signal's number after Ctrl-C or a signal that ends programs."""
+    with lasting_console():
+        try:
+            with terminable():
+                run_command(argv)
+        except UserError as problem:
+            return refusal(problem)
+        except KeyboardInterrupt as stop:
+            message, number = stop.args or (f"interrupted; {KEPT_SO_FAR}", signal.SIGINT)
+            print(message, file=sys.stderr)
+            return 128 + number
+        except SystemExit as end:  # --help has said everything
+            return end.code or 0
+        except Exception as problem:
+            line = mishap(problem)
+            if line is None:
+                raise
+            return refusal(line)
     return 0
+
+
+def run_command(argv):
+    """Parse the flags and do what they say."""
+    say_once.cache_clear()  # in a notebook, another command may have been before
+    settings = parse_settings(argv)
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the folder that this was started in is gone; change to another (cd)") from None
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
+
+
+def refusal(problem):
+    """Say in one line what is wrong; returns the exit status."""
+    print("error:", " ".join(str(problem).splitlines()), file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager
 def terminable():
-    """SIGTERM ends the block as Ctrl-C does."""
+    """Signals that end programs end the block as Ctrl-C does."""
     def stop(number, frame):
-        raise Interrupted("terminated; pictures drawn so far are kept, and so is an earlier output", number)
+        how = "the terminal was closed" if number == getattr(signal, "SIGHUP", None) else "terminated"
+        raise Interrupted(f"{how}; {KEPT_SO_FAR}", number)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = signal.signal(signal.SIGTERM, stop)
+    earlier = {number: signal.signal(number, stop) for number in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

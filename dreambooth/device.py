@@ -10,7 +10,7 @@ import sys
 import typing
 from dataclasses import dataclass
 
-from dreambooth.base import GIB, UserError
+from dreambooth.base import GIB, UserError, place_among_processes
 
 try:
     import resource
@@ -36,8 +36,13 @@ def plan_device(s):
     """The Plan for this machine: CUDA, else Apple's MPS, else the CPU. Raises UserError for fp16 without a CUDA GPU."""
     import torch
 
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("mps" if mps else "cpu")
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")  # `accelerate launch --cpu`
+    cuda, mps = (not on_cpu and there() for there in (torch.cuda.is_available, torch.backends.mps.is_available))
+    number = place_among_processes()[1]
+    if cuda and number >= max(1, torch.cuda.device_count()):
+        raise UserError(f"LOCAL_RANK={number} in the environment: this machine has {torch.cuda.device_count()} CUDA GPUs; start as "
+                        f"many processes as it has")
+    device = torch.device("cuda", number) if cuda else torch.device("mps" if mps else "cpu")
     precision = s.mixed_precision
     if precision == "auto":
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"

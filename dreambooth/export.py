@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth.base import UserError, say
 from dreambooth.drawing.trained import find_trained, model_paths
-from dreambooth.files import check_writable, write_file
+from dreambooth.files import check_room, check_writable, write_file
 from dreambooth.methods.lora import KOHYA_FILE
 from dreambooth.models.find import find_model
 from dreambooth.models.hub import hub_file
@@ -30,6 +30,7 @@ def check_export(s):
     if path.suffix != ".safetensors":
         raise UserError(f"--export {path}: must end in .safetensors")
     check_writable(path.parent, "--export")
+    check_room(path, "--export", len("..1000000.part"))
     check_free([path], s)
 
 

@@ -4,14 +4,19 @@ Knows nothing of what is in them.
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import os
+import re
 import shutil
+import stat
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dreambooth.base import UserError, short_path
+from dreambooth.base import UserError, say_once, short_path
 
 
 def read_text(path, flag=""):
@@ -27,6 +32,48 @@ def read_text(path, flag=""):
     return text
 
 
+LONGEST_NAME = 255  # bytes, on nearly every file system
+
+
+def given_path(text, flag):
+    """A path as a person gave it, with ~ and $NAME replaced as a shell does outside quotes. UserError if nothing can have that
+    name."""
+    short = ascii(text[:40] + "..." if len(text) > 43 else text)
+    if not text.strip():
+        raise UserError(f"{flag} is empty; give a path, or leave it out")
+    try:
+        path = text if "$" in text and os.path.lexists(text) else os.path.expandvars(os.path.expanduser(text))
+        longest = max(len(os.fsencode(name)) for name in re.split(r"[/\\]" if os.name == "nt" else "/", path))
+    except ValueError:
+        path, longest = "\0", 0
+    if "\0" in path:
+        raise UserError(f"{flag} {short}: no file can have this name; write it anew")
+    if longest > LONGEST_NAME or len(os.fsencode(path)) > 4000:
+        raise UserError(f"{flag} {short}: too long for a path, of which each part may have {LONGEST_NAME} bytes; give a file or folder")
+    if unknown := re.match(r"~(?=/|$)|\$(\w+|{\w+})", path):
+        if not os.path.lexists(path):
+            raise UserError(f"{flag} {short}: {unknown[0]} is not known here; write out what it stands for")
+    return path
+
+
+def given_text(text, flag):
+    """A text as a person gave it. UserError if it is not UTF-8, as where a console writes something else."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            return os.fsencode(text).decode()  # typed in UTF-8 where the system takes ASCII
+        raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; type it in a terminal that is set to UTF-8") from None
+
+
+def check_room(path, flag, added):
+    """UserError unless the file system takes the name of `path` with `added` more letters, for the time of writing."""
+    if len(os.fsencode(Path(path).resolve().name)) + added > LONGEST_NAME:
+        raise UserError(f"{flag} {ascii(str(path)[:40])}...: the name is too long; leave {added} of the {LONGEST_NAME} bytes that file "
+                        f"systems take")
+
+
 def file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -36,7 +83,7 @@ def read_sums(path):
     """{file name: sha256} from a file that `sha256sum` could have written; {} where there is none. Last line wins."""
     if not Path(path).is_file():
         return {}
-    lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines())
     return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
 
 
@@ -46,6 +93,16 @@ def save_tensors(tensors, path):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+def share(place):
+    """Let others read the files at `place`, a file or a folder, as far as the umask has it: safetensors writes for its owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (place, *place.rglob("*")) if place.is_dir() else (place,):
+        with contextlib.suppress(OSError):  # a disk that knows no permissions
+            if stat.S_IMODE(path.stat().st_mode) == 0o600 and path.is_file():
+                path.chmod(0o666 & ~mask)
+
+
 @contextlib.contextmanager
 def renamed_when_complete(path):
     """A folder to write files into that takes the name `path` once they are safely on the disk."""
@@ -53,20 +110,34 @@ def renamed_when_complete(path):
     for leftover in (new, path):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    yield new
-    for place in (*new.iterdir(), new):
-        flush(place)
-    new.rename(path)
+    try:
+        yield new
+        share(new)
+        for place in (*new.iterdir(), new):
+            flush(place)
+        new.rename(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # on a full disk it would be in the way
+        raise
     flush(path.parent)
 
 
+LOSSES = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # what writing to the disk fails with
+
+
 def flush(path):
-    """Have the system write a file, or a folder's list of files, to the disk."""
+    """Have the system write a file, or a folder's list of files, to the disk, where it can be asked to."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such thing for folders
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
+    except OSError as problem:
+        if problem.errno in LOSSES:  # anything else: the file system has no such thing, as some on networks
+            raise
     finally:
         os.close(descriptor)
 
@@ -74,18 +145,31 @@ def flush(path):
 @contextlib.contextmanager
 def whole_file(path):
     """A name beside `path` to write to, which becomes `path` if the block succeeds."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two trainings may write the same file
     try:
         yield part
+        share(part)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def delete(place):
+    """Delete a file or folder; where that is refused, say so and go on."""
+    try:
+        shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
+    except OSError as problem:
+        say_once(f"Note: {short_path(place)} cannot be deleted ({problem.strerror}); delete it when it is no longer in use.")
 
 
 def write_file(path, write):
     """Let `write` make a file under another name that then becomes `path`. UserError if it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if time.time() - part.stat().st_mtime > 3600:  # a process that was killed has left it
+                delete(part)
         with whole_file(path) as part:
             write(part)
     except (OSError, SafetensorError) as problem:
@@ -94,17 +178,21 @@ def write_file(path, write):
 
 def check_writable(path, flag):
     """UserError unless `path` is, or can be made, a folder to write in."""
-    whole = Path(path).resolve()
-    existing = next(p for p in (whole, *whole.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "is write-protected" if existing.is_dir() else "is a file"
+    try:
+        whole = Path(path).resolve()
+        existing = next(p for p in (whole, *whole.parents) if p.exists())
+        is_folder = existing.is_dir()
+    except (OSError, RuntimeError) as problem:  # a folder that may not be looked into, links in a circle
+        raise UserError(f"{flag} {path}: cannot be reached ({getattr(problem, 'strerror', None) or problem}); give another folder") from None
+    if not is_folder or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "is write-protected" if is_folder else "is a file"
         raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")
 
 
 def tidy(folder, keep):
     for path in folder.iterdir():
         if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            delete(path)
 
 
 def unused_name(path):

@@ -71,6 +71,7 @@ def save_picture(folder, name, picture, parameters):
     A picture made with other parameters that has the name already is kept: the new one gets a number.
     """
     text = PngImagePlugin.PngInfo()
+    parameters = parameters.encode(errors="backslashreplace").decode()  # names of folders that are not UTF-8
     text.add_itxt("parameters", parameters)
     for number in range(1, 10**6):
         path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"

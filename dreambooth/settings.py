@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass
 
 from dreambooth.base import UserError, own_command
+from dreambooth.files import given_path, given_text
 
 DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
 MODES = {  # which commands know a flag; --help lists the flags in this order
@@ -110,7 +111,7 @@ class Settings:
                                    "prodigy prodigyopt", shown="adamw, or as --max_vram needs",
                                    choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
     adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
-    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual", minimum=0, shown="off")
+    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
                                   shown="on for --method full of small models with --select_best, else off")
     max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
@@ -187,6 +188,8 @@ class Settings:
     seed: int = _field("all", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
 
 
+PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path", "adapter",
+              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 
@@ -229,6 +232,13 @@ def build_parser():
     return parser
 
 
+def given_value(value, name, flag="--"):
+    """A flag's value with paths and texts as given_path() and given_text() have them."""
+    if isinstance(value, list):
+        return [given_value(part, name, flag) for part in value]
+    return (given_path if name in PATH_FLAGS else given_text)(value, f"{flag}{name}") if isinstance(value, str) else value
+
+
 def parse_settings(argv=None):
     """Settings from the command line. Raises UserError for anything argparse or a field's limits reject."""
     given = vars(build_parser().parse_args(argv))
@@ -236,7 +246,7 @@ def parse_settings(argv=None):
         if "export" not in given:
             raise UserError("say what to do: --train, --infer, --evaluate or --export FILE; --help lists the flags")
         given["mode"] = "export"
-    settings = Settings(**given)
+    settings = Settings(**{name: given_value(value, name) for name, value in given.items()})
     for field in dataclasses.fields(Settings)[1:]:
         value, meta = getattr(settings, field.name), field.metadata
         if field.name in given and settings.mode not in MODES[meta["mode"]]:

@@ -24,6 +24,7 @@ from dreambooth.models.parts import take_apart
 from dreambooth.models.recipes import family_of
 from dreambooth.output.card import CARD
 from dreambooth.output.folder import (
+    check_apart,
     check_output_dir,
     check_space,
     clear,
@@ -47,7 +48,7 @@ from dreambooth.training.loop import optimize
 from dreambooth.training.loss import loss_means
 from dreambooth.training.origin import origin_of, pictures_digest, what_was_given
 from dreambooth.training.prepare import prepare_training
-from dreambooth.training.processes import ignore_splitting, make_accelerator
+from dreambooth.training.processes import clear_environment, make_accelerator
 from dreambooth.training.samples import make_viewer
 from dreambooth.training.unused import tell_unseen, tell_unused
 
@@ -55,7 +56,7 @@ from dreambooth.training.unused import tell_unseen, tell_unused
 def train(s):
     """Fine-tune a model on a subject and write it to --output_dir."""
     concepts, name, metric_names, plan = settle_beforehand(s)
-    ignore_splitting()
+    clear_environment()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
     given = what_was_given(s, concepts, preserves_prior(s))
@@ -95,6 +96,7 @@ def settle_beforehand(s):
     loaded."""
     concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
     check_output_dir(s)
+    check_apart(s, concepts)
     tell_unused(s, concepts)
     if preserves_prior(s):
         check_class_folders(concepts)

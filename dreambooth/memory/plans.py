@@ -7,6 +7,7 @@ import math
 from dreambooth.base import GIB, UserError
 from dreambooth.device import missing_compiler
 from dreambooth.methods.table import METHODS
+from dreambooth.mishaps import check_import
 from dreambooth.training.levers import Levers, levers_by_hand
 from dreambooth.training.optimizers import OPTIMIZERS
 
@@ -55,9 +56,11 @@ def missing_package(levers):
 
 
 def check_package(levers):
-    """UserError if the optimizer's library is not installed."""
+    """UserError if the optimizer's library is not installed, or broken."""
     if package := missing_package(levers):
         raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+    if package := OPTIMIZERS[levers.optimizer].package:
+        check_import(package, f"--optimizer {levers.optimizer}")
 
 
 PLANS = (  # from the fastest to the most frugal

@@ -55,7 +55,7 @@ Write in the prompt:
 {usage(s, models, subjects)}
 ```
 """
-    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+    write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def usage(s, models, subjects):

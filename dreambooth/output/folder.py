@@ -12,22 +12,40 @@ from filelock import FileLock, Timeout
 
 from dreambooth.base import UserError, is_first_process, say, short_path
 from dreambooth.drawing.trained import read_record
-from dreambooth.files import check_writable, tidy, unused_name
+from dreambooth.files import check_room, check_writable, delete, tidy, unused_name
 from dreambooth.methods.table import METHODS
 from dreambooth.training.checkpoints import checkpoints_in
 from dreambooth.training.levers import BYTES
 from dreambooth.training.optimizers import state_sizes
 from dreambooth.training.origin import differences
 
+MARKS = (".lock", "checkpoints", "dreambooth.json")  # one of which a training's own folder has
+
 
 def check_output_dir(s):
-    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed."""
-    folder = Path(s.output_dir).resolve()
+    """UserError unless --output_dir can be made, is empty, or is an earlier output of --train that can be renamed; and beside it
+    the folder that a training fills first."""
+    folder, flag = Path(s.output_dir).resolve(), f"--output_dir {s.output_dir}:"
     check_writable(s.output_dir, "--output_dir")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "dreambooth.json").is_file():
-        raise UserError(f"--output_dir {s.output_dir}: the folder holds something else (no dreambooth.json); give another folder")
-    if folder == Path.cwd() or os.path.ismount(folder):
-        raise UserError(f"--output_dir {s.output_dir}: this folder cannot be renamed; give one inside it")
+        raise UserError(f"{flag} the folder holds something else (no dreambooth.json); give another folder")
+    if Path.cwd().is_relative_to(folder) or os.path.ismount(folder):
+        raise UserError(f"{flag} this folder cannot be renamed; give one inside it")
+    check_room(folder, "--output_dir", len(".partial-1000000"))
+    check_writable(folder.parent, "--output_dir")
+    beside = workplace(s)
+    if beside.exists() and not (beside.is_dir() and (not any(beside.iterdir()) or any((beside / mark).exists() for mark in MARKS))):
+        raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give another folder")
+
+
+def check_apart(s, concepts):
+    """UserError if what a training reads lies in --output_dir, which gets another name in the end or is deleted."""
+    given = [("instance_data_dir", c.instance_data_dir) for c in concepts] + [("class_data_dir", c.class_data_dir) for c in concepts]
+    for name, path in given + [(name, getattr(s, name)) for name in ("concepts", "prompts_file")]:
+        for folder in (Path(s.output_dir).resolve(), workplace(s)):
+            if path and Path(path).resolve().is_relative_to(folder):
+                raise UserError(f"--output_dir {s.output_dir}: {name} {path} lies in {short_path(folder)}, which is renamed when the "
+                                f"training is done; give another folder")
 
 
 def workplace(s):
@@ -51,11 +69,17 @@ def new_output(s):
         lock.acquire(timeout=0)  # the system lets go of it when the process ends, however that happens
     except Timeout:
         raise UserError(f"--output_dir {s.output_dir}: another training is writing to it; give another folder") from None
+    except (OSError, NotImplementedError) as problem:
+        if isinstance(problem, PermissionError):
+            raise
+        say(f"Note: the disk of {short_path(folder)} has no locks; see to it that no other training writes there.")
     try:
         yield folder
     except BaseException:
         lock.release()
-        if checkpoints_in(folder):
+        if is_whole(folder):
+            finish_renaming(s)
+        elif checkpoints_in(folder):
             tidy(folder, keep=("checkpoints", "logs", "samples"))
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -64,11 +88,16 @@ def new_output(s):
     finish_renaming(s)
 
 
+def is_whole(folder):
+    """Whether an output is complete: dreambooth.json is written last."""
+    return (folder / "dreambooth.json").is_file()
+
+
 def finish_renaming(s):
-    """Give a complete output its name, if it still lacks it. dreambooth.json is written last, so it tells."""
+    """Give a complete output its name, if it still lacks it."""
     folder = workplace(s)
-    if is_first_process() and (folder / "dreambooth.json").is_file():
-        (folder / ".lock").unlink(missing_ok=True)
+    if is_first_process() and is_whole(folder):
+        delete(folder / ".lock")
         replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
 
 
@@ -103,11 +132,12 @@ def replace_output(folder, target, overwrite):
             target.rename(earlier)
         folder.rename(target)
     except OSError as problem:
-        if earlier and not target.exists():
-            earlier.rename(target)
+        if earlier and earlier.exists() and not target.exists():
+            with contextlib.suppress(OSError):
+                earlier.rename(target)
         raise UserError(f"{target} cannot be replaced ({problem.strerror}); the new model is complete in {folder}") from None
     if earlier and overwrite:
-        shutil.rmtree(earlier)
+        delete(earlier)
     elif earlier:
         say(f"The earlier {target.name} is kept as {short_path(earlier)}; --overwrite would have deleted it.")
 

@@ -5,10 +5,10 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from dreambooth.base import UserError, say
+from dreambooth.base import Interrupted, UserError, say
 from dreambooth.drawing.draw import draw_pictures, placed
 from dreambooth.drawing.trained import read_record
-from dreambooth.files import flush, whole_file
+from dreambooth.files import flush, share, whole_file
 from dreambooth.methods.table import METHODS
 from dreambooth.models.recipes import guidance_scale
 from dreambooth.output.card import save_card
@@ -18,10 +18,21 @@ from dreambooth.training.course import decisions
 from dreambooth.training.loss import loss_means
 from dreambooth.training.run import best_of
 from dreambooth.training.selection import SEEDS_SEEN
+from dreambooth.training.signals import deferred_stop
 
 
 def save_output(folder, run, models, subjects, seconds, given):
-    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
+    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it.
+
+    Raises Interrupted, once all is written, on Ctrl-C or a signal that ends programs.
+    """
+    with deferred_stop("the model is saved") as signals:
+        write_output(folder, run, models, subjects, seconds, given)
+    if signals:
+        raise Interrupted(f"interrupted; the model is complete in {run.s.output_dir}", signals[0])
+
+
+def write_output(folder, run, models, subjects, seconds, given):
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
@@ -43,6 +54,7 @@ def save_output(folder, run, models, subjects, seconds, given):
         "given": given,
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
+    share(folder)
     with whole_file(folder / "dreambooth.json") as part:
         part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in folder.rglob("*"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dreambooth.base import UserError, say, slug
 from dreambooth.files import read_text
-from dreambooth.settings import CONCEPT_FLAGS, SAMPLE_PHOTOS, _value_type
+from dreambooth.settings import CONCEPT_FLAGS, SAMPLE_PHOTOS, _value_type, given_value
 from dreambooth.subjects.class_folders import own_class_images
 from dreambooth.subjects.identifier import RARE_WORDS
 from dreambooth.subjects.nouns import check_words, noun_of
@@ -96,8 +96,9 @@ def read_concept_file(path):
             if type(value) is not kinds[key] or not value:
                 raise UserError(f'--concepts {path}: entry {number}, "{key}" must be '
                                 + ("a number of at least 1" if kinds[key] is int else "a text that is not empty"))
-        if not re.fullmatch(r"[\w-]+", entry["name"]):
-            raise UserError(f'--concepts {path}: name "{entry["name"]}": letters, digits, - and _ only')
+            entry[key] = given_value(value, key, f"--concepts {path}: entry {number}, ")
+        if not re.fullmatch(r"[\w-]+", entry["name"]) or len(entry["name"].encode()) > 120:  # it becomes part of a file's name
+            raise UserError(f'--concepts {path}: name "{entry["name"][:60]}": letters, digits, - and _ only, 120 at most')
         if entry.get("num_class_images", 1) < 1:
             raise UserError(f'--concepts {path}: entry {number}, "num_class_images" must be a number of at least 1')
     return entries

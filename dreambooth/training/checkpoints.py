@@ -1,9 +1,13 @@
 """Checkpoints: what an interrupted training goes on from, whole or not there at all."""
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from dreambooth.base import UserError, say, short_path
 from dreambooth.files import file_digest, renamed_when_complete, save_tensors
@@ -33,14 +37,30 @@ def read_state(path):
     """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
-        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        own = state.pop("state_sha256", None)
+        whole = own in (None, state_digest(state)) and state["sha256"] == file_digest(path / TENSORS_FILE) and is_whole_state(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
                         f"--resume")
     return state
+
+
+def state_digest(state):
+    """sha256 of what state.json says beside it."""
+    return hashlib.sha256(json.dumps(state, default=float, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole_state(state):
+    """Whether a state.json holds what write_checkpoint() puts there."""
+    def are_numbers(row, count):
+        return len(row) == count and all(value is None or type(value) in (int, float) for value in row)
+    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict, "scaler": (dict, type(None))}
+    return (all(isinstance(state[name], kind) for name, kind in kinds.items())
+            and all(are_numbers(row, 3) for row in state["history"])
+            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
+            and all(isinstance(group, dict) for group in state["optimizer"]))
 
 
 def find_checkpoint(s, folder):
@@ -82,15 +102,23 @@ def write_checkpoint(run, folder):
                      "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
                      "sha256": file_digest(new / TENSORS_FILE)}
             # torchao keeps its learning rate in a tensor
-            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
-        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+            text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
+            (new / STATE_FILE).write_text(text, encoding="utf-8")
+        for old in (*checkpoints_in(folder)[:-run.s.checkpoints_total_limit], *path.parent.glob(".step-*")):
+            discard(old)
     run.accelerator.wait_for_everyone()
+
+
+def discard(checkpoint):
+    """Delete a checkpoint, or what a killed process left of one; at no time is there half of one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}")
+    with contextlib.suppress(OSError):  # another program has it open: it is deleted the next time
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def load_checkpoint(run, path):
     """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
-    import torch
     from safetensors.torch import load_file
 
     state = read_state(path)
@@ -98,7 +126,26 @@ def load_checkpoint(run, path):
     done = len(state["history"])
     if done > run.course.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
-    saved = load_file(path / TENSORS_FILE)
+    try:
+        restore(run, load_file(path / TENSORS_FILE), state)
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        if "out of memory" in str(problem):
+            raise
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is damaged, or of another version of this program "
+                        f"({' '.join(str(problem).split())[:200]}); start without --resume") from None
+    run.lr_scheduler.last_epoch = done
+    run.history.extend(state["history"])
+    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
+        run.scores.extend(state["scores"])
+    elif state["scores"]:
+        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
+    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
+
+
+def restore(run, saved, state):
+    """Put the tensors and the optimizer's state of a checkpoint into `run`."""
+    import torch
+
     averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
     for name, tensor in {**trained_tensors(run.groups), **averages}.items():
         tensor.copy_(saved.pop(name))
@@ -106,12 +153,5 @@ def load_checkpoint(run, path):
                     for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
     run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
     give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
-    run.lr_scheduler.last_epoch = done
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.history.extend(state["history"])
-    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
-        run.scores.extend(state["scores"])
-    elif state["scores"]:
-        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
-    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")

@@ -26,7 +26,7 @@ def diffusion_loss(noise_scheduler, batch, denoiser, snr_gamma=None):
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
     losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
+    if snr_gamma:  # 0 is off, as in other trainers
         losses = losses * min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
     return (batch["weight"] * losses).sum(), losses
 

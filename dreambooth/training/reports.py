@@ -3,7 +3,7 @@
 import contextlib
 import math
 
-from dreambooth.base import GIB, UserError, is_first_process, short_path
+from dreambooth.base import GIB, UserError, is_first_process, say, short_path
 from dreambooth.training.checkpoints import checkpoints_in
 from dreambooth.training.loss import loss_means
 
@@ -45,10 +45,43 @@ def log_scalars(writer, step, values):
         writer.add_scalar(name, value, step)
 
 
-def loss_writer(log_dir, done):
-    """A TensorBoard writer to use in a `with`, None on all processes but the first. Of earlier logs `done` steps count."""
-    if not is_first_process():
-        return contextlib.nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
+class LossWriter:
+    """TensorBoard's writer, to use in a `with`. No training ends for its logs: once they cannot be written, that is said, and it
+    is silent."""
 
-    return SummaryWriter(log_dir, purge_step=done + 1)
+    def __init__(self, log_dir, done):
+        self.writer = None
+        self.attempt(lambda: self.open(log_dir, done))
+
+    def open(self, log_dir, done):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(log_dir, purge_step=done + 1)
+
+    def attempt(self, write):
+        try:
+            write()
+        except Exception as problem:  # a full disk, or tensorboard not installed, or not as torch needs it
+            reason = " ".join(str(problem).split())[:200]
+            say(f"Note: no more logs for TensorBoard ({type(problem).__name__}: {reason}); the training goes on without.")
+            self.writer = None
+
+    def add_scalar(self, *values):
+        if self.writer:
+            self.attempt(lambda: self.writer.add_scalar(*values))
+
+    def add_image(self, *values, **options):
+        if self.writer:
+            self.attempt(lambda: self.writer.add_image(*values, **options))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *problem):
+        if self.writer:
+            self.attempt(self.writer.close)
+
+
+def loss_writer(log_dir, done):
+    """A LossWriter to use in a `with`, None on all processes but the first. Of earlier logs `done` steps count."""
+    return LossWriter(log_dir, done) if is_first_process() else contextlib.nullcontext()

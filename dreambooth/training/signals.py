@@ -1,28 +1,29 @@
-"""Ctrl-C and SIGTERM: a training finishes its step first."""
+"""Ctrl-C and signals that end programs: a training finishes its step first, and what is being saved is saved."""
 
 import contextlib
 import signal
 import threading
 
-from dreambooth.base import say
+from dreambooth.base import ending_signals, say
 from dreambooth.training.reports import REPORT_EVERY
 
 
 @contextlib.contextmanager
-def deferred_stop():
-    """A list that receives the number of a first Ctrl-C or SIGTERM; a second one acts at once, as does one outside."""
+def deferred_stop(promise="this step is finished and a checkpoint written"):
+    """A list that receives the number of a first Ctrl-C or signal that ends programs; a second one acts at once, as does one
+    outside. `promise` is what is said to be done before."""
     received, handlers = [], {}
 
     def note(number, frame):
         received.append(number)
         restore()
-        say("\nStopping: this step is finished and a checkpoint written. Once more stops at once.")
+        say(f"\nStopping: {promise}. Once more stops at once.")
 
     def restore():
         while handlers:
             signal.signal(*handlers.popitem())
     if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
-        handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, *ending_signals())}
     try:
         yield received
     finally:
