@@ -31,10 +31,7 @@ import functools
 import glob
 import hashlib
 import importlib
-<<<<<<< HEAD
-=======
 import importlib.metadata
->>>>>>> people-machines
 import importlib.util
 import io
 import itertools
@@ -46,11 +43,8 @@ import random
 import re
 import shutil
 import signal
-<<<<<<< HEAD
-import struct
-=======
 import stat
->>>>>>> people-machines
+import struct
 import sys
 import textwrap
 import threading
@@ -1378,8 +1372,8 @@ OWNERS = "my your his her its our their".split()
 DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
 # "my sister's dog" and "Anna's dog", but not "a dog's bowl".
 POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[A-Z])\w*)['’]s? "
-NUMBERS = "two three four five six several many".split()
-WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(NUMBERS)}) )?(.*)$",
+COUNTS = "two three four five six several many".split()
+WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
                    re.IGNORECASE)
 EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
@@ -1446,7 +1440,7 @@ def determiner_of(class_prompt):
     """What stands before the identifier: "a " whatever its sound, a number as it was given, or nothing for several things."""
     parts = take_apart_prompt(class_prompt)
     words = parts.determiner.lower().split() or [""]
-    if words[-1] in NUMBERS or CHINESE_LETTER.search(class_prompt):
+    if words[-1] in COUNTS or CHINESE_LETTER.search(class_prompt):
         return f"{words[-1]} ".lstrip()
     return "" if is_plural(parts.noun) and words[0] not in ("a", "an") else "a "
 
@@ -5309,154 +5303,6 @@ def best_of(scores):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-<<<<<<< HEAD
-=======
-# training/checkpoints: Checkpoints: what an interrupted training goes on from, whole or not there at all.
-
-
-TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
-
-
-def checkpoints_in(folder):
-    """Paths of the checkpoints of a training in `folder`, oldest first."""
-    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def best_file(folder, step):
-    return folder / "checkpoints" / f"best-{step:06d}.safetensors"
-
-
-def best_files(folder):
-    return list((folder / "checkpoints").glob("best-*.safetensors"))
-
-
-def read_state(path):
-    """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
-    try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        own = state.pop("state_sha256", None)
-        whole = own in (None, state_digest(state)) and state["sha256"] == file_digest(path / TENSORS_FILE) and is_whole_state(state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
-                        f"--resume")
-    return state
-
-
-def state_digest(state):
-    """sha256 of what state.json says beside it."""
-    return hashlib.sha256(json.dumps(state, default=float, sort_keys=True).encode()).hexdigest()
-
-
-def is_whole_state(state):
-    """Whether a state.json holds what write_checkpoint() puts there."""
-    def are_numbers(row, count):
-        return len(row) == count and all(value is None or type(value) in (int, float) for value in row)
-    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict, "scaler": (dict, type(None))}
-    return (all(isinstance(state[name], kind) for name, kind in kinds.items())
-            and all(are_numbers(row, 3) for row in state["history"])
-            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
-            and all(isinstance(group, dict) for group in state["optimizer"]))
-
-
-def find_checkpoint(s, folder):
-    """The checkpoint to go on from, named by --resume or the newest of those in `folder`; None to begin at the beginning.
-
-    Damaged ones in `folder` are passed over, and that is said.
-
-    Raises UserError if the one named by --resume is damaged, or belongs to a training with other settings.
-    """
-    if s.resume is None:
-        return None
-    if s.resume != "latest":
-        check_origin(Path(s.resume), read_state(Path(s.resume)), shaping_flags(s))
-        return Path(s.resume).resolve()
-    for path in reversed(checkpoints_in(folder)):
-        try:
-            state = read_state(path)
-        except UserError:
-            say(f"Skipped the checkpoint {short_path(path)}: it is damaged.")
-        else:
-            check_origin(path, state, shaping_flags(s))
-            return path
-    say(f"--resume: no checkpoint in {short_path(folder)}; starting at the beginning.")
-    return None
-
-
-def write_checkpoint(run, folder):
-    """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
-    check_finite(run.groups)
-    if run.accelerator.is_main_process:
-        optimizer = run.optimizer.state_dict()
-        moments, numbers = flatten_state(optimizer["state"])
-        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
-        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
-        with renamed_when_complete(path) as new:
-            save_tensors(tensors, new / TENSORS_FILE)
-            scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
-                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
-                     "sha256": file_digest(new / TENSORS_FILE)}
-            # torchao keeps its learning rate in a tensor
-            text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
-            (new / STATE_FILE).write_text(text, encoding="utf-8")
-        for old in (*checkpoints_in(folder)[:-run.s.checkpoints_total_limit], *path.parent.glob(".step-*")):
-            discard(old)
-    run.accelerator.wait_for_everyone()
-
-
-def discard(checkpoint):
-    """Delete a checkpoint, or what a killed process left of one; at no time is there half of one."""
-    hidden = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}")
-    with contextlib.suppress(OSError):  # another program has it open: it is deleted the next time
-        checkpoint.rename(hidden)
-        shutil.rmtree(hidden)
-
-
-def load_checkpoint(run, path):
-    """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
-    from safetensors.torch import load_file
-
-    state = read_state(path)
-    check_origin(path, state, run.origin)
-    done = len(state["history"])
-    if done > run.course.steps:
-        raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
-    try:
-        restore(run, load_file(path / TENSORS_FILE), state)
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-        if "out of memory" in str(problem):
-            raise
-        raise UserError(f"--resume {short_path(path)}: this checkpoint is damaged, or of another version of this program "
-                        f"({' '.join(str(problem).split())[:200]}); start without --resume") from None
-    run.lr_scheduler.last_epoch = done
-    run.history.extend(state["history"])
-    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
-        run.scores.extend(state["scores"])
-    elif state["scores"]:
-        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
-    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
-
-
-def restore(run, saved, state):
-    """Put the tensors and the optimizer's state of a checkpoint into `run`."""
-    import torch
-
-    averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
-    for name, tensor in {**trained_tensors(run.groups), **averages}.items():
-        tensor.copy_(saved.pop(name))
-    param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
-                    for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
-    run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
-    give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
-    if state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
->>>>>>> people-machines
 # training/prepare: Making a Run of what is to train, and ordinary modules of it again.
 
 
@@ -5709,14 +5555,30 @@ def read_state(path):
     """What state.json of a checkpoint says. Raises UserError if the checkpoint is not whole."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        known = {"origin", "history", "scores", "optimizer", "optimizer_numbers", "scaler"}
-        whole = state["sha256"] == file_digest(path / TENSORS_FILE) and state.keys() >= known
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        own = state.pop("state_sha256", None)
+        whole = own in (None, state_digest(state)) and state["sha256"] == file_digest(path / TENSORS_FILE) and is_whole_state(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
                         f"--resume")
     return state
+
+
+def state_digest(state):
+    """sha256 of what state.json says beside it."""
+    return hashlib.sha256(json.dumps(state, default=float, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole_state(state):
+    """Whether a state.json holds what write_checkpoint() puts there."""
+    def are_numbers(row, count):
+        return len(row) == count and all(value is None or type(value) in (int, float) for value in row)
+    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict, "scaler": (dict, type(None))}
+    return (all(isinstance(state[name], kind) for name, kind in kinds.items())
+            and all(are_numbers(row, 3) for row in state["history"])
+            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
+            and all(isinstance(group, dict) for group in state["optimizer"]))
 
 
 def find_checkpoint(s, folder):
@@ -5758,15 +5620,23 @@ def write_checkpoint(run, folder):
                      "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
                      "sha256": file_digest(new / TENSORS_FILE)}
             # torchao keeps its learning rate in a tensor
-            (new / STATE_FILE).write_text(json.dumps(state, default=float), encoding="utf-8")
-        for old in checkpoints_in(folder)[:-run.s.checkpoints_total_limit]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+            text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
+            (new / STATE_FILE).write_text(text, encoding="utf-8")
+        for old in (*checkpoints_in(folder)[:-run.s.checkpoints_total_limit], *path.parent.glob(".step-*")):
+            discard(old)
     run.accelerator.wait_for_everyone()
+
+
+def discard(checkpoint):
+    """Delete a checkpoint, or what a killed process left of one; at no time is there half of one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}")
+    with contextlib.suppress(OSError):  # another program has it open: it is deleted the next time
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def load_checkpoint(run, path):
     """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
-    import torch
     from safetensors.torch import load_file
 
     state = read_state(path)
@@ -5774,7 +5644,26 @@ def load_checkpoint(run, path):
     done = len(state["history"])
     if done > run.course.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
-    saved = load_file(path / TENSORS_FILE)
+    try:
+        restore(run, load_file(path / TENSORS_FILE), state)
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        if "out of memory" in str(problem):
+            raise
+        raise UserError(f"--resume {short_path(path)}: this checkpoint is damaged, or of another version of this program "
+                        f"({' '.join(str(problem).split())[:200]}); start without --resume") from None
+    run.lr_scheduler.last_epoch = done
+    run.history.extend(state["history"])
+    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
+        run.scores.extend(state["scores"])
+    elif state["scores"]:
+        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
+    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
+
+
+def restore(run, saved, state):
+    """Put the tensors and the optimizer's state of a checkpoint into `run`."""
+    import torch
+
     averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
     for name, tensor in {**trained_tensors(run.groups), **averages}.items():
         tensor.copy_(saved.pop(name))
@@ -5782,15 +5671,8 @@ def load_checkpoint(run, path):
                     for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
     run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
     give_state(run.optimizer, restore_state(saved, state["optimizer_numbers"]), run.course.levers.offload_optimizer)
-    run.lr_scheduler.last_epoch = done
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.history.extend(state["history"])
-    if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
-        run.scores.extend(state["scores"])
-    elif state["scores"]:
-        say("Note: the best weights of the steps before are gone; --select_best goes by what follows.")
-    say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6911,7 +6793,7 @@ def new_output(s):
         yield folder
     except BaseException:
         lock.release()
-        if is_whole(folder):
+        if is_finished(folder):
             finish_renaming(s)
         elif checkpoints_in(folder):
             tidy(folder, keep=("checkpoints", "logs", "samples"))
@@ -6922,7 +6804,7 @@ def new_output(s):
     finish_renaming(s)
 
 
-def is_whole(folder):
+def is_finished(folder):
     """Whether an output is complete: dreambooth.json is written last."""
     return (folder / "dreambooth.json").is_file()
 
@@ -6930,7 +6812,7 @@ def is_whole(folder):
 def finish_renaming(s):
     """Give a complete output its name, if it still lacks it."""
     folder = workplace(s)
-    if is_first_process() and is_whole(folder):
+    if is_first_process() and is_finished(folder):
         delete(folder / ".lock")
         replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
 
@@ -7022,23 +6904,18 @@ def check_space(s, course, models, groups):
 # output/save: Filling the output folder of a finished training.
 
 
-<<<<<<< HEAD
 def save_output(folder, run, models, subjects, seconds, given):
-    """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
-=======
-def save_output(folder, run, models, subjects, seconds):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it.
 
     Raises Interrupted, once all is written, on Ctrl-C or a signal that ends programs.
     """
     with deferred_stop("the model is saved") as signals:
-        write_output(folder, run, models, subjects, seconds)
+        write_output(folder, run, models, subjects, seconds, given)
     if signals:
         raise Interrupted(f"interrupted; the model is complete in {run.s.output_dir}", signals[0])
 
 
-def write_output(folder, run, models, subjects, seconds):
->>>>>>> people-machines
+def write_output(folder, run, models, subjects, seconds, given):
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
@@ -7295,11 +7172,8 @@ def settle_beforehand(s):
     loaded."""
     concepts = read_concepts(s, preserves_prior(s), METHODS[s.method].names_class)
     check_output_dir(s)
-<<<<<<< HEAD
-    tell_unused(s, concepts)
-=======
     check_apart(s, concepts)
->>>>>>> people-machines
+    tell_unused(s, concepts)
     if preserves_prior(s):
         check_class_folders(concepts)
         for concept in concepts:

@@ -77,7 +77,7 @@ def new_output(s):
         yield folder
     except BaseException:
         lock.release()
-        if is_whole(folder):
+        if is_finished(folder):
             finish_renaming(s)
         elif checkpoints_in(folder):
             tidy(folder, keep=("checkpoints", "logs", "samples"))
@@ -88,7 +88,7 @@ def new_output(s):
     finish_renaming(s)
 
 
-def is_whole(folder):
+def is_finished(folder):
     """Whether an output is complete: dreambooth.json is written last."""
     return (folder / "dreambooth.json").is_file()
 
@@ -96,7 +96,7 @@ def is_whole(folder):
 def finish_renaming(s):
     """Give a complete output its name, if it still lacks it."""
     folder = workplace(s)
-    if is_first_process() and is_whole(folder):
+    if is_first_process() and is_finished(folder):
         delete(folder / ".lock")
         replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
 

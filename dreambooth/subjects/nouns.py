@@ -26,8 +26,8 @@ OWNERS = "my your his her its our their".split()
 DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
 # "my sister's dog" and "Anna's dog", but not "a dog's bowl".
 POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[A-Z])\w*)['’]s? "
-NUMBERS = "two three four five six several many".split()
-WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(NUMBERS)}) )?(.*)$",
+COUNTS = "two three four five six several many".split()
+WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
                    re.IGNORECASE)
 EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
@@ -94,7 +94,7 @@ def determiner_of(class_prompt):
     """What stands before the identifier: "a " whatever its sound, a number as it was given, or nothing for several things."""
     parts = take_apart_prompt(class_prompt)
     words = parts.determiner.lower().split() or [""]
-    if words[-1] in NUMBERS or CHINESE_LETTER.search(class_prompt):
+    if words[-1] in COUNTS or CHINESE_LETTER.search(class_prompt):
         return f"{words[-1]} ".lstrip()
     return "" if is_plural(parts.noun) and words[0] not in ("a", "an") else "a "
 
