@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import picture
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
@@ -115,6 +114,32 @@ def test_a_profile_that_does_not_fit_is_left_out_and_said(mode, profile, tmp_pat
     Image.new("RGB", (64, 64), GREEN).convert(mode).save(tmp_path / "a.tif", icc_profile=profile)
     assert colour(tmp_path / "a.tif") == GREEN
     assert "a.tif: its colour profile cannot be used" in capsys.readouterr().out
+
+
+def cmyk_profile():
+    """Of a printer whose every ink but black gives the same Lab colour (50, 20, -30)."""
+    n = struct.pack(">3i", round(.9642 * 65536), 65536, round(.8249 * 65536))
+    ramp = bytes(range(256))
+    nodes = b"\xff\x80\x80" + b"".join(bytes((0, 128, 128)) if i % 2 else bytes((128, 148, 98)) for i in range(1, 16))
+    table = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    table += ramp * 4 + nodes + ramp * 3
+    table += b"\0" * (-len(table) % 4)
+    desc = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 79
+    tags, body = b"", b""
+    for kind, data in ((b"desc", desc), (b"wtpt", b"XYZ \0\0\0\0" + n), (b"A2B0", table)):
+        tags += kind + struct.pack(">II", 132 + 12 * 3 + len(body), len(data))
+        body += data + b"\0" * (-len(data) % 4)
+    head = struct.pack(">I4sI4s4s4s", 132 + 12 * 3 + len(body), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    head += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + b"\0" * 28 + n + b"\0" * 48
+    return head[:128] + struct.pack(">I", 3) + tags + body
+
+
+def test_cmyk_is_what_its_printer_prints(tmp_path, capsys):
+    for suffix in ("jpg", "tif"):
+        for inks, expected in (((0, 0, 0, 0), (255, 255, 255)), ((255, 0, 0, 0), (134, 108, 171))):
+            Image.new("CMYK", (8, 8), inks).save(tmp_path / f"a.{suffix}", icc_profile=cmyk_profile())
+            assert colour(tmp_path / f"a.{suffix}") == pytest.approx(expected, abs=4)
+    assert capsys.readouterr().out == ""
 
 
 def test_lab_without_a_profile(tmp_path):
@@ -573,10 +598,15 @@ def test_the_rare_word_stands_at_the_thing(class_prompt, expected):
 
 
 @pytest.mark.parametrize("class_prompt, noun", [
-    ("photo of a dog", "dog"), ("a photo of my dog", "dog"), ("Anna's dog", "dog"), ("close up of the dog", "dog"),
+    ("photo of a dog", "dog"), ("a photo of my dog", "dog"), ("Anna's dog", "dog"), ("\u00c9va's dog", "dog"), ("close up of the dog", "dog"),
     ("\u4e00\u5f20\u72d7\u7684\u7167\u7247", "\u72d7"), ("a statue of a lion", "statue of a lion"), ("photo", "photo")])
 def test_nouns(class_prompt, noun):
     assert db.noun_of(class_prompt) == noun
+
+
+def test_words_of_a_record_may_be_odd():
+    assert db.noun_of("a\ndog") == "a\ndog" and db.noun_of("") == "" and db.noun_of("\u72d7\n\u732b") == "\u72d7\n\u732b"
+    assert db.is_live("") is False and db.article_of("") == "a"
 
 
 @pytest.mark.parametrize("given, tidy", [("a dog.", "a dog"), ('"a dog"', "a dog"), ("\u201ca dog\u201d", "a dog"),
