@@ -272,13 +272,13 @@ def mishap(problem):
         for sign, line in SIGNS.items():
             if sign in str(cause):
                 return line.format(reason=reason)
-    return of_system(causes[-1]) or of_package(causes[-1])
+    return of_package(causes[-1]) or of_system(causes[-1])
 
 
 def of_system(problem):
     """The line of what the operating system refused; None if it is something else."""
     found = re.search(r"\(os error (\d+)\)", str(problem))  # as libraries in Rust write it
-    if isinstance(problem, ImportError) or not (isinstance(problem, OSError) or found):
+    if not (isinstance(problem, OSError) or found):
         return None
     number = int(found[1]) if found else problem.errno
     name = next((name for name in NUMBERS if getattr(errno, name, None) == number is not None), None)
@@ -4997,7 +4997,7 @@ def clear_environment():
         if asked:
             say(f"Note: {', '.join(asked)} in the environment asks for several processes, {why}: this one trains alone. "
                 f"`accelerate launch` sets all that several need.")
-        for name in (*MEETING, *ASKING):
+        for name in (*MEETING, *ASKING, "FORK_LAUNCHED"):
             os.environ.pop(name, None)
     for kind in SPLITTING:
         if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":

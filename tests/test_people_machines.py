@@ -65,7 +65,9 @@ def start(folder, flags, before=""):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed"])
     process = context.Process(target=command, args=(str(folder), [str(flag) for flag in flags], before))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:  # by which the server finds what it is to import once for all
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)]))
+        process.start()
     return process
 
 
@@ -144,6 +146,7 @@ def test_whoever_waits_for_others_says_so(environment, monkeypatch, capsys):
 def test_accelerates_own_settings_do_not_go_before_the_flags(flags, run, monkeypatch, tmp_path):
     for name, value in {"MIXED_PRECISION": "fp8", "DYNAMO_BACKEND": "INDUCTOR", "DEBUG_MODE": "nonsense", "TORCH_DEVICE": "cuda"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("FORK_LAUNCHED", "nonsense")
     status, _, err = run(*flags())
     assert status == 0, err
     assert json.loads((tmp_path / "output" / "dreambooth.json").read_text())["used"]["precision"] == "no"
@@ -176,7 +179,9 @@ class Gone(io.RawIOBase):
         return True
 
     def write(self, data):
-        raise OSError(self.number, os.strerror(self.number))
+        if self.number:
+            raise OSError(self.number, os.strerror(self.number))
+        return len(data)
 
 
 @pytest.mark.parametrize("encoding, shown", [("cp1252", "d\u00e9: \\u4e00 \\udcfc"), ("ascii", "d\\xe9: \\u4e00 \\udcfc"),
@@ -198,7 +203,7 @@ def test_a_lost_console_is_silence(stream):
     assert lasting.isatty() is False
     lasting.settle()
     if isinstance(stream, io.TextIOWrapper):
-        stream.detach().detach()  # so that the collector does not complain
+        stream.buffer.raw.number = 0  # so that the collector does not complain
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
@@ -507,8 +512,9 @@ def test_what_is_written_has_the_permissions_of_the_umask(mask, flags, run, tmp_
 def test_whole_models_and_embeddings_can_be_read_by_others(flags, run, tmp_path):
     earlier = os.umask(0o022)
     try:
-        assert run(*flags("--method", "full")[:-2], "--output_dir", "full", "--export", "full.safetensors")[0] == 0
-        assert run(*flags("--method", "textual_inversion")[:-4], "--method", "textual_inversion", "--output_dir", "word")[0] == 0
+        base = flags()[:-4]  # without method and rank
+        assert run(*base, "--method", "full", "--output_dir", "full", "--export", "full.safetensors")[0] == 0
+        assert run(*base, "--method", "textual_inversion", "--output_dir", "word")[0] == 0
     finally:
         os.umask(earlier)
     weights = list(tmp_path.rglob("*.safetensors"))
@@ -578,7 +584,7 @@ def test_every_path_is_one_that_can_be(flag, monkeypatch, tmp_path):
                        ("  ", "empty"), ("\ud800", "no file"), ("$NOBODY_SETS_THIS/dog", "$NOBODY_SETS_THIS is not known")):
         with pytest.raises(db.UserError, match=re.escape(f"--{flag} ")) as problem:
             parsed(f"--{flag}={text}")
-        assert said in str(problem.value) and len(str(problem.value)) < 250
+        assert said in str(problem.value) and len(str(problem.value)) < 400
 
 
 def test_a_folder_that_is_named_like_a_variable_is_that_folder(monkeypatch, tmp_path):

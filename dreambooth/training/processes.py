@@ -28,7 +28,7 @@ def clear_environment():
         if asked:
             say(f"Note: {', '.join(asked)} in the environment asks for several processes, {why}: this one trains alone. "
                 f"`accelerate launch` sets all that several need.")
-        for name in (*MEETING, *ASKING):
+        for name in (*MEETING, *ASKING, "FORK_LAUNCHED"):
             os.environ.pop(name, None)
     for kind in SPLITTING:
         if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
