@@ -6,11 +6,12 @@ import signal
 import sys
 import threading
 
+from dreambooth.arguments import parse_settings
 from dreambooth.base import Interrupted, UserError
 from dreambooth.evaluate import evaluate
 from dreambooth.export import export
 from dreambooth.infer import infer
-from dreambooth.settings import parse_settings
+from dreambooth.models.hub import cache_at
 from dreambooth.train import train
 
 REMEDIES = {  # what an exception of any library says -> what to tell
@@ -33,7 +34,8 @@ def main(argv=None):
             settings = parse_settings(argv)
             for name in TALKATIVE:
                 logging.getLogger(name).setLevel(logging.ERROR)
-            {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
+            with cache_at(settings.cache_dir):
+                {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

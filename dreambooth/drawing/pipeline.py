@@ -53,7 +53,9 @@ def add_trained(pipeline, trained, strength, flag):
 
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
-    pipeline = load_pipeline(base, dtype, "--model_path")
+    recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
+    variant = recorded if trained.is_adapter and s.model_name is None else None
+    pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
     strengths = {}
     for each, strength in [(trained, s.lora_scale)] * trained.is_adapter + adapters:
         strengths |= add_trained(pipeline, each, strength, "--model_path" if each is trained else "--adapter")

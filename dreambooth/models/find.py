@@ -32,8 +32,9 @@ def check_bundled(asked):
                         f"program's repository, or give another model")
 
 
-def find_model(name, flag):
-    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+def find_model(name, flag, revision=None):
+    """Folder, hub id (with @REVISION) or file of a model, without importing torch. UserError if there is none of a supported
+    kind."""
     if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
         short, name = name, SHORT_NAMES[name]
         if name == BUNDLED_MODEL:
@@ -46,6 +47,8 @@ def find_model(name, flag):
     if name.endswith(PICKLES) and not Path(name).is_dir():
         raise UserError(f"{flag} {name}: not opened, since a {Path(name).suffix} file can run any code on this machine; "
                         f"give its .safetensors form (docs/formats.md says how to convert it)")
+    if revision not in (None, "main"):
+        name = with_revision(name, revision)
     index = model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
@@ -54,6 +57,24 @@ def find_model(name, flag):
     if kind not in PIPELINES:
         raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
     return name
+
+
+def with_revision(name, revision):
+    """ID@REVISION of a hub id; says that a folder or file has no revisions."""
+    if Path(name).exists() or name.endswith(".safetensors"):
+        say(f"--revision {revision}: no effect, {name} is no repository of the hub but lies here.")
+        return name
+    if "@" in name and not name.endswith(f"@{revision}"):
+        raise UserError(f"--revision {revision}: --model_name {name} names another; leave one out")
+    return name if "@" in name else f"{name}@{revision}"
+
+
+def check_variant(name, variant):
+    """UserError if a folder has no weights of --variant."""
+    if variant and Path(name).is_dir() and not any(Path(name).glob(f"unet/*.{variant}*.safetensors")):
+        raise UserError(f"--variant {variant}: {name} has no unet/*.{variant}.safetensors; leave the flag out")
+    if variant and name.endswith(".safetensors"):
+        raise UserError(f"--variant {variant}: {name} is one file, which has no variants; leave the flag out")
 
 
 def model_index(name, flag):
@@ -69,7 +90,7 @@ def model_index(name, flag):
                             f"them, convert them with diffusers: DiffusionPipeline.from_pretrained(..., use_safetensors=False)"
                             f".save_pretrained(...)")
         return index
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:

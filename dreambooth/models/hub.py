@@ -1,5 +1,6 @@
 """Which models go by which name, and files of the Hugging Face hub, from the cache wherever they are there."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -14,13 +15,37 @@ SHORT_NAMES = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": DEFAULT_MODEL, "
                "sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "demo": BUNDLED_MODEL}
 
 
+def split_revision(name):
+    """(hub id, revision or None) of ID@REVISION; (`name`, None) of what lies on the disk or has no revision."""
+    model, _, revision = ("", "", "") if Path(name).exists() else name.partition("@")
+    return (model, revision) if revision else (name, None)
+
+
+@contextlib.contextmanager
+def cache_at(folder):
+    """Within the block, the hub's client keeps its models in `folder`; where it usually does if that is None."""
+    if folder is None:
+        yield
+        return
+    from huggingface_hub import constants
+
+    usual, constants.HF_HUB_CACHE = constants.HF_HUB_CACHE, str(Path(folder).expanduser().absolute())
+    try:
+        yield
+    finally:
+        constants.HF_HUB_CACHE = usual
+
+
 def hub_file(name, file, **revision):
     """Path of one file of a hub model, from the cache if it is there. Raises what the hub's client raises."""
     from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 
+    name, at = split_revision(name)
+    revision |= {"revision": at} if at else {}
     cached = try_to_load_from_cache(name, file, **revision)
     if not isinstance(cached, str):
-        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
+        # Fails at once without a network or such a model, where a download would try again and again.
+        model_info(name, timeout=4, **revision)
         cached = hf_hub_download(name, file, **revision)
     return Path(cached)
 

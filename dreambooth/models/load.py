@@ -8,14 +8,15 @@ from safetensors import SafetensorError
 
 from dreambooth.base import UserError, default
 from dreambooth.models.checkpoint import load_single_file
+from dreambooth.models.hub import split_revision
 from dreambooth.models.parts import take_apart, text_encoders_of
 
 
-def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
+def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
-    Its UNet in `unet_dtype`, if given, or `unet` in its place. Only safetensors are read. The network is asked only for what
-    the cache lacks.
+    Its UNet in `unet_dtype`, if given, or `unet` in its place; its weights from the files of `variant`. Only safetensors are
+    read. The network is asked only for what the cache lacks.
     """
     import diffusers
     import transformers
@@ -29,10 +30,12 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     if name.endswith(".safetensors"):
         load = functools.partial(load_single_file, flag=flag)
     parts = {} if unet is None else {"unet": unet}
+    place, revision = split_revision(name)
+    parts |= {key: value for key, value in (("revision", revision), ("variant", variant)) if value}
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
     for cached_only in (True,) if Path(name).exists() else (True, False):
         try:
-            pipeline = load(name, dtype=dtypes, local_files_only=cached_only, **parts)
+            pipeline = load(place, dtype=dtypes, local_files_only=cached_only, **parts)
             # transformers makes up a tokenizer of two words where its files are missing
             if len(pipeline.tokenizer) < pipeline.text_encoder.config.vocab_size // 2:
                 raise ValueError("the files of its tokenizer are missing")
@@ -52,7 +55,7 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     return pipeline
 
 
-def load_models(name, arithmetic, freezes_unet=False):
+def load_models(name, arithmetic, freezes_unet=False, variant=None):
     """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
 
     A UNet that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
@@ -60,7 +63,8 @@ def load_models(name, arithmetic, freezes_unet=False):
     import torch
 
     unet_dtype = arithmetic if freezes_unet else torch.float32
-    models = dataclasses.replace(take_apart(name, load_pipeline(name, torch.float32, unet_dtype=unet_dtype)), arithmetic=arithmetic)
+    models = dataclasses.replace(take_apart(name, load_pipeline(name, torch.float32, unet_dtype=unet_dtype, variant=variant)),
+                                 arithmetic=arithmetic)
     if models.unet.config.in_channels != models.vae.config.latent_channels:
         raise UserError(f"--model_name {name}: its UNet takes {models.unet.config.in_channels} channels (an inpainting or "
                         f"depth model?); give a text-to-image model")

@@ -8,6 +8,7 @@ from dreambooth.files import write_file
 from dreambooth.methods.lora import LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
+from dreambooth.models.hub import split_revision
 from dreambooth.models.recipes import family_of, guidance_scale
 from dreambooth.models.vocabulary import XL_EMBEDDING
 from dreambooth.subjects.words import noun_of
@@ -30,7 +31,7 @@ def save_card(folder, s, models, subjects, sample=None):
     if sample:
         widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
     header = ModelCardData(
-        base_model=None if Path(models.name).exists() else models.name,  # the hub knows its own ids alone
+        base_model=None if Path(models.name).exists() else split_revision(models.name)[0],  # the hub knows its own ids alone
         library_name="diffusers", pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
     words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
@@ -58,7 +59,9 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load = f"{'from_single_file' if models.name.endswith('.safetensors') else 'from_pretrained'}({quoted(models.name)})"
+    place, revision = split_revision(models.name)
+    options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", s.variant)) if value]
+    load = f"{'from_single_file' if place.endswith('.safetensors') else 'from_pretrained'}({', '.join([quoted(place), *options])})"
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kind}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",

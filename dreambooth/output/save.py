@@ -8,21 +8,20 @@ from pathlib import Path
 from dreambooth.base import UserError, say
 from dreambooth.drawing.draw import draw_pictures, placed
 from dreambooth.files import flush, whole_file
-from dreambooth.methods.table import METHODS
+from dreambooth.methods.table import saves_of
 from dreambooth.models.recipes import guidance_scale
 from dreambooth.output.card import save_card
 from dreambooth.output.pictures import LOSS_PLOT, loss_plot
 from dreambooth.training.course import decisions
 from dreambooth.training.loss import loss_means
 from dreambooth.training.run import best_of
-from dreambooth.training.selection import SEEDS_SEEN
 
 
 def save_output(folder, run, models, subjects, seconds):
     """Write what the method saves, which plain diffusers loads, and, when that is complete, dreambooth.json beside it."""
     s, history = run.s, run.history
     models.pipeline.to("cpu")
-    for save in METHODS[s.method].saves:
+    for save in saves_of(s):
         save(folder, models, subjects)
     loss_plot(history).save(folder / LOSS_PLOT)
     save_card(folder, s, models, subjects)
@@ -49,7 +48,7 @@ def draw_samples(s, models, subjects, viewer, plan):
     try:
         placed(models.pipeline.to(plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
-                             range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
+                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side))
         save_card(Path(s.output_dir), s, models, subjects, grid)
         say(f"A look at it is in {grid}.")
     except (UserError, RuntimeError, OSError) as problem:

@@ -102,6 +102,8 @@ def complete_concept(concept, where, needs_class, names_class):
     identifier = concept.identifier
     if "[identifier" not in instance_prompt and identifier == "auto":  # "a photo of sks dog" for "a photo of a dog"
         own = [word for word in instance_prompt.split() if word not in f"a an the photo picture of {class_prompt}".split()]
+        if class_prompt is None and len(own) == 2:  # "a photo of sks dog": the rare word and the noun
+            own = own[:1]
         if len(own) != 1:
             raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
         identifier = own[0]
