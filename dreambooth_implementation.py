@@ -867,7 +867,7 @@ DIFFUSERS_FLAGS = {
     "offset_noise": _means("--noise_offset 0.1", "noise_offset", 0.1),
     "hub_token": Foreign("the token for the hub, kept in no file", takes="TOKEN", environment="HF_TOKEN"),
 
-    "learnable_property": Foreign("style: --instance_prompt \"a painting in the style of [identifier]\", unless given",
+    "learnable_property": Foreign('without --instance_prompt a style is captioned "a painting in the style of [identifier]"',
                                   takes="object|style", only=("object", "style"), implies={
         "method": "textual_inversion", "instance_prompt": {"style": "a painting in the style of [identifier]"}}),
     "center_crop": _needless("the middle of each photo is what trains always; photos are never cropped at random"),
@@ -949,7 +949,7 @@ def build_parser():
               for name, modes in MODES.items()}
     for name, field in FIELDS.items():
         groups[field.metadata["mode"]].add_argument(f"--{name}", help=help_of(field), **options_of(field))
-    lines = [f"  --{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in DIFFUSERS_FLAGS.items()]
+    lines = [f"--{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in DIFFUSERS_FLAGS.items()]
     group = parser.add_argument_group("with --train, for commands of diffusers' scripts", "\n".join(lines))
     for name, foreign in DIFFUSERS_FLAGS.items():
         group.add_argument(f"--{name}", help=argparse.SUPPRESS, **foreign_options(foreign))
@@ -987,9 +987,9 @@ def parse_settings(argv=None):
     script = Path(argv[0]).name if argv and Path(argv[0]).name in SCRIPT_METHODS else None
     given = read_flags(argv[1:] if script else argv)
     foreign = {name: given.pop(name) for name in DIFFUSERS_FLAGS if name in given}
-    notes = [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in foreign if GIVEN not in DIFFUSERS_FLAGS[name].sets.values()]
     spelling = translate(given, foreign)
-    notes += complete(given, foreign, spelling, script)
+    notes = complete(given, foreign, spelling, script)
+    notes += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in foreign if GIVEN not in DIFFUSERS_FLAGS[name].sets.values()]
     settings = Settings(**given)
     check_settings(settings, given, spelling)
     if foreign and settings.mode != "train" and (stray := foreign.keys() - set(spelling.values())):

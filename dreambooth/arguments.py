@@ -37,7 +37,7 @@ def build_parser():
               for name, modes in MODES.items()}
     for name, field in FIELDS.items():
         groups[field.metadata["mode"]].add_argument(f"--{name}", help=help_of(field), **options_of(field))
-    lines = [f"  --{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in DIFFUSERS_FLAGS.items()]
+    lines = [f"--{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in DIFFUSERS_FLAGS.items()]
     group = parser.add_argument_group("with --train, for commands of diffusers' scripts", "\n".join(lines))
     for name, foreign in DIFFUSERS_FLAGS.items():
         group.add_argument(f"--{name}", help=argparse.SUPPRESS, **foreign_options(foreign))
@@ -75,9 +75,9 @@ def parse_settings(argv=None):
     script = Path(argv[0]).name if argv and Path(argv[0]).name in SCRIPT_METHODS else None
     given = read_flags(argv[1:] if script else argv)
     foreign = {name: given.pop(name) for name in DIFFUSERS_FLAGS if name in given}
-    notes = [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in foreign if GIVEN not in DIFFUSERS_FLAGS[name].sets.values()]
     spelling = translate(given, foreign)
-    notes += complete(given, foreign, spelling, script)
+    notes = complete(given, foreign, spelling, script)
+    notes += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in foreign if GIVEN not in DIFFUSERS_FLAGS[name].sets.values()]
     settings = Settings(**given)
     check_settings(settings, given, spelling)
     if foreign and settings.mode != "train" and (stray := foreign.keys() - set(spelling.values())):

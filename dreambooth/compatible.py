@@ -65,7 +65,7 @@ DIFFUSERS_FLAGS = {
     "offset_noise": _means("--noise_offset 0.1", "noise_offset", 0.1),
     "hub_token": Foreign("the token for the hub, kept in no file", takes="TOKEN", environment="HF_TOKEN"),
 
-    "learnable_property": Foreign("style: --instance_prompt \"a painting in the style of [identifier]\", unless given",
+    "learnable_property": Foreign('without --instance_prompt a style is captioned "a painting in the style of [identifier]"',
                                   takes="object|style", only=("object", "style"), implies={
         "method": "textual_inversion", "instance_prompt": {"style": "a painting in the style of [identifier]"}}),
     "center_crop": _needless("the middle of each photo is what trains always; photos are never cropped at random"),
