@@ -16,6 +16,8 @@ from dreambooth.settings import CONCEPT_FLAGS, DESCRIPTION, MODES, Settings, _va
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)[1:]}
 HELP_HINT = "--help lists the flags"
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # as editors of text make them of - and --
+WORDS = ("prompt", "negative_prompt", "validation_prompt", "class_prompt", "instance_prompt", "identifier", "initializer_token")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,7 +99,7 @@ def read_flags(argv):
     switches = [f"no-{name}" for name, field in FIELDS.items() if _value_type(field.type)[0] is bool]
     known = [*FIELDS, *switches, *DIFFUSERS_FLAGS, "train", "infer", "evaluate", "help"]
     words = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
-    names = dict.fromkeys(word.removeprefix("--") for word in words if " " not in word)
+    names = dict.fromkeys(word.removeprefix("--") for word in words if len(word.split()) == 1)
     wrong = [f"--{name} is unknown{nearest(name, known)}" for name in names if name not in known]
     wrong += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in names
               if name in DIFFUSERS_FLAGS and not DIFFUSERS_FLAGS[name].can_be_had]
@@ -106,7 +108,7 @@ def read_flags(argv):
         namespace, rest = build_parser().parse_known_args(argv)
         given = vars(namespace)
         if rest and not wrong:
-            wrong.append(f'"{rest[0]}" belongs to no flag; put quotes around a text of several words')
+            wrong.append(stray(rest[0]))
     except UserError as problem:
         wrong.append(str(problem))
     wrong += [f"--{name} {given[name]}: not to be had: {foreign.here.removeprefix('needless: ')}; {foreign.otherwise}"
@@ -114,6 +116,18 @@ def read_flags(argv):
     if wrong:
         raise UserError(f"{'; '.join(wrong)}; {HELP_HINT}")
     return given
+
+
+def stray(word):
+    """What to tell of a word that belongs to no flag: it comes from how commands are copied."""
+    shown = " ".join(word.split())[:60]
+    if not word.strip("\\^`\r\n\t "):
+        return "a line of the command ends in more than its mark: \\ (in PowerShell `, in cmd ^) must be the very last character"
+    if word[0] in DASHES:
+        return f'"{shown}" begins with a printed dash; type --'
+    if word.endswith(".py"):
+        return f"{shown}: no script whose flags are known; those of {', '.join(SCRIPT_METHODS)} are, named first"
+    return f'"{shown}" belongs to no flag; put quotes around a text of several words'
 
 
 def nearest(name, known):
@@ -129,8 +143,8 @@ def translate(given, foreign):
         for setting, meant in DIFFUSERS_FLAGS[name].sets.items():
             meant = value if meant is GIVEN else meant
             if given.get(setting, meant) not in (meant, *DIFFUSERS_FLAGS[name].beside):
-                raise UserError(f"--{name} {DIFFUSERS_FLAGS[name].here}, and --{spelling.get(setting, setting)} "
-                                f"{given[setting]} is given; leave one out")
+                raise UserError(f"--{name}: {DIFFUSERS_FLAGS[name].here}, but --{spelling.get(setting, setting)} "
+                                f"{given[setting]} is given as well; leave one out")
             given[setting] = meant
             spelling[setting] = name
     for name, value in foreign.items():
@@ -188,7 +202,7 @@ def complete_pasted(given, foreign, script):
 
 
 def check_settings(settings, given, spelling):
-    """UserError for a flag without meaning in this mode or with this method, and for a number out of bounds."""
+    """UserError for a flag without meaning in this mode or with this method, for a number out of bounds, and for no text at all."""
     for name, field in FIELDS.items():
         value, meta, flag = getattr(settings, name), field.metadata, f"--{spelling.get(name, name)}"
         if name in given and settings.mode not in MODES[meta["mode"]]:
@@ -199,6 +213,8 @@ def check_settings(settings, given, spelling):
                             f"{' and '.join(meta['methods'])}: give --method {meta['methods'][0]}, or leave it out")
         if name in given and settings.concepts and name in CONCEPT_FLAGS:
             raise UserError(f"{flag}: with --concepts, each entry of {settings.concepts} has its own; leave one out")
+        if value == "" and name not in WORDS:
+            raise UserError(f"{flag} is empty: a variable such as $MODEL_NAME that is not set? Give a value, or leave the flag out")
         if value is not None and (bounds := out_of_bounds(value, meta)):
             raise UserError(f"{flag} {value}: must be a number {bounds}")
     for name in ("resolution", "height", "width"):

@@ -102,8 +102,19 @@ DIFFUSERS_FLAGS = {
     "no_safe_serialization": _refused("weights are written as safetensors alone, which every program reads"),
 }
 
+
+
+def _has_class_images(s):
+    return s.method != "textual_inversion" if s.with_prior_preservation is None else s.with_prior_preservation
+
+
 # Flags that have an effect only beside others: what that takes, and whether it is there.
+_CLASS_IMAGES = ("--with_prior_preservation", _has_class_images)
+_SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
 EFFECTIVE = {
+    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight", "num_class_images", "class_guidance_scale",
+                     "class_data_dir"), _CLASS_IMAGES),
+    **dict.fromkeys(("subject_type", "prompts_file", "dino_model", "clip_model"), _SELECTION),
     "text_encoder_lr": ("--train_text_encoder", lambda s: s.train_text_encoder),
     "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", lambda s: s.lr_scheduler == "cosine_with_restarts"),
     "lr_power": ("--lr_scheduler polynomial", lambda s: s.lr_scheduler == "polynomial"),
@@ -113,6 +124,5 @@ EFFECTIVE = {
     "repeats": ("--num_train_epochs or --validation_epochs",
                 lambda s: (s.num_train_epochs and not s.steps) or (s.validation_epochs and not s.validation_steps)),
     "validation_epochs": ("no --validation_steps", lambda s: s.validation_steps is None),
-    "prior_generation_precision": ("class images", lambda s: s.with_prior_preservation is not False),
     "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
 }

@@ -3,7 +3,6 @@
 The client finds the token by itself: hf auth login keeps one, --hub_token puts one into the environment. None is kept here.
 """
 
-import re
 from pathlib import Path
 
 from dreambooth.base import UserError, say
@@ -22,8 +21,11 @@ def check_publishing(s):
         return
     import huggingface_hub
 
-    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repository_of(s)):
-        raise UserError(f"--push_to_hub: {repository_of(s)} is no name of a repository; give --hub_model_id, such as me/my-dog")
+    try:
+        huggingface_hub.utils.validate_repo_id(repository_of(s))
+    except ValueError:
+        raise UserError(f"--push_to_hub: {repository_of(s)} is no name of a repository; give --hub_model_id, such as me/my-dog"
+                        ) from None
     if not huggingface_hub.get_token():
         say("Note: --push_to_hub: this machine has no token for the hub yet; until training is over, log in: hf auth login")
 
