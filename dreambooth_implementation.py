@@ -26,6 +26,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import difflib
 import errno
 import functools
 import glob
@@ -1090,7 +1091,8 @@ def all_threads():
 # ------------------------------------------------------------------------------------------------------------------------------
 # settings: Every flag, declared once: the command line, --help and dreambooth.json are made from `Settings`.
 #
-# Knows nothing of what the flags do; what depends on several of them at once is checked where it is used.
+# Knows nothing of what the flags do; what depends on several of them at once is checked where it is used. Flags of other programs
+# are in `compatible`; the command line is read in `arguments`.
 
 
 DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
@@ -1105,7 +1107,8 @@ DEFAULT_OUTPUT = "./output"
 def _field(mode, default, help, **options):
     """One flag of the commands in `mode`: a key of MODES.
 
-    `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default), const (if given bare).
+    `options`: minimum, maximum, above and below (not the number itself), choices, methods it belongs to, shown (--help's
+    default), const (if given bare).
     """
     return dataclasses.field(default=default, metadata={"mode": mode, "help": help, **options})
 
@@ -1124,8 +1127,13 @@ class Settings:
     model_name: str | None = _field(
         "all", None, "model to start from: a hub id, a diffusers folder, a .safetensors checkpoint, or sd14, sd15, sd21, "
         "sdxl or demo; otherwise: where the base model of a LoRA or an embedding is now",
-        aliases=["--pretrained_model_name_or_path"],
         shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; otherwise: what training recorded")
+    revision: str | None = _field("train", None, "branch, tag or commit of the model's repository on the hub; ID@REVISION says "
+                                                 "the same", shown="main")
+    variant: str | None = _field("train", None, "which of a model's weights to read, such as fp16: those named *.fp16.safetensors",
+                                 shown="those without such a word")
+    cache_dir: str | None = _field("all", None, "folder where models from the hub are kept",
+                                   shown="the hub client's own, which HF_HOME moves")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
 
@@ -1150,6 +1158,8 @@ class Settings:
     num_class_images: int = _field("train", 200, "how many class images", minimum=1)
     class_guidance_scale: float | None = _field("train", None, "classifier-free guidance of the class images; 1: none, "
                                                 "which keeps all of the class's variety", minimum=0, shown="depends on the model")
+    prior_generation_precision: str | None = _field("train", None, "arithmetic of drawing class images", shown="--mixed_precision",
+                                                    choices=["no", "fp32", "fp16", "bf16"])
     class_data_dir: str = _field("train", "./class_images", "cache of generated class images; images put directly "
                                                             "in it are taken as your own and used instead")
 
@@ -1164,14 +1174,22 @@ class Settings:
     lora_target: str | None = _field("train", None, "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
                                      choices=["attention", "attention+ff", "all"], shown="attention; all in small models")
     use_dora: bool = _field("train", False, "LoRA of the UNet with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
+    lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
+                                        below=1, shown="0", methods=("lora", "pivotal"))
     num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
     initializer_token: str | None = _field("train", None, "word whose vector a new word starts from",
                                            shown="the class noun; for pivotal a rare word",
                                            methods=("textual_inversion", "pivotal"))
 
+    save_as_full_pipeline: bool | None = _field("train", None, "save the model with the new word in it, beside the word alone",
+                                                shown="off", methods=("textual_inversion",))
+
     # Optimization
-    steps: int | None = _field("train", None, "optimizer steps", minimum=1, aliases=["--max_train_steps"],
-                               shown="depends on the model")
+    steps: int | None = _field("train", None, "optimizer steps", minimum=1, shown="depends on the model")
+    num_train_epochs: int | None = _field("train", None, "passes over the photos, or over the class images if they are more, "
+                                          "instead of --steps", minimum=1, shown="--steps counts")
+    repeats: int | None = _field("train", None, "how often a pass takes each photo", minimum=1,
+                                 shown="1; 100 for textual_inversion")
     learning_rate: float | None = _field("train", None, "learning rate of the UNet or its LoRA", minimum=0,
                                          shown="depends on the model", methods=("full", "lora", "pivotal"))
     text_encoder_lr: float | None = _field("train", None, "learning rate of the text encoder or its LoRA", minimum=0,
@@ -1180,18 +1198,33 @@ class Settings:
                                         methods=("textual_inversion", "pivotal"))
     embedding_frac: float = _field("train", 0.5, "new words stop after this fraction of the steps, the LoRA goes on",
                                    minimum=0, maximum=1, methods=("pivotal",))
+    scale_lr: bool | None = _field("train", None, "multiply the learning rates by batch size, accumulated batches and processes",
+                                   shown="off")
     train_batch_size: int = _field("train", 1, "photos per step and GPU; as many class images join them", minimum=1)
     gradient_accumulation_steps: int = _field("train", 1, "batches per optimizer step", minimum=1)
     lr_scheduler: str | None = _field("train", None, "learning rate schedule", choices=[
-        "constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"],
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay"],
                                       shown="constant; warmup_stable_decay, which falls to 0 in the last quarter, for --method "
                                             "full of small models without --select_best")
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
+    lr_num_cycles: int | None = _field("train", None, "waves of --lr_scheduler cosine_with_restarts", minimum=1, shown="1")
+    lr_power: float | None = _field("train", None, "power of --lr_scheduler polynomial; 1: a straight line", minimum=0, shown="1")
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
     optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs the package torchao, "
                                    "prodigy prodigyopt", shown="adamw, or as --max_vram needs",
-                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
+                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"], parse=str.lower)
     adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
+    adam_weight_decay_text_encoder: float | None = _field("train", None, "weight decay of the text encoders", minimum=0,
+                                                          shown="--adam_weight_decay")
+    adam_beta1: float | None = _field("train", None, "how much of the mean gradient AdamW and prodigy keep from step to step",
+                                      minimum=0, below=1, shown="0.9")
+    adam_beta2: float | None = _field("train", None, "how much of the mean squared gradient they keep", minimum=0, below=1,
+                                      shown="0.999")
+    adam_epsilon: float | None = _field("train", None, "what they add to the root of that", above=0, shown="1e-08")
+    prodigy_beta3: float | None = _field("train", None, "how much of its estimate of the learning rate prodigy keeps", minimum=0,
+                                         below=1, shown="the root of --adam_beta2")
+    noise_offset: float | None = _field("train", None, "noise that a channel has in common, which teaches darker and lighter "
+                                        "pictures; 0.1 is usual", minimum=0, shown="0")
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
                                   shown="on for --method full of small models with --select_best, else off")
@@ -1219,14 +1252,20 @@ class Settings:
     checkpointing_steps: int = _field("train", 500, "steps between checkpoints; 0: only when training is interrupted", minimum=0)
     checkpoints_total_limit: int = _field("train", 1, "checkpoints kept, the newest ones", minimum=1)
     resume: str | None = _field("train", None, "go on with an interrupted training: latest, or a checkpoint's folder",
-                                aliases=["--resume_from_checkpoint"], const="latest", shown="start anew; latest if given bare")
+                                const="latest", shown="start anew; latest if given bare")
     validation_prompt: list[str] | None = _field("train", None, "prompt of the samples; repeatable",
                                                  shown="subject, subject on the moon, class")
     validation_steps: int | None = _field("train", None, "steps between samples", minimum=1,
                                           shown="samples are drawn at the end only; a tenth of the steps with --select_best")
+    validation_epochs: int | None = _field("train", None, "passes over the photos between samples, instead of "
+                                           "--validation_steps", minimum=1, shown="--validation_steps counts")
+    num_validation_images: int | None = _field("train", None, "pictures of each sample prompt", minimum=1, shown="4")
+    logging_dir: str | None = _field("train", None, "folder in --output_dir for TensorBoard's files", shown="logs")
     select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
                                                "best instead of the last")
 
+    push_to_hub: bool | None = _field("train", None, "upload the finished output, without photos, to the hub", shown="off")
+    hub_model_id: str | None = _field("train", None, "its repository on the hub", shown="the name of --output_dir")
     export: str | None = _field(
         "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
         "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
@@ -1270,13 +1309,8 @@ class Settings:
 
 
 PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path", "adapter",
-              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir")
+              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
 
 
 def _value_type(annotation):
@@ -1286,10 +1320,162 @@ def _value_type(annotation):
     return (typing.get_args(kind)[0], True) if typing.get_origin(kind) is list else (kind, False)
 
 
+def given_value(value, name, flag="--"):
+    """A flag's value with paths and texts as given_path() and given_text() have them."""
+    if isinstance(value, list):
+        return [given_value(part, name, flag) for part in value]
+    return (given_path if name in PATH_FLAGS else given_text)(value, f"{flag}{name}") if isinstance(value, str) else value
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# compatible: Command lines of diffusers' training scripts: what each of their flags, or the script's name, is here, as one table.
+#
+# Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of train_dreambooth.py,
+# train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py, textual_inversion.py and textual_inversion_sdxl.py.
+
+
+SCRIPT_METHODS = {"train_dreambooth.py": "full", "train_dreambooth_lora.py": "lora", "train_dreambooth_lora_sdxl.py": "lora",
+                  "textual_inversion.py": "textual_inversion", "textual_inversion_sdxl.py": "textual_inversion"}
+# Flags that diffusers' LoRA scripts alone have: they tell the method of a command whose script is not named.
+LORA_SIGNS = {"rank", "lora_dropout", "use_dora", "text_encoder_lr", "validation_epochs", "output_kohya_format",
+              "image_interpolation_mode", "pretrained_vae_model_name_or_path"}
+GIVEN = object()  # in the table: the very value that was given
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a flag of another program is here."""
+
+    here: str  # in words, for --help and to be said when it is given
+    sets: dict = dataclasses.field(default_factory=dict)  # {setting: its value, or GIVEN}
+    implies: dict = dataclasses.field(default_factory=dict)  # {setting: value, or {given: value}} where it is not given itself
+    beside: tuple = ()  # values of that setting that may be given as well, and give way
+    takes: str | None = None  # what it is given, as --help shows it; None: nothing
+    only: tuple = ()  # the values that it can have here
+    otherwise: str = "leave it out"  # what to do instead of giving another
+    environment: str | None = None  # the variable of the environment that it sets
+    can_be_had: bool = True
+
+    def is_refused(self, value):
+        """Whether this value cannot be had; a path or hub id counts by its last part."""
+        return bool(self.only) and str(value).rstrip("/").split("/")[-1].lower() not in self.only
+
+
+def _same(name, **options):
+    return Foreign(f"the same as --{name}", sets={name: GIVEN}, **options)
+
+
+def _means(flag, setting, value, **options):
+    return Foreign(f"means {flag}", sets={setting: value}, **options)
+
+
+def _needless(reason, **options):
+    return Foreign(f"needless: {reason}", **options)
+
+
+def _refused(reason, **options):
+    return Foreign(f"not to be had: {reason}", can_be_had=False, **options)
+
+
+_DATASET = "give files: hf download --repo-type dataset ID --local-dir photos, --instance_data_dir photos"
+_OF_DATASET = "it belongs to --dataset_name"
+_IF_ONLY = "it is for DeepFloyd IF; Stable Diffusion has no use for it"
+_PRODIGY = "prodigy has it on"
+_TRUE = ("true", "1", "yes")
+DIFFUSERS_FLAGS = {
+    "pretrained_model_name_or_path": _same("model_name"),
+    "train_data_dir": _same("instance_data_dir"),
+    "placeholder_token": _same("identifier", implies={"method": "textual_inversion"}),
+    "max_train_steps": _same("steps"),
+    "resume_from_checkpoint": _same("resume"),
+    "use_8bit_adam": _means("--optimizer adamw8bit", "optimizer", "adamw8bit", beside=("adamw",)),
+    "offset_noise": _means("--noise_offset 0.1", "noise_offset", 0.1),
+    "hub_token": Foreign("the token for the hub, kept in no file", takes="TOKEN", environment="HF_TOKEN"),
+
+    "learnable_property": Foreign('without --instance_prompt a style is captioned "a painting in the style of [identifier]"',
+                                  takes="object|style", only=("object", "style"), implies={
+        "method": "textual_inversion", "instance_prompt": {"style": "a painting in the style of [identifier]"}}),
+    "center_crop": _needless("the middle of each photo is what trains always; photos are never cropped at random"),
+    "image_interpolation_mode": _needless("photos are always scaled by Lanczos' filter", takes="NAME", only=("lanczos",)),
+    "pre_compute_text_embeddings": _needless("prompts are encoded once, unless the text encoder trains"),
+    "tokenizer_max_length": _needless("prompts are read up to the 77 tokens that Stable Diffusion takes", takes="77", only=("77",)),
+    "pretrained_vae_model_name_or_path": _needless("the VAE works in float32, where SDXL's own does not overflow",
+                                                   takes="sdxl-vae-fp16-fix", only=("sdxl-vae-fp16-fix",),
+                                                   otherwise="save the model with that VAE and give its folder: pipe.vae = ..., "
+                                                             "pipe.save_pretrained(FOLDER)"),
+    "dataloader_num_workers": _needless("photos are read and encoded once, before training", takes="INT"),
+    "enable_xformers_memory_efficient_attention": _needless("torch's own attention saves the same memory"),
+    "set_grads_to_none": _needless("always done"),
+    "allow_tf32": _needless("GPUs that have TF32 compute in bf16, which is faster still, unless --mixed_precision no"),
+    "local_rank": _needless("accelerate launch tells each process its number", takes="INT"),
+    "prodigy_decouple": _needless(_PRODIGY, takes="True", only=_TRUE),
+    "prodigy_use_bias_correction": _needless(_PRODIGY, takes="True", only=_TRUE),
+    "prodigy_safeguard_warmup": _needless(_PRODIGY, takes="True", only=_TRUE),
+    "validation_scheduler": _needless("samples are drawn with the model's own scheduler", takes="NAME"),
+    "report_to": _needless("losses are in losses.png and in TensorBoard's files; nothing is sent anywhere", takes="NAME"),
+    "save_steps": _needless("--checkpointing_steps keeps the words on the way, --select_best the best of them", takes="INT"),
+    "output_kohya_format": _needless("a LoRA is always written for Kohya's tools as well"),
+    "skip_save_text_encoder": _needless("an output is always whole, so that it can be loaded as it is"),
+
+    "dataset_name": _refused(_DATASET, takes="ID"),
+    "dataset_config_name": _refused(_OF_DATASET, takes="NAME"),
+    "image_column": _refused(_OF_DATASET, takes="NAME"),
+    "caption_column": _refused("give captions as files, dog1.txt beside dog1.jpg or metadata.jsonl", takes="NAME"),
+    "tokenizer_name": _refused("the model's own tokenizer is used; put another into the folder of the model", takes="NAME"),
+    "text_encoder_use_attention_mask": _refused(_IF_ONLY),
+    "class_labels_conditioning": _refused(_IF_ONLY, takes="NAME"),
+    "validation_images": _refused(_IF_ONLY, takes="FILE ..."),
+    "do_edm_style_training": _refused("models with an EDM scheduler cannot be trained here; choose one of Stable Diffusion's"),
+    "no_safe_serialization": _refused("weights are written as safetensors alone, which every program reads"),
+}
+
+
+
+def _has_class_images(s):
+    return s.method != "textual_inversion" if s.with_prior_preservation is None else s.with_prior_preservation
+
+
+# Flags that have an effect only beside others: what that takes, and whether it is there.
+_CLASS_IMAGES = ("--with_prior_preservation", _has_class_images)
+_SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
+EFFECTIVE = {
+    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight", "num_class_images", "class_guidance_scale",
+                     "class_data_dir"), _CLASS_IMAGES),
+    **dict.fromkeys(("subject_type", "prompts_file", "dino_model", "clip_model"), _SELECTION),
+    "text_encoder_lr": ("--train_text_encoder", lambda s: s.train_text_encoder),
+    "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", lambda s: s.lr_scheduler == "cosine_with_restarts"),
+    "lr_power": ("--lr_scheduler polynomial", lambda s: s.lr_scheduler == "polynomial"),
+    "prodigy_beta3": ("--optimizer prodigy", lambda s: s.optimizer == "prodigy"),
+    "adam_weight_decay_text_encoder": ("--train_text_encoder", lambda s: s.train_text_encoder),
+    "num_train_epochs": ("no --steps", lambda s: s.steps is None),
+    "repeats": ("--num_train_epochs or --validation_epochs",
+                lambda s: (s.num_train_epochs and not s.steps) or (s.validation_epochs and not s.validation_steps)),
+    "validation_epochs": ("no --validation_steps", lambda s: s.validation_steps is None),
+    "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# arguments: Reading the command line: a parser made from `settings` and `compatible`, and Settings or one line from what it gets.
+#
+# Whatever is wrong with the flags of a command is told together, before anything slow is imported.
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)[1:]}
+HELP_HINT = "--help lists the flags"
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # as editors of text make them of - and --
+TEXT_FLAGS = ("prompt", "negative_prompt", "validation_prompt", "class_prompt", "instance_prompt", "identifier", "initializer_token")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
 def build_parser():
-    """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
+    """The argparse parser of all flags. One that was not given leaves no attribute; others' flags have their own names."""
     parser = _Parser(description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     prog=own_command() if __package__ else None,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, prog=own_command() if __package__ else None,
                      usage="%(prog)s (--train | --infer | --evaluate | --export FILE) [flags]")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
@@ -1298,54 +1484,199 @@ def build_parser():
                       help="measure a trained model with the paper's metrics")
     groups = {name: parser.add_argument_group("with " + " and ".join(f"--{mode}" for mode in modes))
               for name, modes in MODES.items()}
-    for field in dataclasses.fields(Settings)[1:]:
-        meta, (kind, is_list) = field.metadata, _value_type(field.type)
-        default = meta.get("shown", "off" if field.default is False else "on" if field.default is True else field.default)
-        options = {"help": f"{meta['help']} (default: {'none' if default == '' else default})".replace("%", "%%")}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options |= {"type": kind, "choices": meta.get("choices"), "action": "append" if is_list else "store"}
-            options["metavar"] = None if meta.get("choices") else kind.__name__.upper()
-            if "const" in meta:
-                options |= {"nargs": "?", "const": meta["const"]}
-        groups[meta["mode"]].add_argument(f"--{field.name}", *meta.get("aliases", []), dest=field.name, **options)
+    for name, field in FIELDS.items():
+        groups[field.metadata["mode"]].add_argument(f"--{name}", help=help_of(field), **options_of(field))
+    lines = [f"--{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in DIFFUSERS_FLAGS.items()]
+    group = parser.add_argument_group("with --train, for commands of diffusers' scripts", "\n".join(lines))
+    for name, foreign in DIFFUSERS_FLAGS.items():
+        group.add_argument(f"--{name}", help=argparse.SUPPRESS, **foreign_options(foreign))
     return parser
 
 
-def given_value(value, name, flag="--"):
-    """A flag's value with paths and texts as given_path() and given_text() have them."""
-    if isinstance(value, list):
-        return [given_value(part, name, flag) for part in value]
-    return (given_path if name in PATH_FLAGS else given_text)(value, f"{flag}{name}") if isinstance(value, str) else value
+def help_of(field):
+    """A flag's help: what it is, and its default in words."""
+    default = field.metadata.get("shown", "off" if field.default is False else "on" if field.default is True else field.default)
+    return f"{field.metadata['help']} (default: {'none' if default == '' else default})".replace("%", "%%")
+
+
+def options_of(field):
+    """What argparse wants to know of a flag."""
+    meta, (kind, is_list) = field.metadata, _value_type(field.type)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    options = {"type": meta.get("parse", kind), "choices": meta.get("choices"), "action": "append" if is_list else "store",
+               "metavar": None if meta.get("choices") else kind.__name__.upper()}
+    return options | ({"nargs": "?", "const": meta["const"]} if "const" in meta else {})
+
+
+def foreign_options(foreign):
+    """What argparse wants to know of another program's flag: as the setting of the same meaning has it, or what it takes."""
+    if same := next((name for name, value in foreign.sets.items() if value is GIVEN), None):
+        return options_of(FIELDS[same])
+    if foreign.takes is None:
+        return {"action": "store_true"}
+    return {"nargs": "+" if foreign.takes.endswith("...") else None}
 
 
 def parse_settings(argv=None):
-    """Settings from the command line. Raises UserError for anything argparse or a field's limits reject."""
-    given = vars(build_parser().parse_args(argv))
-    if "mode" not in given:
-        if "export" not in given:
-            raise UserError("say what to do: --train, --infer, --evaluate or --export FILE; --help lists the flags")
-        given["mode"] = "export"
+    """Settings from the command line; says what it made of another program's flags. UserError for whatever is wrong with it."""
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    script = Path(argv[0]).name if argv and Path(argv[0]).name in SCRIPT_METHODS else None
+    given = read_flags(argv[1:] if script else argv)
+    foreign = {name: given.pop(name) for name in DIFFUSERS_FLAGS if name in given}
+    spelling = translate(given, foreign)
+    notes = complete(given, foreign, spelling, script)
+    notes += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in foreign if GIVEN not in DIFFUSERS_FLAGS[name].sets.values()]
     settings = Settings(**{name: given_value(value, name) for name, value in given.items()})
-    for field in dataclasses.fields(Settings)[1:]:
-        value, meta = getattr(settings, field.name), field.metadata
-        if field.name in given and settings.mode not in MODES[meta["mode"]]:
-            raise UserError(f"--{field.name} belongs to --{' and --'.join(MODES[meta['mode']])} and has no meaning with "
+    check_settings(settings, given, spelling)
+    if foreign and settings.mode != "train" and (stray := foreign.keys() - set(spelling.values())):
+        raise UserError(f"--{min(stray)} belongs to --train and has no meaning with --{settings.mode}")
+    notes += [f"--{name}: no effect, it needs {needs}" for name, (needs, has_effect) in EFFECTIVE.items()
+              if name in given and not has_effect(settings)]
+    for name in foreign:
+        if variable := DIFFUSERS_FLAGS[name].environment:
+            os.environ[variable] = foreign[name]
+    if notes:
+        say(f"Flags: {'; '.join(notes)}.")
+    return settings
+
+
+def read_flags(argv):
+    """{flag without its dashes: value} of what was given. UserError, all in one line, for flags unknown or not to be had."""
+    switches = [f"no-{name}" for name, field in FIELDS.items() if _value_type(field.type)[0] is bool]
+    known = [*FIELDS, *switches, *DIFFUSERS_FLAGS, "train", "infer", "evaluate", "help"]
+    words = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
+    names = dict.fromkeys(word.removeprefix("--") for word in words if len(word.split()) == 1)
+    wrong = [f"--{name} is unknown{nearest(name, known)}" for name in names if name not in known]
+    wrong += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in names
+              if name in DIFFUSERS_FLAGS and not DIFFUSERS_FLAGS[name].can_be_had]
+    given = {}
+    try:
+        namespace, rest = build_parser().parse_known_args(argv)
+        given = vars(namespace)
+        if rest and not wrong:
+            wrong.append(stray(rest[0]))
+    except UserError as problem:
+        wrong.append(str(problem))
+    wrong += [f"--{name} {given[name]}: not to be had: {foreign.here.removeprefix('needless: ')}; {foreign.otherwise}"
+              for name, foreign in DIFFUSERS_FLAGS.items() if name in given and foreign.is_refused(given[name])]
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}; {HELP_HINT}")
+    return given
+
+
+def stray(word):
+    """What to tell of a word that belongs to no flag: it comes from how commands are copied."""
+    shown = " ".join(word.split())[:60]
+    if not word.strip("\\^`\r\n\t "):
+        return "a line of the command ends in more than its mark: \\ (in PowerShell `, in cmd ^) must be the very last character"
+    if word[0] in DASHES:
+        return f'"{shown}" begins with a printed dash; type --'
+    if word.endswith(".py"):
+        return f"{shown}: no script whose flags are known; those of {', '.join(SCRIPT_METHODS)} are, named first"
+    return f'"{shown}" belongs to no flag; put quotes around a text of several words'
+
+
+def nearest(name, known):
+    """The end of a sentence: which of the known flags was probably meant, if any."""
+    near = difflib.get_close_matches(name.replace("-", "_"), known, 1) or [word for word in known if len(name) > 3 and name in word]
+    return f", is --{near[0]} meant?" if near else ""
+
+
+def translate(given, foreign):
+    """Put what others' flags mean into `given`; returns {setting: the flag that it was given by}."""
+    spelling = {}
+    for name, value in foreign.items():
+        for setting, meant in DIFFUSERS_FLAGS[name].sets.items():
+            meant = value if meant is GIVEN else meant
+            if given.get(setting, meant) not in (meant, *DIFFUSERS_FLAGS[name].beside):
+                raise UserError(f"--{name}: {DIFFUSERS_FLAGS[name].here}, but --{spelling.get(setting, setting)} "
+                                f"{given[setting]} is given as well; leave one out")
+            given[setting] = meant
+            spelling[setting] = name
+    for name, value in foreign.items():
+        for setting, implied in DIFFUSERS_FLAGS[name].implies.items():
+            implied = implied.get(value) if isinstance(implied, dict) else implied
+            if implied is not None and setting not in given:
+                given[setting] = implied
+                spelling[setting] = name
+    return spelling
+
+
+def complete(given, foreign, spelling, script):
+    """Give `given` a mode and what a pasted command leaves open; returns what to say of it. UserError if the mode is open."""
+    notes = [f"--{spelling['method']} means --method {given['method']}"] if "method" in spelling else []
+    if script or "mode" not in given:
+        given.setdefault("mode", "train" if script else settle_mode(given))
+        if given["mode"] == "train":
+            notes.insert(0, complete_pasted(given, foreign, script))
+    if given.get("method") == "textual_inversion" and "learning_rate" in given:
+        if "embedding_lr" in given:
+            raise UserError("--learning_rate is --embedding_lr with --method textual_inversion; leave one out")
+        given["embedding_lr"] = given.pop("learning_rate")
+        spelling["embedding_lr"] = "learning_rate"
+        notes.append("--learning_rate is that of the new word, --embedding_lr")
+    texts = {"class_prompt", "instance_prompt", "concepts"}
+    if "placeholder_token" in foreign and "initializer_token" in given and not texts & given.keys():
+        given["instance_prompt"] = "a [identifier]"
+    return notes
+
+
+def settle_mode(given):
+    """The mode of a command that names none, if its flags leave no doubt. UserError if they do."""
+    names_photos = bool({"instance_data_dir", "concepts"} & given.keys())
+    able = [mode for mode in ("train", "infer", "evaluate") if all(mode in MODES[FIELDS[name].metadata["mode"]] for name in given)]
+    if able == ["train"] and names_photos:
+        return "train"
+    if "export" in given:
+        return "export"
+    raise UserError("say what to do: --train, --infer, --evaluate or --export FILE"
+                    + (f" (the flags given are of --{' and --'.join(able)})" if given and able else "") + f"; {HELP_HINT}")
+
+
+def complete_pasted(given, foreign, script):
+    """Settle what a training command without --train leaves open as diffusers' scripts do; returns what to say of it."""
+    is_guess = not script and "method" not in given
+    signs = LORA_SIGNS & {*given, *foreign}
+    method = given.setdefault("method", SCRIPT_METHODS[script] if script else "lora" if signs else "full")
+    taken = f"taken as --train --method {method}"
+    if not {"with_prior_preservation", "class_prompt", "concepts"} & given.keys() and "instance_prompt" in given:
+        given["with_prior_preservation"] = False
+        taken += " --no-with_prior_preservation"
+    if is_guess:
+        taken += f" (by --{min(signs)})" if signs else " (for a command of train_dreambooth_lora.py add --method lora)"
+    return taken
+
+
+def check_settings(settings, given, spelling):
+    """UserError for a flag without meaning in this mode or with this method, for a number out of bounds, and for no text at all."""
+    for name, field in FIELDS.items():
+        value, meta, flag = getattr(settings, name), field.metadata, f"--{spelling.get(name, name)}"
+        if name in given and settings.mode not in MODES[meta["mode"]]:
+            raise UserError(f"{flag} belongs to --{' and --'.join(MODES[meta['mode']])} and has no meaning with "
                             f"--{settings.mode}")
-        if field.name in given and settings.mode == "train" and settings.method not in meta.get("methods", [settings.method]):
-            raise UserError(f"--{field.name} has no meaning with --method {settings.method}; it belongs to "
-                            + " and ".join(meta["methods"]))
-        if field.name in given and settings.concepts and field.name in CONCEPT_FLAGS:
-            raise UserError(f"--{field.name}: with --concepts, each entry of {settings.concepts} has its own; leave one out")
-        low, high = meta.get("minimum"), meta.get("maximum", sys.float_info.max)
-        if low is not None and value is not None and not low <= value <= high:
-            raise UserError(f"--{field.name} {value}: must be a number of at least {low}"
-                            + (f" and at most {high}" if "maximum" in meta else ""))
+        if name in given and settings.mode == "train" and settings.method not in meta.get("methods", [settings.method]):
+            raise UserError(f"{flag} has no meaning with --method {settings.method}; it belongs to "
+                            f"{' and '.join(meta['methods'])}: give --method {meta['methods'][0]}, or leave it out")
+        if name in given and settings.concepts and name in CONCEPT_FLAGS:
+            raise UserError(f"{flag}: with --concepts, each entry of {settings.concepts} has its own; leave one out")
+        if value == "" and name not in TEXT_FLAGS:
+            raise UserError(f"{flag} is empty: a variable such as $MODEL_NAME that is not set? Give a value, or leave the flag out")
+        if value is not None and (bounds := out_of_bounds(value, meta)):
+            raise UserError(f"{flag} {value}: must be a number {bounds}")
     for name in ("resolution", "height", "width"):
         if (getattr(settings, name) or 0) % 8:
             raise UserError(f"--{name} {getattr(settings, name)}: must be a multiple of 8")
-    return settings
+
+
+def out_of_bounds(value, meta):
+    """Which numbers a flag takes, in words, if this is none of them; else None."""
+    limits = (("minimum", "of at least", lambda limit: value >= limit), ("above", "above", lambda limit: value > limit),
+              ("maximum", "at most", lambda limit: value <= limit), ("below", "below", lambda limit: value < limit))
+    limits = [(words, meta[key], fits) for key, words, fits in limits if key in meta]
+    if not limits or (all(fits(limit) for _, limit, fits in limits) and value <= sys.float_info.max):
+        return None
+    return " and ".join(f"{words} {limit}" for words, limit, _ in limits)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2539,16 +2870,17 @@ def variants_of(files, part):
     return {variant: found for variant, found in variants.items() if not all("-of-" in file for file in found)}
 
 
-def choose_variant(files, part):
-    """The variant of a part's weights to read, "" for the plain one, which goes first; None if there are none."""
+def choose_variant(files, part, wanted=None):
+    """The variant of a part's weights to read, "" for the plain one: the one that is wanted, else the plain one, else fp16; None if
+    there are none."""
     variants = variants_of(files, part)
-    return min(variants, key=lambda variant: (variant != "", variant != "fp16", variant), default=None)
+    return min(variants, key=lambda variant: (variant != wanted, variant != "", variant != "fp16", variant), default=None)
 
 
-def needed_files(files, index):
-    """Those of `files` that the pipeline of this index is loaded from."""
+def needed_files(files, index, wanted=None):
+    """Those of `files` that the pipeline of this index is loaded from; `wanted` is a variant or None."""
     parts = parts_of(index)
-    weights = [file for part in parts if part in WEIGHTS and (variant := choose_variant(files, part)) is not None
+    weights = [file for part in parts if part in WEIGHTS and (variant := choose_variant(files, part, wanted)) is not None
                for file in variants_of(files, part)[variant]]
     words = [file for file in files if file.split("/")[0] in WORDS and "/" in file]
     return ["model_index.json", *(f"{part}/{CONFIGS[part]}" for part in parts if part in CONFIGS), *words, *weights]
@@ -2790,8 +3122,31 @@ def cached_file(name, file, **revision):
     """Path of one file of a hub model in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
+    name, at = split_revision(name)
+    revision |= {"revision": at} if at else {}
     cached = try_to_load_from_cache(name, file, **revision) if re.fullmatch(HUB_ID, name) else None
     return Path(cached) if isinstance(cached, str) else None
+
+
+def split_revision(name):
+    """(hub id, revision or None) of ID@REVISION; (`name`, None) of what lies on the disk or has no revision."""
+    model, _, revision = ("", "", "") if Path(name).exists() else name.partition("@")
+    return (model, revision) if revision else (name, None)
+
+
+@contextlib.contextmanager
+def cache_at(folder):
+    """Within the block, the hub's client keeps its models in `folder`; where it usually does if that is None."""
+    if folder is None:
+        yield
+        return
+    from huggingface_hub import constants
+
+    usual, constants.HF_HUB_CACHE = constants.HF_HUB_CACHE, str(Path(folder).expanduser().absolute())
+    try:
+        yield
+    finally:
+        constants.HF_HUB_CACHE = usual
 
 
 def hub_file(name, file, **revision):
@@ -2800,7 +3155,10 @@ def hub_file(name, file, **revision):
 
     cached = cached_file(name, file, **revision)
     if cached is None:
-        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
+        name, at = split_revision(name)
+        revision |= {"revision": at} if at else {}
+        # Fails at once without a network or such a model, where a download would try again and again.
+        model_info(name, timeout=4, **revision)
         cached = Path(hf_hub_download(name, file, **revision))
     return cached
 
@@ -2843,18 +3201,24 @@ def where_cached(name):
     return next(iter(indexes), name)
 
 
-def hub_folder(name, flag):
-    """Folder with all that a hub's pipeline is loaded from, from the cache if it is whole. UserError if it cannot be had."""
+def hub_folder(name, flag, variant=None):
+    """Folder with all that a hub's pipeline is loaded from, from the cache if it is whole. UserError if it cannot be had.
+
+    `variant` goes before other files of the same weights.
+    """
     from huggingface_hub import model_info, snapshot_download
 
     lacks = ["all of it"]
     try:
         index = hub_file(name, "model_index.json")
-        if not (lacks := lacks_in_cache(index.parent)):
+        is_there = variant is None or choose_variant(files_in(index.parent), "unet", variant) == variant
+        if not (lacks := lacks_in_cache(index.parent)) and is_there:
             return index.parent
-        files = [entry.rfilename for entry in model_info(name, timeout=10).siblings]
+        lacks = lacks or [f"its variant {variant}"]
+        model, revision = split_revision(name)
+        files = [entry.rfilename for entry in model_info(model, timeout=10, revision=revision).siblings]
         check_files(files, read_json(index), name, flag)
-        return Path(snapshot_download(name, allow_patterns=needed_files(files, read_json(index))))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=needed_files(files, read_json(index), variant)))
     except UserError:
         raise
     except Exception as problem:  # whatever the hub's client raises
@@ -3154,10 +3518,13 @@ def named_model(name, flag):
     return found
 
 
-def find_model(name, flag):
-    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+def find_model(name, flag, revision=None):
+    """Folder, hub id (with @REVISION) or file of a model, without importing torch. UserError if there is none of a supported
+    kind."""
     name = named_model(located(name, flag), flag)
     refuse_pickle(name, flag)
+    if revision not in (None, "main"):
+        name = with_revision(name, revision)
     index = model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
@@ -3172,6 +3539,24 @@ def find_model(name, flag):
     return name
 
 
+def with_revision(name, revision):
+    """ID@REVISION of a hub id; says that a folder or file has no revisions."""
+    if Path(name).exists() or name.endswith(".safetensors"):
+        say(f"--revision {revision}: no effect, {name} is no repository of the hub but lies here.")
+        return name
+    if "@" in name and not name.endswith(f"@{revision}"):
+        raise UserError(f"--revision {revision}: --model_name {name} names another; leave one out")
+    return name if "@" in name else f"{name}@{revision}"
+
+
+def check_variant(name, variant):
+    """UserError if a folder has no weights of --variant."""
+    if variant and Path(name).is_dir() and not any(Path(name).glob(f"unet/*.{variant}*.safetensors")):
+        raise UserError(f"--variant {variant}: {name} has no unet/*.{variant}.safetensors; leave the flag out")
+    if variant and name.endswith(".safetensors"):
+        raise UserError(f"--variant {variant}: {name} is one file, which has no variants; leave the flag out")
+
+
 def model_index(name, flag):
     """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
     if is_single_file(name):
@@ -3181,7 +3566,7 @@ def model_index(name, flag):
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; {kind_of_folder(Path(name))}")
         return index
-    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
+    if Path(name).exists() or not re.fullmatch(HUB_ID + r"(@[\w./-]+)?", name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:
@@ -3200,11 +3585,11 @@ def model_index(name, flag):
 LOADING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
 
-def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
+def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
-    Its UNet in `unet_dtype`, if given, or `unet` in its place. Only safetensors are read. The network is asked only for what
-    the cache lacks. UserError for whatever is missing, in pieces or of another kind.
+    Its UNet in `unet_dtype`, if given, or `unet` in its place; its weights from the files of `variant`, if given. Only safetensors
+    are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
     import diffusers
     import transformers
@@ -3213,7 +3598,7 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
         library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
         library.utils.logging.disable_progress_bar()
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
-    load = load_single_file if is_single_file(name) else load_folder
+    load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
         pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except LOADING_FAILS as problem:
@@ -3225,18 +3610,20 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     return pipeline
 
 
-def load_folder(name, flag, dtypes, parts):
-    """The pipeline in a diffusers folder or of a hub id, with `parts` in place of its own. Each part in the variant that is there."""
+def load_folder(name, flag, dtypes, parts, variant=None):
+    """The pipeline in a diffusers folder or of a hub id, with `parts` in place of its own. Each part in `variant`, or else in the
+    variant that is there."""
     from diffusers import DiffusionPipeline
 
-    folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag)
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag, variant)
     check_folder(folder, name, flag)
     check_fit(folder, name, flag)
     index, files = read_json(folder / "model_index.json"), files_in(folder)
-    variants = {part: choose_variant(files, part) for part in parts_of(index) if part in WEIGHTS}
+    variants = {part: choose_variant(files, part, variant) for part in parts_of(index) if part in WEIGHTS}
     loaded = {part: load_part(folder, part, index[part], variant, dtypes.get(part, dtypes["default"]))
               for part, variant in variants.items() if part not in parts}
-    say_variants(name, variants)
+    if variant is None:
+        say_variants(name, variants)
     pipeline = DiffusionPipeline.from_pretrained(
         str(folder), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
         local_files_only=True)
@@ -3296,14 +3683,14 @@ def make_ready(pipeline, name, flag):
         text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
 
 
-def load_models(name, arithmetic, freezes_unet=False):
+def load_models(name, arithmetic, freezes_unet=False, variant=None):
     """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
 
     A UNet that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
     """
     import torch
 
-    pipeline = load_pipeline(name, torch.float32, unet_dtype=arithmetic if freezes_unet else torch.float32)
+    pipeline = load_pipeline(name, torch.float32, unet_dtype=arithmetic if freezes_unet else torch.float32, variant=variant)
     check_trainable(pipeline, name)
     say_if_distilled(pipeline, name, trains=True)
     models = dataclasses.replace(take_apart(name, pipeline), arithmetic=arithmetic, sample=sample_weights(pipeline))
@@ -3378,7 +3765,8 @@ def add_lora(s, module, **options):
     """Give `module` a LoRA (Hu et al., arXiv 2106.09685) that changes nothing yet; returns its parameters."""
     from peft import LoraConfig
 
-    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=s.lora_alpha or s.rank, init_lora_weights="gaussian", **options))
+    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=s.lora_alpha or s.rank, init_lora_weights="gaussian",
+                                  lora_dropout=s.lora_dropout or 0.0, **options))
     return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 
@@ -3547,10 +3935,17 @@ def preserves_prior(s):
 
 
 def parameter_groups(s, models, subjects, recipe):
-    """What --method trains, made ready in `models`."""
+    """What --method trains, made ready in `models`, with the learning rates of this batch size if they are to follow it."""
     method = METHODS[s.method]
     trains = method.trains + (method.with_text_encoder if s.train_text_encoder else ())
-    return [group(s, models, subjects, recipe) for group in trains]
+    factor = s.train_batch_size * s.gradient_accumulation_steps * processes() if s.scale_lr else 1
+    groups = [group(s, models, subjects, recipe) for group in trains]
+    return [dataclasses.replace(group, lr=group.lr * factor) for group in groups]
+
+
+def saves_of(s):
+    """The functions that save what --method trained, (folder, models, subjects) each."""
+    return METHODS[s.method].saves + ((save_pipeline,) if s.save_as_full_pipeline else ())
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3857,7 +4252,9 @@ def add_lora_file(pipeline, trained, adapter, flag):
 
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
-    pipeline = load_pipeline(base, dtype, "--model_path")
+    recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
+    variant = recorded if trained.is_adapter and s.model_name is None else None
+    pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
     if s.guidance_scale is None or s.num_inference_steps > 12:
         say_if_distilled(pipeline, base, trains=False)
     sample = sample_weights(pipeline)
@@ -4083,10 +4480,14 @@ def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_process
     rows = torch.tensor(rows + classes)
     source = random_source("noise", s.seed, micro_step, process)
     mean, std = cache.mean[rows], cache.std[rows]
+    latents, noise = mean + std * torch.randn(mean.shape, generator=source), torch.randn(mean.shape, generator=source)
+    timesteps = torch.randint(num_train_timesteps, (len(rows),), generator=source)
+    if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
+        noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
     return {
-        "latents": mean + std * torch.randn(mean.shape, generator=source),
-        "noise": torch.randn(mean.shape, generator=source),
-        "timesteps": torch.randint(num_train_timesteps, (len(rows),), generator=source),
+        "latents": latents,
+        "noise": noise,
+        "timesteps": timesteps,
         "time_ids": cache.time_ids[rows],
         "prompt": cache.prompt[rows],
         "is_class": is_class,
@@ -4165,6 +4566,14 @@ CLASS_IMAGE_STEPS, UNGUIDED_CLASS_IMAGE_STEPS, CLASS_IMAGE_SPACING = 15, 10, "tr
 MANIFEST = "MANIFEST.sha256"
 
 
+def class_image_plan(s, plan):
+    """The Plan of drawing class images. UserError for fp16 without a CUDA GPU."""
+    if s.prior_generation_precision == "fp16" and plan.device.type != "cuda":
+        raise UserError("--prior_generation_precision fp16 needs a CUDA GPU and this machine has none; give fp32 or bf16")
+    precision = {None: plan.precision, "fp32": "no"}.get(s.prior_generation_precision, s.prior_generation_precision)
+    return dataclasses.replace(plan, precision=precision)
+
+
 def class_image_look(s, unet_config):
     """(denoising steps, guidance scale) of the class images."""
     scale = default(s.class_guidance_scale, CLASS_GUIDANCE[family_of(unet_config)])
@@ -4234,11 +4643,11 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
     from diffusers import DPMSolverMultistepScheduler
 
-    # In half precision the model is read a second time, but for a UNet that is in half precision already: what is to be
+    # In another precision the model is read a second time, but for a UNet that is in that precision already: what is to be
     # trained keeps all its digits.
     pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
-    if plan.precision != "no":
-        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None)
+    if plan.precision != "no" or not shares:
+        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None, variant=s.variant)
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
                                                                   timestep_spacing=settings["timestep_spacing"])
@@ -5057,27 +5466,35 @@ def meeting():
 class OptimizerKind:
     """An optimizer of some library. All are AdamW's kin: a learning rate means the same to each that takes one."""
 
-    make: typing.Callable  # (torch's parameter groups, weight decay, device) -> torch.optim.Optimizer
+    make: typing.Callable  # (torch's parameter groups, weight decay, device, **options) -> torch.optim.Optimizer
     state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
     package: str | None = None  # what to install for it
     lr: float | None = None  # its own learning rate; None: as RECIPES say
     by_tensor: bool = True  # a tensor's step depends on no other's
     copies: int = 0  # tensors of a parameter's size, in float32, that a step works with
     rounds: bool = False  # it rounds bf16 weights stochastically by itself
+    flags: tuple = ("adam_beta1", "adam_beta2", "adam_epsilon")  # those that make its options
 
 
-def make_adamw(groups, weight_decay, device):
+def moment_options(s):
+    """What was given of how AdamW's kin keep means of the gradient, as options of theirs."""
+    betas = {} if s.adam_beta1 is s.adam_beta2 is None else {"betas": (default(s.adam_beta1, 0.9), default(s.adam_beta2, 0.999))}
+    others = {"eps": s.adam_epsilon, "beta3": s.prodigy_beta3 if s.optimizer == "prodigy" else None}
+    return betas | {name: value for name, value in others.items() if value is not None}
+
+
+def make_adamw(groups, weight_decay, device, **options):
     import torch
 
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None, **options)
 
 
-def make_adamw8bit(groups, weight_decay, device):
+def make_adamw8bit(groups, weight_decay, device, **options):
     """AdamW with its moments in 8 bits, block by block (Dettmers et al., arXiv 2110.02861)."""
     import torch
     from torchao.optim import AdamW8bit
 
-    optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+    optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True, **options)
     lacking = missing_compiler(device)
     if device.type == "cuda":
         say("8-bit AdamW: " + (f"slower than it could be, as it is not compiled; that needs {lacking}." if lacking else
@@ -5087,7 +5504,7 @@ def make_adamw8bit(groups, weight_decay, device):
     return optimizer
 
 
-def make_adafactor(groups, weight_decay, device):
+def make_adafactor(groups, weight_decay, device, **options):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) with the learning rate as it is, as kohya's guide for SDXL has it:
     torch's own would scale it by the weights, so that AdamW's rates would not do."""
     from transformers import Adafactor
@@ -5095,12 +5512,12 @@ def make_adafactor(groups, weight_decay, device):
     return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
 
 
-def make_prodigy(groups, weight_decay, device):
+def make_prodigy(groups, weight_decay, device, **options):
     """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), which finds the learning rate, set as in diffusers' scripts."""
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(None):
-        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True, **options)
 
 
 def adamw8bit_bytes(shape, per_weight):
@@ -5118,7 +5535,7 @@ def adafactor_bytes(shape, per_weight):
 OPTIMIZERS = {
     "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
     "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao", rounds=True),
-    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes, copies=3),
+    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes, copies=3, flags=()),
     "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
                              by_tensor=False),
 }
@@ -5140,50 +5557,6 @@ def step_copies(levers):
     works with and, if weights are in half precision, they and their gradient, and in the end what rounded_by_chance() needs."""
     copies = OPTIMIZERS[levers.optimizer].copies
     return max(2 + copies, 4) if is_stepped_in_float32(levers) else copies
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# training/course: What a training will be, settled wherever the flags leave it open.
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a training will be, settled wherever the flags leave it open."""
-
-    steps: int
-    resolution: int  # pixels
-    precision: str  # of the arithmetic, in accelerate's words
-    levers: Levers = Levers()
-    lr_scheduler: str = "constant"
-    use_ema: bool = False
-
-
-def recipe_for(family, s):
-    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
-    recipe = with_own_rate(RECIPES[family][s.method], s)
-    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
-    return dataclasses.replace(recipe, **(dict(recipe.selecting) if s.select_best else {}) | flags)
-
-
-def with_own_rate(recipe, s):
-    """`recipe` with the learning rate of an optimizer that has its own."""
-    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
-    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
-    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
-
-
-def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
-    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
-        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
-                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
-
-
-def decisions(course, groups):
-    """{name: value} of all that was settled for a training."""
-    settled = dataclasses.asdict(course)
-    levers = settled.pop("levers")
-    return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5247,176 +5620,107 @@ def in_float32(parameter):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/run: A training under way: everything that its loop needs, in one place.
+# training/course: What a training will be, settled wherever the flags leave it open.
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
+class Course:
+    """What a training will be, settled wherever the flags leave it open."""
 
-    s: Settings
-    course: Course
-    models: Models  # what trains is wrapped for precision and processes
-    groups: list
-    modules: list  # those of `models` that train
-    conditioning: typing.Callable  # prompt numbers [B] -> what the UNet is told
-    cache: LatentCache
-    optimizer: typing.Any
-    lr_scheduler: typing.Any
-    accelerator: typing.Any
-    at_once: int  # pictures that pass through the model together
-    spent: list  # norms of the gradients that the backward pass of a step has used up already
-    origin: dict  # what a resumed training must have in common with this one
-    averages: list  # of each tensor that trains, in their order; empty without --use_ema
-    history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
-    scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
-
-    def denoiser(self, noisy_latents, batch):
-        hidden, pooled = self.conditioning(batch["prompt"])
-        return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
+    steps: int
+    resolution: int  # pixels
+    precision: str  # of the arithmetic, in accelerate's words
+    levers: Levers = Levers()
+    lr_scheduler: str = "constant"
+    use_ema: bool = False
 
 
-@contextlib.contextmanager
-def averaged(run):
-    """Within the block, what trains has its running average, where there is one."""
-    tensors = list(trained_tensors(run.groups).values()) if run.averages else []
-    own = [tensor.to("cpu", copy=True) for tensor in tensors]
-    for tensor, average in zip(tensors, run.averages):
-        tensor.copy_(average)
-    try:
-        yield
-    finally:
-        for tensor, values in zip(trained_tensors(run.groups).values(), own):
-            tensor.copy_(values)
+def recipe_for(family, s, concepts=()):
+    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
+    recipe = with_own_rate(RECIPES[family][s.method], s)
+    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
+    if s.num_train_epochs and not s.steps:
+        flags["steps"] = s.num_train_epochs * epoch_steps(s, concepts)
+        say(f"Epochs: {s.num_train_epochs} of {epoch_steps(s, concepts)} steps each.")
+    return dataclasses.replace(recipe, **(dict(recipe.selecting) if s.select_best else {}) | flags)
 
 
-def ema_decay(step):
-    """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
-    return min(0.99, (1 + step) / (10 + step))
+def epoch_steps(s, concepts):
+    """Steps of a pass over the photos, or over the class images if those are more, as diffusers' scripts count."""
+    photos = sum(len(concept.photos) for concept in concepts) * default(s.repeats, 100 if s.method == "textual_inversion" else 1)
+    classes = {(c.class_prompt, c.class_data_dir): class_image_count(c) for c in concepts} if preserves_prior(s) else {}
+    batches = math.ceil(max(photos, sum(classes.values())) / s.train_batch_size)
+    return math.ceil(math.ceil(batches / processes()) / s.gradient_accumulation_steps)
 
 
-def best_of(scores):
-    """The best of them, and the earliest of equals."""
-    return max(scores, key=lambda row: row["score"])
+def class_image_count(concept):
+    """How many class images a concept will have."""
+    if not own_class_images(concept.class_data_dir):
+        return concept.num_class_images
+    own = [path for path in Path(concept.class_data_dir).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    return min(concept.num_class_images, len(own))
+
+
+def sample_interval(s, concepts):
+    """Steps between samples; None: only at the end."""
+    return s.validation_steps or (s.validation_epochs and s.validation_epochs * epoch_steps(s, concepts))
+
+
+def with_own_rate(recipe, s):
+    """`recipe` with the learning rate of an optimizer that has its own."""
+    lr = OPTIMIZERS[s.optimizer or Levers.optimizer].lr
+    rates = ("learning_rate", "learning_rate_with_text_encoder", "text_encoder_lr", "embedding_lr")
+    return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
+
+
+LAST_POLYNOMIAL_RATE = 1e-7  # where diffusers' polynomial schedule ends
+
+
+def check_rates(s, groups):
+    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small."""
+    if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
+        raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
+                        + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
+    if s.lr_scheduler == "polynomial" and (small := [group for group in groups if group.lr <= LAST_POLYNOMIAL_RATE]):
+        raise UserError(f"--lr_scheduler polynomial ends at a learning rate of {LAST_POLYNOMIAL_RATE:g}; give {small[0].name} a "
+                        f"larger one than {small[0].lr:g}")
+
+
+def decisions(course, groups):
+    """{name: value} of all that was settled for a training."""
+    settled = dataclasses.asdict(course)
+    levers = settled.pop("levers")
+    return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/prepare: Making a Run of what is to train, and ordinary modules of it again.
+# training/unused: What a training leaves unused of what a person gave it is said.
 
 
-def prepare_training(s, course, models, groups, cache, accelerator, origin):
-    """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
-    import torch
-
-    device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
-    if levers.gradient_checkpointing:
-        set_checkpointing(models, groups)
-    trains_text = any(t in training for t in models.text_encoders)
-    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
-    for group in groups:
-        for parameter in group.parameters:
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
-    for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
-        module.to(device).train()
-    if s.channels_last:
-        models.unet.to(memory_format=torch.channels_last)
-    if is_bf16_throughout(s, levers, course.precision):
-        compute_in_bf16(models.unet)
-    if s.compile:
-        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
-        models.unet.compile_repeated_blocks()
-    optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
-                                                  s.adam_weight_decay, device)
-    # The schedule stays ours: accelerate would advance it once per process.
-    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps)
-
-    def until(last, factor):
-        return lambda step: factor(step) if step < last else 0
-    lr_scheduler.lr_lambdas = [until(g.until * course.steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
-
-    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
-        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
-    parts = [models.unet, *models.text_encoders]
-    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
-    modules = [module for module, part in zip(ready, parts) if part in training]
-    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
-    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
-    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
-    if levers.fused_backward:
-        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
-    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
-    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
-    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
-               origin, averages)
+def tell_unused(s, concepts):
+    """Say which of what was given for class images goes unused."""
+    if preserves_prior(s):
+        return
+    if s.prior_loss_weight == 0 and s.with_prior_preservation is not False:
+        say("Note: --prior_loss_weight 0: class images would weigh nothing, so there are none, as with "
+            "--no-with_prior_preservation.")
+    defaults = {f.name: f.default for f in dataclasses.fields(s)}
+    unused = [f"--{name}" for name in ("class_data_dir", "num_class_images", "class_guidance_scale")
+              if getattr(s, name) != defaults[name]]
+    unused += [f"{name} in {s.concepts}" for name in ("class_data_dir", "num_class_images")
+               if any(getattr(concept, name) != getattr(s, name) for concept in concepts)]
+    if unused:
+        say(f"Note: {', '.join(unused)}: not used, since there are no class images in this training.")
 
 
-def make_schedule(name, optimizer, warmup, steps):
-    """A learning rate schedule of diffusers or transformers. "warmup_stable_decay" falls linearly to 0 in its last quarter."""
-    from diffusers.optimization import get_scheduler
-    from transformers import get_wsd_schedule
-
-    if name == "warmup_stable_decay":
-        return get_wsd_schedule(optimizer, warmup, steps // 4, steps, decay_type="linear")
-    name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-
-
-def encode_for_good(models, prompts, device):
-    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
-    import torch
-
-    for text_encoder in models.text_encoders:
-        text_encoder.to(device)
-    with torch.no_grad():
-        encoded = encode_prompts(models, prompts)
-    for text_encoder in models.text_encoders:
-        text_encoder.to("cpu")
-    return encoded
-
-
-def prompt_conditioning(models, prompts, encoded, device):
-    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
-
-    `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
-    numbers stay on the CPU, where counting them does not wait for the GPU.
-    """
-    def conditioning(numbers):
-        distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
-        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
-        numbers = moved(numbers, device)
-        return hidden[numbers], None if pooled is None else pooled[numbers]
-
-    return conditioning
-
-
-def set_checkpointing(models, groups):
-    """Have activations recomputed in whatever gradients pass."""
-    say("Gradient checkpointing: on (less memory, but slower).")
-    for module in {models.unet, *(module for group in groups for module in group.modules)}:
-        enable = getattr(module, "enable_gradient_checkpointing", None) or module.activation_checkpointing_enable
-        enable()
-
-
-def unwrap(run):
-    """Make ordinary modules of what trained, and forget what training alone needs.
-
-    accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
-    """
-    import torch
-
-    pipeline = run.models.pipeline
-    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
-        module.eval()
-        for name in ("forward", "_original_forward"):
-            vars(module).pop(name, None)
-        for part in module.modules():
-            part._compiled_call_impl = None
-        module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
-    for group in run.groups:
-        group.finish()
-    run.optimizer.state.clear()
-    run.averages.clear()
+def tell_unseen(s, course, photos, class_images, processes):
+    """Say if a training is too short to show every picture of these pools once."""
+    draws = course.steps * s.gradient_accumulation_steps * s.train_batch_size * processes
+    for kind, pools, remedy in (("photos", photos, "--steps"),
+                                ("class images", class_images, "--steps or fewer --num_class_images")):
+        largest = max(map(len, pools), default=0)
+        if pools and draws // len(pools) < largest:
+            say(f"Note: {course.steps} steps show {draws // len(pools)} of the {largest} {kind} of a subject; more {remedy}.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5429,7 +5733,9 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
               "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
-              "lr_scheduler", "use_ema")
+              "lr_scheduler", "use_ema", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
+              "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
+              "push_to_hub", "hub_model_id")
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
@@ -5499,33 +5805,57 @@ def check_origin(path, state, origin):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/unused: What a training leaves unused of what a person gave it is said.
+# training/run: A training under way: everything that its loop needs, in one place.
 
 
-def tell_unused(s, concepts):
-    """Say which of what was given for class images goes unused."""
-    if preserves_prior(s):
-        return
-    if s.prior_loss_weight == 0 and s.with_prior_preservation is not False:
-        say("Note: --prior_loss_weight 0: class images would weigh nothing, so there are none, as with "
-            "--no-with_prior_preservation.")
-    defaults = {f.name: f.default for f in dataclasses.fields(s)}
-    unused = [f"--{name}" for name in ("class_data_dir", "num_class_images", "class_guidance_scale")
-              if getattr(s, name) != defaults[name]]
-    unused += [f"{name} in {s.concepts}" for name in ("class_data_dir", "num_class_images")
-               if any(getattr(concept, name) != getattr(s, name) for concept in concepts)]
-    if unused:
-        say(f"Note: {', '.join(unused)}: not used, since there are no class images in this training.")
+@dataclass(frozen=True)
+class Run:
+    """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
+
+    s: Settings
+    course: Course
+    models: Models  # what trains is wrapped for precision and processes
+    groups: list
+    modules: list  # those of `models` that train
+    conditioning: typing.Callable  # prompt numbers [B] -> what the UNet is told
+    cache: LatentCache
+    optimizer: typing.Any
+    lr_scheduler: typing.Any
+    accelerator: typing.Any
+    at_once: int  # pictures that pass through the model together
+    spent: list  # norms of the gradients that the backward pass of a step has used up already
+    origin: dict  # what a resumed training must have in common with this one
+    averages: list  # of each tensor that trains, in their order; empty without --use_ema
+    history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
+    scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
+
+    def denoiser(self, noisy_latents, batch):
+        hidden, pooled = self.conditioning(batch["prompt"])
+        return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
 
 
-def tell_unseen(s, course, photos, class_images, processes):
-    """Say if a training is too short to show every picture of these pools once."""
-    draws = course.steps * s.gradient_accumulation_steps * s.train_batch_size * processes
-    for kind, pools, remedy in (("photos", photos, "--steps"),
-                                ("class images", class_images, "--steps or fewer --num_class_images")):
-        largest = max(map(len, pools), default=0)
-        if pools and draws // len(pools) < largest:
-            say(f"Note: {course.steps} steps show {draws // len(pools)} of the {largest} {kind} of a subject; more {remedy}.")
+@contextlib.contextmanager
+def averaged(run):
+    """Within the block, what trains has its running average, where there is one."""
+    tensors = list(trained_tensors(run.groups).values()) if run.averages else []
+    own = [tensor.to("cpu", copy=True) for tensor in tensors]
+    for tensor, average in zip(tensors, run.averages):
+        tensor.copy_(average)
+    try:
+        yield
+    finally:
+        for tensor, values in zip(trained_tensors(run.groups).values(), own):
+            tensor.copy_(values)
+
+
+def ema_decay(step):
+    """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
+    return min(0.99, (1 + step) / (10 + step))
+
+
+def best_of(scores):
+    """The best of them, and the earliest of equals."""
+    return max(scores, key=lambda row: row["score"])
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5674,6 +6004,139 @@ def restore(run, saved, state):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# training/prepare: Making a Run of what is to train, and ordinary modules of it again.
+
+
+def prepare_training(s, course, models, groups, cache, accelerator, origin):
+    """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
+    import torch
+
+    device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
+    if levers.gradient_checkpointing:
+        set_checkpointing(models, groups)
+    trains_text = any(t in training for t in models.text_encoders)
+    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
+        module.to(device).train()
+    if s.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+    if is_bf16_throughout(s, levers, course.precision):
+        compute_in_bf16(models.unet)
+    if s.compile:
+        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
+        models.unet.compile_repeated_blocks()
+    optimizer = make_optimizer(s, levers.optimizer, groups, device)
+    # The schedule stays ours: accelerate would advance it once per process.
+    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps, default(s.lr_num_cycles, 1),
+                                 default(s.lr_power, 1.0))
+
+    def until(last, factor):
+        return lambda step: factor(step) if step < last else 0
+    lr_scheduler.lr_lambdas = [until(g.until * course.steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
+
+    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
+        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
+    parts = [models.unet, *models.text_encoders]
+    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
+    modules = [module for module, part in zip(ready, parts) if part in training]
+    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
+    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
+    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
+    if levers.fused_backward:
+        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
+    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+               origin, averages)
+
+
+def make_optimizer(s, name, groups, device):
+    """The optimizer of this name, for these ParameterGroups, with what the flags say of it."""
+    def torch_group(group):
+        decay = s.adam_weight_decay_text_encoder if group.name.startswith("text_encoder") else None
+        return {"params": group.parameters, "lr": group.lr, "weight_decay": default(decay, s.adam_weight_decay)}
+    kind = OPTIMIZERS[name]
+    return kind.make([torch_group(group) for group in groups], s.adam_weight_decay, device, **moment_options(s) if kind.flags else {})
+
+
+def make_schedule(name, optimizer, warmup, steps, cycles=1, power=1.0):
+    """A learning rate schedule of diffusers or transformers. "warmup_stable_decay" falls linearly to 0 in its last quarter."""
+    import torch
+    from diffusers.optimization import get_scheduler
+    from transformers import get_wsd_schedule
+
+    if name == "warmup_stable_decay":
+        return get_wsd_schedule(optimizer, warmup, steps // 4, steps, decay_type="linear")
+    name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
+    ask = functools.partial(get_scheduler, name, num_warmup_steps=warmup, num_training_steps=steps, num_cycles=cycles,
+                            power=power)
+    # Each group's apart: a polynomial's factors depend on the rate that it begins with.
+    alone = [torch.optim.SGD([torch.zeros(1)], lr=float(group["lr"])) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [ask(each).lr_lambdas[0] for each in alone])
+
+
+def encode_for_good(models, prompts, device):
+    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
+    import torch
+
+    for text_encoder in models.text_encoders:
+        text_encoder.to(device)
+    with torch.no_grad():
+        encoded = encode_prompts(models, prompts)
+    for text_encoder in models.text_encoders:
+        text_encoder.to("cpu")
+    return encoded
+
+
+def prompt_conditioning(models, prompts, encoded, device):
+    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
+
+    `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
+    numbers stay on the CPU, where counting them does not wait for the GPU.
+    """
+    def conditioning(numbers):
+        distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
+        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
+        numbers = moved(numbers, device)
+        return hidden[numbers], None if pooled is None else pooled[numbers]
+
+    return conditioning
+
+
+def set_checkpointing(models, groups):
+    """Have activations recomputed in whatever gradients pass."""
+    say("Gradient checkpointing: on (less memory, but slower).")
+    for module in {models.unet, *(module for group in groups for module in group.modules)}:
+        enable = getattr(module, "enable_gradient_checkpointing", None) or module.activation_checkpointing_enable
+        enable()
+
+
+def unwrap(run):
+    """Make ordinary modules of what trained, and forget what training alone needs.
+
+    accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
+    """
+    import torch
+
+    pipeline = run.models.pipeline
+    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
+        module.eval()
+        for name in ("forward", "_original_forward"):
+            vars(module).pop(name, None)
+        for part in module.modules():
+            part._compiled_call_impl = None
+        module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    for group in run.groups:
+        group.finish()
+    run.optimizer.state.clear()
+    run.averages.clear()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/reports: What a training says of itself on the way: losses, to people and to TensorBoard.
 
 
@@ -5761,14 +6224,14 @@ def loss_writer(log_dir, done):
 # training/selection: --select_best: the samples are scored, and the best weights kept.
 
 
-SEEDS_SEEN = 4  # pictures of each prompt
+SEEDS_SEEN = 4  # pictures of each prompt, unless --num_validation_images says otherwise
 
 
 def score_samples(viewer, pictures, seed):
     """{"dino", "clip_t", "score"} of {(prompt, seed): picture}: means over subjects, and their harmonic mean."""
     rows = {}
     for number, prompt, caption in viewer.scored:
-        dino, clip = viewer.metrics.images([pictures[prompt, seed + i] for i in range(SEEDS_SEEN)])
+        dino, clip = viewer.metrics.images([pictures[prompt, seed + i] for i in range(viewer.pictures)])
         rows.setdefault(number, []).append({"dino": mean_similarity(dino, viewer.real[number]),
                                             "clip_t": mean_similarity(clip, viewer.metrics.texts([caption]))})
     means = mean_scores([mean_scores(of_subject) for of_subject in rows.values()])
@@ -5862,18 +6325,20 @@ class Viewer:
     metrics: Metrics | None = None  # from here on for --select_best alone
     real: tuple = ()  # for each subject the DINO embeddings [M, d] of its photos
     scored: tuple = ()  # (number of the subject, prompt, caption for CLIP)
+    pictures: int = SEEDS_SEEN  # of each prompt
 
 
 def make_viewer(run, concepts, subjects, metric_names):
     """The Viewer of a run. `metric_names` as metric_models() gives them, or None. UserError for an unusable prompt."""
     import torch
 
-    s, side = run.s, run.course.resolution
+    s, side, count = run.s, run.course.resolution, default(run.s.num_validation_images, SEEDS_SEEN)
+    every = sample_interval(s, concepts)
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
         tell_prompts(own, subjects)
         usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
-        return Viewer(tuple(dict.fromkeys(own or usual)), side, s.validation_steps)
+        return Viewer(tuple(dict.fromkeys(own or usual)), side, every, pictures=count)
     templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
     tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
@@ -5889,10 +6354,10 @@ def make_viewer(run, concepts, subjects, metric_names):
     metrics = load_metrics(*metric_names, torch.device("cpu"))  # a few pictures, and the GPU may be full
     real = tuple(metrics.images([load_square(path) for path, _ in concept.photos])[0] for concept in concepts)
     prompts = dict.fromkeys([*(prompt for _, prompt, _ in scored), *(subject.class_prompt for subject in subjects)])
-    every = default(s.validation_steps, math.ceil(run.course.steps / 10))
+    every = every or math.ceil(run.course.steps / 10)
     times = -(-run.course.steps // every)
-    say(f"Choosing the best of {times} checkpoints, one every {every} steps, by {len(scored) * SEEDS_SEEN} pictures each.")
-    return Viewer(tuple(prompt for prompt in prompts if prompt), side, every, metrics, real, tuple(scored))
+    say(f"Choosing the best of {times} checkpoints, one every {every} steps, by {len(scored) * count} pictures each.")
+    return Viewer(tuple(prompt for prompt in prompts if prompt), side, every, metrics, real, tuple(scored), count)
 
 
 @contextlib.contextmanager
@@ -5934,7 +6399,7 @@ def view(run, folder, viewer, writer):
 def draw_view(run, folder, viewer, writer):
     """Draw the viewer's prompts into folder/samples/step-N and the timeline beside it, and score them for --select_best."""
     s, done, started = run.s, len(run.history), time.monotonic()
-    jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + SEEDS_SEEN)]
+    jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + viewer.pictures)]
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
@@ -5947,7 +6412,7 @@ def draw_view(run, folder, viewer, writer):
     if writer:
         import numpy as np
 
-        writer.add_image("samples", np.asarray(image_grid(pictures, columns=SEEDS_SEEN)), done, dataformats="HWC")
+        writer.add_image("samples", np.asarray(image_grid(pictures, columns=viewer.pictures)), done, dataformats="HWC")
     if viewer.scored:
         run.scores.append({"step": done, **score_samples(viewer, dict(zip(jobs, pictures)), s.seed)})
         save_best(run, folder)
@@ -5984,7 +6449,7 @@ def optimize(run, folder, viewer):
     """
     s, steps, unread = run.s, run.course.steps, []
     threads = threads_that_help(run.accelerator.device)
-    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
+    with loss_writer(folder / default(s.logging_dir, "logs"), len(run.history)) as writer, deferred_stop() as signals:
         bar = progress(range(len(run.history), steps), "training", "step", steps, len(run.history), not is_first_process())
         for done in (step + 1 for step in bar):
             with threads.timed() if threads else contextlib.nullcontext():
@@ -6105,6 +6570,108 @@ def estimate(demand, levers):
     parts = {"weights": per_weight * sum(sizes), "optimizer": max(states) if levers.offload_optimizer else sum(states),
              "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers), "frozen": demand.frozen}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# memory/plans: The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is.
+
+
+def objection(s, levers, precision):
+    """Why these levers cannot be used together, or None."""
+    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
+    return next((text for wrong, text in (
+        (fused and s.gradient_accumulation_steps > 1,
+         "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
+        (fused and levers.split_batch,
+         "--fused_backward: it steps once photos have their gradients, before class images; leave out --split_batch"),
+        (fused and not optimizer.by_tensor,
+         f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
+        (fused and precision == "fp16",
+         "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
+        (half and not (optimizer.rounds or fused),
+         "--weights bf16: rounded to the nearest they would miss small steps; give --optimizer adamw8bit or --fused_backward, "
+         "either of which rounds stochastically"),
+        (levers.offload_optimizer and not fused,
+         "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
+        (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
+        (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
+        (half and METHODS[s.method].is_adapter,
+         f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
+        (means and not optimizer.flags,
+         f"--{min(means, default='')}: --optimizer {levers.optimizer} keeps no such means; leave one out"),
+        (s.scale_lr and levers.optimizer == "prodigy",
+         "--scale_lr: --optimizer prodigy finds the learning rate by itself; leave one out"),
+        (levers.optimizer == "prodigy" and s.method == "pivotal",
+         "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
+    ) if wrong), None)
+
+
+def check_levers(s, plan):
+    """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
+    levers = Levers(**levers_by_hand(s))
+    if wrong := objection(s, levers, plan.precision):
+        raise UserError(wrong)
+    check_package(levers)
+    if s.compile and (lacking := missing_compiler(plan.device)):
+        raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
+    memory_limit(s, plan)
+
+
+def missing_package(levers):
+    """The optimizer's library if it is not installed, else None."""
+    package = OPTIMIZERS[levers.optimizer].package
+    return package if package and importlib.util.find_spec(package) is None else None
+
+
+def check_package(levers):
+    """UserError if the optimizer's library is not installed, or broken."""
+    if package := missing_package(levers):
+        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
+    if package := OPTIMIZERS[levers.optimizer].package:
+        check_import(package, f"--optimizer {levers.optimizer}")
+
+
+PLANS = (  # from the fastest to the most frugal
+    Levers(),
+    Levers(split_batch=True),
+    Levers(gradient_checkpointing=True),
+    Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
+    Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", gradient_checkpointing=True, fused_backward=True),  # saves in matrices, hardly in convolutions
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
+    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
+)
+
+
+def plans(s, precision):
+    """Those of PLANS that can be had, with what was set by hand as it was set."""
+    rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
+    return [row for row in rows if not objection(s, row, precision)]
+
+
+AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
+
+
+def memory_limit(s, plan):
+    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
+    import torch
+
+    if s.max_vram == "auto":
+        if plan.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(plan.device)
+        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
+    try:
+        limit = float(s.max_vram) * GIB
+    except ValueError:
+        limit = 0
+    if not 0 < limit < math.inf:
+        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
+    return limit
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6246,103 +6813,6 @@ def listening(parts, trained, copied):
     for hook in hooks:
         hook.remove()
     events[:0] = [("gradient", p.nbytes, None) for p in waiting] + [("gradient", p.nbytes // 2, None) for p in copied]
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# memory/plans: The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is.
-
-
-def objection(s, levers, precision):
-    """Why these levers cannot be used together, or None."""
-    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
-    return next((text for wrong, text in (
-        (fused and s.gradient_accumulation_steps > 1,
-         "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
-        (fused and levers.split_batch,
-         "--fused_backward: it steps once photos have their gradients, before class images; leave out --split_batch"),
-        (fused and not optimizer.by_tensor,
-         f"--fused_backward: --optimizer {levers.optimizer} needs all gradients at once; give another optimizer"),
-        (fused and precision == "fp16",
-         "--fused_backward: fp16 gradients are checked all together before a step; give --mixed_precision bf16 or no"),
-        (half and not (optimizer.rounds or fused),
-         "--weights bf16: rounded to the nearest they would miss small steps; give --optimizer adamw8bit or --fused_backward, "
-         "either of which rounds stochastically"),
-        (levers.offload_optimizer and not fused,
-         "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
-        (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
-        (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
-        (half and METHODS[s.method].is_adapter,
-         f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
-        (levers.optimizer == "prodigy" and s.method == "pivotal",
-         "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
-    ) if wrong), None)
-
-
-def check_levers(s, plan):
-    """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
-    levers = Levers(**levers_by_hand(s))
-    if wrong := objection(s, levers, plan.precision):
-        raise UserError(wrong)
-    check_package(levers)
-    if s.compile and (lacking := missing_compiler(plan.device)):
-        raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
-    memory_limit(s, plan)
-
-
-def missing_package(levers):
-    """The optimizer's library if it is not installed, else None."""
-    package = OPTIMIZERS[levers.optimizer].package
-    return package if package and importlib.util.find_spec(package) is None else None
-
-
-def check_package(levers):
-    """UserError if the optimizer's library is not installed, or broken."""
-    if package := missing_package(levers):
-        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
-    if package := OPTIMIZERS[levers.optimizer].package:
-        check_import(package, f"--optimizer {levers.optimizer}")
-
-
-PLANS = (  # from the fastest to the most frugal
-    Levers(),
-    Levers(split_batch=True),
-    Levers(gradient_checkpointing=True),
-    Levers(gradient_checkpointing=True, split_batch=True),
-    Levers(gradient_checkpointing=True, fused_backward=True),
-    Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
-    Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
-    Levers("adafactor", gradient_checkpointing=True, fused_backward=True),  # saves in matrices, hardly in convolutions
-    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
-    Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
-    Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
-)
-
-
-def plans(s, precision):
-    """Those of PLANS that can be had, with what was set by hand as it was set."""
-    rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, row, precision)]
-
-
-AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
-
-
-def memory_limit(s, plan):
-    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
-    import torch
-
-    if s.max_vram == "auto":
-        if plan.device.type != "cuda":
-            return None
-        free, total = torch.cuda.mem_get_info(plan.device)
-        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
-    try:
-        limit = float(s.max_vram) * GIB
-    except ValueError:
-        limit = 0
-    if not 0 < limit < math.inf:
-        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
-    return limit
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6624,7 +7094,7 @@ def save_card(folder, s, models, subjects, sample=None):
     if sample:
         widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
     header = ModelCardData(
-        base_model=None if Path(models.name).exists() else models.name,  # the hub knows its own ids alone
+        base_model=None if Path(models.name).exists() else split_revision(models.name)[0],  # the hub knows its own ids alone
         library_name="diffusers", pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
     words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
@@ -6652,7 +7122,7 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load, scheduler = how_to_load(models, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
+    load, scheduler = how_to_load(models, s.variant, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
@@ -6675,13 +7145,15 @@ def usage(s, models, subjects):
     return "\n".join(lines)
 
 
-def how_to_load(models, quoted):
+def how_to_load(models, variant, quoted):
     """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
     place."""
     if not is_single_file(models.name):
         folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
-        variant = folder and choose_variant(files_in(folder), "unet")
-        return f"from_pretrained({quoted(models.name)}" + (f", variant={quoted(variant)})" if variant else ")"), []
+        variant = variant or folder and choose_variant(files_in(folder), "unet")
+        place, revision = split_revision(models.name)
+        options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
+        return f"from_pretrained({', '.join([quoted(place), *options])})", []
     told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
     if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
         told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}
@@ -6750,6 +7222,26 @@ def check_output_dir(s):
     beside = workplace(s)
     if beside.exists() and not (beside.is_dir() and (not any(beside.iterdir()) or any((beside / mark).exists() for mark in MARKS))):
         raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give another folder")
+    check_logging_dir(s)
+
+
+# What an output has by these names; all else in it has a "." in its name.
+TAKEN_NAMES = ("checkpoints", "samples", "unet", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+
+def check_logging_dir(s):
+    """UserError unless --logging_dir is a place of its own, in the output or elsewhere."""
+    name = logs_in(s)
+    if name in TAKEN_NAMES or "." in name or not name:
+        raise UserError(f"--logging_dir {s.logging_dir}: give a name that nothing else in the output has, such as logs, or an "
+                        f"absolute path")
+    if Path(name).is_absolute():
+        check_writable(s.logging_dir, "--logging_dir")
+
+
+def logs_in(s):
+    """What of --output_dir TensorBoard's files are in: the first part of --logging_dir, the root of an absolute one."""
+    return next(iter(Path(default(s.logging_dir, "logs")).parts), "")
 
 
 def check_apart(s, concepts):
@@ -6794,7 +7286,7 @@ def new_output(s):
         if is_finished(folder):
             finish_renaming(s)
         elif checkpoints_in(folder):
-            tidy(folder, keep=("checkpoints", "logs", "samples"))
+            tidy(folder, keep=("checkpoints", logs_in(s), "samples"))
         else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -6815,14 +7307,14 @@ def finish_renaming(s):
         replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
 
 
-def clear(folder, checkpoint, overwrite):
+def clear(folder, checkpoint, overwrite, logs="logs"):
     """Make `folder` ready for a training that goes on from `checkpoint`, or begins if that is None or lies elsewhere.
 
     An interrupted training that is not gone on with gets another name, or is deleted if `overwrite`.
     """
     interrupted = checkpoints_in(folder)
     if checkpoint in interrupted:
-        return tidy(folder, keep=(".lock", "checkpoints", "logs", "samples"))
+        return tidy(folder, keep=(".lock", "checkpoints", logs, "samples"))
     if interrupted and overwrite:
         say(f"--overwrite: the interrupted training of {interrupted[-1].name} in {short_path(folder)} is deleted; --resume would "
             f"have gone on with it.")
@@ -6864,7 +7356,8 @@ def is_complete(s, given):
     record = read_record(s.output_dir)
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
-           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit")):
+           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
+                          "push_to_hub", "hub_model_id")):
         return False
     if not isinstance(record.get("given"), dict):
         say(f"Note: {s.output_dir} does not tell which photos it was made from; without --resume it is trained anew.")
@@ -6884,7 +7377,8 @@ def disk_sizes(s, course, models, groups):
     weights = sum(map(math.prod, shapes))
     frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
     trained = BYTES[course.levers.weights] * weights
-    output = 2 * trained if METHODS[s.method].is_adapter else trained + 4 * frozen
+    output = 2 * trained if METHODS[s.method].is_adapter else trained
+    output += 4 * frozen if save_pipeline in saves_of(s) else 0
     return output, trained * (2 if course.use_ema else 1) + sum(state_sizes(shapes, course.levers)), trained
 
 
@@ -6896,6 +7390,51 @@ def check_space(s, course, models, groups):
     if free < needed:
         raise UserError(f"--output_dir {s.output_dir}: output and checkpoints need {needed / 1e9:.1f} GB of disk and "
                         f"{free / 1e9:.1f} GB are free; make room, or give another folder or fewer --checkpoints_total_limit")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# output/publish: --push_to_hub: a finished output goes to the Hugging Face hub, without the photos.
+#
+# The client finds the token by itself: hf auth login keeps one, --hub_token puts one into the environment. None is kept here.
+
+
+def repository_of(s):
+    """The id of the hub repository that an output is uploaded to, without an owner if that is whom the token belongs to."""
+    return s.hub_model_id or Path(s.output_dir).resolve().name
+
+
+def check_publishing(s):
+    """UserError if an output could not be uploaded under its name; says so if there is no token yet."""
+    if not s.push_to_hub:
+        return
+    import huggingface_hub
+
+    try:
+        huggingface_hub.utils.validate_repo_id(repository_of(s))
+    except ValueError:
+        raise UserError(f"--push_to_hub: {repository_of(s)} is no name of a repository; give --hub_model_id, such as me/my-dog"
+                        ) from None
+    if not huggingface_hub.get_token():
+        say("Note: --push_to_hub: this machine has no token for the hub yet; until training is over, log in: hf auth login")
+
+
+def publish(s):
+    """Upload the complete --output_dir, if that is wanted. UserError if it fails: the output stays as it is."""
+    if not s.push_to_hub:
+        return
+    import huggingface_hub
+
+    left_out = [PHOTO_SHEET, f"{logs_in(s)}/**", "checkpoints/**"]
+    try:
+        repository = huggingface_hub.create_repo(repository_of(s), exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repository.repo_id, folder_path=s.output_dir, ignore_patterns=left_out,
+                                      commit_message="DreamBooth")
+    except Exception as problem:  # whatever the client raises, the output is complete and the remedy is the same
+        reason = " ".join(str(problem).replace(huggingface_hub.get_token() or "\0", "(the token)").split())[:200]
+        raise UserError(f"--push_to_hub: the upload to {repository_of(s)} failed ({reason}); the output is complete in "
+                        f"{s.output_dir}; log in with hf auth login and give the same command with --resume, which only "
+                        f"uploads") from None
+    say(f"Uploaded to {repository} (without {', '.join(left_out)}).")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6917,7 +7456,7 @@ def write_output(folder, run, models, subjects, seconds, given):
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
-    for save in METHODS[s.method].saves:
+    for save in saves_of(s):
         save(folder, models, subjects)
     loss_plot(history).save(folder / LOSS_PLOT)
     save_card(folder, s, models, subjects)
@@ -6947,7 +7486,7 @@ def draw_samples(s, models, subjects, viewer, plan):
     try:
         placed(models.pipeline.to(plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
-                             range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
+                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side))
         base = read_record(s.output_dir)["base_model"]
         save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")
@@ -7139,7 +7678,8 @@ def train(s):
         is_done = s.resume == "latest" and is_complete(s, given)
         checkpoint = None if is_done else find_checkpoint(s, unfinished(s))
     if is_done:
-        return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
+        say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
+        return publish(s) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
         subjects, run = prepare(s, name, concepts, plan, accelerator)
@@ -7147,7 +7687,7 @@ def train(s):
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
-            clear(folder, checkpoint, s.overwrite)
+            clear(folder, checkpoint, s.overwrite, logs_in(s))
             save_photo_sheet(folder, s, concepts, run.course.resolution)
         prepared = time.monotonic()
         with naming_next_plan(s, run.course.levers, plan, folder):
@@ -7163,6 +7703,8 @@ def train(s):
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
         draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        publish(s)
 
 
 def settle_beforehand(s):
@@ -7178,11 +7720,15 @@ def settle_beforehand(s):
             check_writable(concept.class_data_dir, "--class_data_dir")
     if s.export:
         check_export(s)
-    name = find_model(s.model_name or default_model(), "--model_name")
+    check_publishing(s)
+    name = find_model(s.model_name or default_model(), "--model_name", s.revision)
+    check_variant(name, s.variant)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
     check_levers(s, plan)
+    if preserves_prior(s):
+        class_image_plan(s, plan)  # for its complaint alone
     return concepts, name, metric_names, plan
 
 
@@ -7190,9 +7736,9 @@ def prepare(s, name, concepts, plan, accelerator):
     """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
-    models = load_models(name, plan.dtype, freezes_unet=METHODS[s.method].is_adapter)
+    models = load_models(name, plan.dtype, METHODS[s.method].is_adapter, s.variant)
     family = family_of(models.unet.config)
-    recipe = recipe_for(family, s)
+    recipe = recipe_for(family, s, concepts)
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
         f"{default(s.resolution, models.resolution)} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
@@ -7201,7 +7747,9 @@ def prepare(s, name, concepts, plan, accelerator):
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
-    class_images = class_pools(s, models, concepts, course.resolution, plan, accelerator) if preserves_prior(s) else []
+    class_images = []
+    if preserves_prior(s):
+        class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)

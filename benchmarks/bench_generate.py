@@ -16,12 +16,12 @@ import sys
 import torch
 from bench_train import RESULTS, UNETS, machine, random_models, timed
 
+from dreambooth.arguments import parse_settings
 from dreambooth.device import peak_memory, plan_device
 from dreambooth.drawing.draw import draw
 from dreambooth.models.hub import BUNDLED_MODEL
 from dreambooth.models.load import load_models
 from dreambooth.models.recipes import guidance_scale
-from dreambooth.settings import parse_settings
 
 
 def main():

@@ -25,6 +25,7 @@ import torch
 from methods import REPOSITORY, program
 from PIL import Image
 
+from dreambooth.arguments import parse_settings
 from dreambooth.base import GIB, default
 from dreambooth.data.batches import make_batch
 from dreambooth.data.latents import LatentCache
@@ -38,7 +39,6 @@ from dreambooth.models.hub import BUNDLED_MODEL
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import Models, predict
 from dreambooth.models.recipes import family_of
-from dreambooth.settings import parse_settings
 from dreambooth.subjects.words import Subject
 from dreambooth.training.course import Course, recipe_for
 from dreambooth.training.levers import flags_of

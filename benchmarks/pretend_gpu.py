@@ -40,6 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from dreambooth.arguments import parse_settings
 from dreambooth.base import GIB, default
 from dreambooth.data.latents import cache_latents
 from dreambooth.device import Plan
@@ -49,7 +50,6 @@ from dreambooth.memory.estimate import estimate
 from dreambooth.memory.plan import choose_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.recipes import family_of
-from dreambooth.settings import parse_settings
 from dreambooth.subjects.words import Subject
 from dreambooth.training import loop
 from dreambooth.training.course import Course, recipe_for

@@ -7,13 +7,13 @@ import signal
 import sys
 import threading
 
+from dreambooth.arguments import parse_settings
 from dreambooth.base import Interrupted, UserError, ending_signals, say_once
 from dreambooth.console import lasting_console
 from dreambooth.evaluate import evaluate
 from dreambooth.export import export
 from dreambooth.infer import infer
 from dreambooth.mishaps import mishap
-from dreambooth.settings import parse_settings
 from dreambooth.train import train
 
 # Libraries that say at length on loading what nobody here needs: torchao of kernels for GPUs that are not there, and torch of it.

@@ -1,15 +1,13 @@
 """Every flag, declared once: the command line, --help and dreambooth.json are made from `Settings`.
 
-Knows nothing of what the flags do; what depends on several of them at once is checked where it is used.
+Knows nothing of what the flags do; what depends on several of them at once is checked where it is used. Flags of other programs
+are in `compatible`; the command line is read in `arguments`.
 """
 
-import argparse
 import dataclasses
-import sys
 import typing
 from dataclasses import dataclass
 
-from dreambooth.base import UserError, own_command
 from dreambooth.files import given_path, given_text
 
 DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
@@ -24,7 +22,8 @@ DEFAULT_OUTPUT = "./output"
 def _field(mode, default, help, **options):
     """One flag of the commands in `mode`: a key of MODES.
 
-    `options`: minimum, maximum, choices, aliases, methods it belongs to, shown (--help's default), const (if given bare).
+    `options`: minimum, maximum, above and below (not the number itself), choices, methods it belongs to, shown (--help's
+    default), const (if given bare).
     """
     return dataclasses.field(default=default, metadata={"mode": mode, "help": help, **options})
 
@@ -43,8 +42,13 @@ class Settings:
     model_name: str | None = _field(
         "all", None, "model to start from: a hub id, a diffusers folder, a .safetensors checkpoint, or sd14, sd15, sd21, "
         "sdxl or demo; otherwise: where the base model of a LoRA or an embedding is now",
-        aliases=["--pretrained_model_name_or_path"],
         shown="Stable Diffusion 1.5 on a CUDA GPU, else the small model in demo/model; otherwise: what training recorded")
+    revision: str | None = _field("train", None, "branch, tag or commit of the model's repository on the hub; ID@REVISION says "
+                                                 "the same", shown="main")
+    variant: str | None = _field("train", None, "which of a model's weights to read, such as fp16: those named *.fp16.safetensors",
+                                 shown="those without such a word")
+    cache_dir: str | None = _field("all", None, "folder where models from the hub are kept",
+                                   shown="the hub client's own, which HF_HOME moves")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
 
@@ -69,6 +73,8 @@ class Settings:
     num_class_images: int = _field("train", 200, "how many class images", minimum=1)
     class_guidance_scale: float | None = _field("train", None, "classifier-free guidance of the class images; 1: none, "
                                                 "which keeps all of the class's variety", minimum=0, shown="depends on the model")
+    prior_generation_precision: str | None = _field("train", None, "arithmetic of drawing class images", shown="--mixed_precision",
+                                                    choices=["no", "fp32", "fp16", "bf16"])
     class_data_dir: str = _field("train", "./class_images", "cache of generated class images; images put directly "
                                                             "in it are taken as your own and used instead")
 
@@ -83,14 +89,22 @@ class Settings:
     lora_target: str | None = _field("train", None, "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
                                      choices=["attention", "attention+ff", "all"], shown="attention; all in small models")
     use_dora: bool = _field("train", False, "LoRA of the UNet with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
+    lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
+                                        below=1, shown="0", methods=("lora", "pivotal"))
     num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
     initializer_token: str | None = _field("train", None, "word whose vector a new word starts from",
                                            shown="the class noun; for pivotal a rare word",
                                            methods=("textual_inversion", "pivotal"))
 
+    save_as_full_pipeline: bool | None = _field("train", None, "save the model with the new word in it, beside the word alone",
+                                                shown="off", methods=("textual_inversion",))
+
     # Optimization
-    steps: int | None = _field("train", None, "optimizer steps", minimum=1, aliases=["--max_train_steps"],
-                               shown="depends on the model")
+    steps: int | None = _field("train", None, "optimizer steps", minimum=1, shown="depends on the model")
+    num_train_epochs: int | None = _field("train", None, "passes over the photos, or over the class images if they are more, "
+                                          "instead of --steps", minimum=1, shown="--steps counts")
+    repeats: int | None = _field("train", None, "how often a pass takes each photo", minimum=1,
+                                 shown="1; 100 for textual_inversion")
     learning_rate: float | None = _field("train", None, "learning rate of the UNet or its LoRA", minimum=0,
                                          shown="depends on the model", methods=("full", "lora", "pivotal"))
     text_encoder_lr: float | None = _field("train", None, "learning rate of the text encoder or its LoRA", minimum=0,
@@ -99,18 +113,33 @@ class Settings:
                                         methods=("textual_inversion", "pivotal"))
     embedding_frac: float = _field("train", 0.5, "new words stop after this fraction of the steps, the LoRA goes on",
                                    minimum=0, maximum=1, methods=("pivotal",))
+    scale_lr: bool | None = _field("train", None, "multiply the learning rates by batch size, accumulated batches and processes",
+                                   shown="off")
     train_batch_size: int = _field("train", 1, "photos per step and GPU; as many class images join them", minimum=1)
     gradient_accumulation_steps: int = _field("train", 1, "batches per optimizer step", minimum=1)
     lr_scheduler: str | None = _field("train", None, "learning rate schedule", choices=[
-        "constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"],
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay"],
                                       shown="constant; warmup_stable_decay, which falls to 0 in the last quarter, for --method "
                                             "full of small models without --select_best")
     lr_warmup_steps: int = _field("train", 0, "optimizer steps over which the learning rate rises", minimum=0)
+    lr_num_cycles: int | None = _field("train", None, "waves of --lr_scheduler cosine_with_restarts", minimum=1, shown="1")
+    lr_power: float | None = _field("train", None, "power of --lr_scheduler polynomial; 1: a straight line", minimum=0, shown="1")
     max_grad_norm: float = _field("train", 1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
     optimizer: str | None = _field("train", None, "what turns gradients into steps; adamw8bit needs the package torchao, "
                                    "prodigy prodigyopt", shown="adamw, or as --max_vram needs",
-                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"])
+                                   choices=["adamw", "adamw8bit", "adafactor", "prodigy"], parse=str.lower)
     adam_weight_decay: float = _field("train", 1e-2, "weight decay of any optimizer", minimum=0)
+    adam_weight_decay_text_encoder: float | None = _field("train", None, "weight decay of the text encoders", minimum=0,
+                                                          shown="--adam_weight_decay")
+    adam_beta1: float | None = _field("train", None, "how much of the mean gradient AdamW and prodigy keep from step to step",
+                                      minimum=0, below=1, shown="0.9")
+    adam_beta2: float | None = _field("train", None, "how much of the mean squared gradient they keep", minimum=0, below=1,
+                                      shown="0.999")
+    adam_epsilon: float | None = _field("train", None, "what they add to the root of that", above=0, shown="1e-08")
+    prodigy_beta3: float | None = _field("train", None, "how much of its estimate of the learning rate prodigy keeps", minimum=0,
+                                         below=1, shown="the root of --adam_beta2")
+    noise_offset: float | None = _field("train", None, "noise that a channel has in common, which teaches darker and lighter "
+                                        "pictures; 0.1 is usual", minimum=0, shown="0")
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
                                   shown="on for --method full of small models with --select_best, else off")
@@ -138,14 +167,20 @@ class Settings:
     checkpointing_steps: int = _field("train", 500, "steps between checkpoints; 0: only when training is interrupted", minimum=0)
     checkpoints_total_limit: int = _field("train", 1, "checkpoints kept, the newest ones", minimum=1)
     resume: str | None = _field("train", None, "go on with an interrupted training: latest, or a checkpoint's folder",
-                                aliases=["--resume_from_checkpoint"], const="latest", shown="start anew; latest if given bare")
+                                const="latest", shown="start anew; latest if given bare")
     validation_prompt: list[str] | None = _field("train", None, "prompt of the samples; repeatable",
                                                  shown="subject, subject on the moon, class")
     validation_steps: int | None = _field("train", None, "steps between samples", minimum=1,
                                           shown="samples are drawn at the end only; a tenth of the steps with --select_best")
+    validation_epochs: int | None = _field("train", None, "passes over the photos between samples, instead of "
+                                           "--validation_steps", minimum=1, shown="--validation_steps counts")
+    num_validation_images: int | None = _field("train", None, "pictures of each sample prompt", minimum=1, shown="4")
+    logging_dir: str | None = _field("train", None, "folder in --output_dir for TensorBoard's files", shown="logs")
     select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
                                                "best instead of the last")
 
+    push_to_hub: bool | None = _field("train", None, "upload the finished output, without photos, to the hub", shown="off")
+    hub_model_id: str | None = _field("train", None, "its repository on the hub", shown="the name of --output_dir")
     export: str | None = _field(
         "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
         "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
@@ -189,13 +224,8 @@ class Settings:
 
 
 PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path", "adapter",
-              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir")
+              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
 
 
 def _value_type(annotation):
@@ -205,63 +235,8 @@ def _value_type(annotation):
     return (typing.get_args(kind)[0], True) if typing.get_origin(kind) is list else (kind, False)
 
 
-def build_parser():
-    """The argparse parser of `Settings`. A flag that was not given leaves no attribute."""
-    parser = _Parser(description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     prog=own_command() if __package__ else None,
-                     usage="%(prog)s (--train | --infer | --evaluate | --export FILE) [flags]")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--train", dest="mode", action="store_const", const="train", help="teach a model the subject")
-    what.add_argument("--infer", dest="mode", action="store_const", const="infer", help="draw with a trained model")
-    what.add_argument("--evaluate", dest="mode", action="store_const", const="evaluate",
-                      help="measure a trained model with the paper's metrics")
-    groups = {name: parser.add_argument_group("with " + " and ".join(f"--{mode}" for mode in modes))
-              for name, modes in MODES.items()}
-    for field in dataclasses.fields(Settings)[1:]:
-        meta, (kind, is_list) = field.metadata, _value_type(field.type)
-        default = meta.get("shown", "off" if field.default is False else "on" if field.default is True else field.default)
-        options = {"help": f"{meta['help']} (default: {'none' if default == '' else default})".replace("%", "%%")}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options |= {"type": kind, "choices": meta.get("choices"), "action": "append" if is_list else "store"}
-            options["metavar"] = None if meta.get("choices") else kind.__name__.upper()
-            if "const" in meta:
-                options |= {"nargs": "?", "const": meta["const"]}
-        groups[meta["mode"]].add_argument(f"--{field.name}", *meta.get("aliases", []), dest=field.name, **options)
-    return parser
-
-
 def given_value(value, name, flag="--"):
     """A flag's value with paths and texts as given_path() and given_text() have them."""
     if isinstance(value, list):
         return [given_value(part, name, flag) for part in value]
     return (given_path if name in PATH_FLAGS else given_text)(value, f"{flag}{name}") if isinstance(value, str) else value
-
-
-def parse_settings(argv=None):
-    """Settings from the command line. Raises UserError for anything argparse or a field's limits reject."""
-    given = vars(build_parser().parse_args(argv))
-    if "mode" not in given:
-        if "export" not in given:
-            raise UserError("say what to do: --train, --infer, --evaluate or --export FILE; --help lists the flags")
-        given["mode"] = "export"
-    settings = Settings(**{name: given_value(value, name) for name, value in given.items()})
-    for field in dataclasses.fields(Settings)[1:]:
-        value, meta = getattr(settings, field.name), field.metadata
-        if field.name in given and settings.mode not in MODES[meta["mode"]]:
-            raise UserError(f"--{field.name} belongs to --{' and --'.join(MODES[meta['mode']])} and has no meaning with "
-                            f"--{settings.mode}")
-        if field.name in given and settings.mode == "train" and settings.method not in meta.get("methods", [settings.method]):
-            raise UserError(f"--{field.name} has no meaning with --method {settings.method}; it belongs to "
-                            + " and ".join(meta["methods"]))
-        if field.name in given and settings.concepts and field.name in CONCEPT_FLAGS:
-            raise UserError(f"--{field.name}: with --concepts, each entry of {settings.concepts} has its own; leave one out")
-        low, high = meta.get("minimum"), meta.get("maximum", sys.float_info.max)
-        if low is not None and value is not None and not low <= value <= high:
-            raise UserError(f"--{field.name} {value}: must be a number of at least {low}"
-                            + (f" and at most {high}" if "maximum" in meta else ""))
-    for name in ("resolution", "height", "width"):
-        if (getattr(settings, name) or 0) % 8:
-            raise UserError(f"--{name} {getattr(settings, name)}: must be a multiple of 8")
-    return settings

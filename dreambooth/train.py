@@ -7,7 +7,7 @@ import math
 import time
 
 from dreambooth.base import default, own_command, say
-from dreambooth.data.class_images import class_pools
+from dreambooth.data.class_images import class_image_plan, class_pools
 from dreambooth.data.latents import cache_latents
 from dreambooth.device import machine_name, plan_device
 from dreambooth.drawing.trained import find_trained
@@ -18,7 +18,7 @@ from dreambooth.memory.plan import naming_next_plan, set_course
 from dreambooth.memory.plans import check_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
-from dreambooth.models.find import default_model, find_model
+from dreambooth.models.find import check_variant, default_model, find_model
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import take_apart
 from dreambooth.models.recipes import family_of
@@ -30,12 +30,14 @@ from dreambooth.output.folder import (
     clear,
     finish_renaming,
     is_complete,
+    logs_in,
     new_output,
     unfinished,
     workplace,
 )
 from dreambooth.output.needed import check_needed
 from dreambooth.output.pictures import LOSS_PLOT, save_photo_sheet
+from dreambooth.output.publish import check_publishing, publish
 from dreambooth.output.save import draw_samples, save_output
 from dreambooth.subjects.class_folders import check_class_folders
 from dreambooth.subjects.concepts import captioned, read_concepts
@@ -65,7 +67,8 @@ def train(s):
         is_done = s.resume == "latest" and is_complete(s, given)
         checkpoint = None if is_done else find_checkpoint(s, unfinished(s))
     if is_done:
-        return say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
+        say(f"--resume: {s.output_dir} is complete already, with these very settings; nothing is left to do.")
+        return publish(s) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
         subjects, run = prepare(s, name, concepts, plan, accelerator)
@@ -73,7 +76,7 @@ def train(s):
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
-            clear(folder, checkpoint, s.overwrite)
+            clear(folder, checkpoint, s.overwrite, logs_in(s))
             save_photo_sheet(folder, s, concepts, run.course.resolution)
         prepared = time.monotonic()
         with naming_next_plan(s, run.course.levers, plan, folder):
@@ -89,6 +92,8 @@ def train(s):
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
         draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        publish(s)
 
 
 def settle_beforehand(s):
@@ -104,11 +109,15 @@ def settle_beforehand(s):
             check_writable(concept.class_data_dir, "--class_data_dir")
     if s.export:
         check_export(s)
-    name = find_model(s.model_name or default_model(), "--model_name")
+    check_publishing(s)
+    name = find_model(s.model_name or default_model(), "--model_name", s.revision)
+    check_variant(name, s.variant)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
     check_levers(s, plan)
+    if preserves_prior(s):
+        class_image_plan(s, plan)  # for its complaint alone
     return concepts, name, metric_names, plan
 
 
@@ -116,9 +125,9 @@ def prepare(s, name, concepts, plan, accelerator):
     """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
-    models = load_models(name, plan.dtype, freezes_unet=METHODS[s.method].is_adapter)
+    models = load_models(name, plan.dtype, METHODS[s.method].is_adapter, s.variant)
     family = family_of(models.unet.config)
-    recipe = recipe_for(family, s)
+    recipe = recipe_for(family, s, concepts)
     say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
         f"{default(s.resolution, models.resolution)} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
@@ -127,7 +136,9 @@ def prepare(s, name, concepts, plan, accelerator):
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
-    class_images = class_pools(s, models, concepts, course.resolution, plan, accelerator) if preserves_prior(s) else []
+    class_images = []
+    if preserves_prior(s):
+        class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)

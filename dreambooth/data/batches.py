@@ -45,10 +45,14 @@ def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_process
     rows = torch.tensor(rows + classes)
     source = random_source("noise", s.seed, micro_step, process)
     mean, std = cache.mean[rows], cache.std[rows]
+    latents, noise = mean + std * torch.randn(mean.shape, generator=source), torch.randn(mean.shape, generator=source)
+    timesteps = torch.randint(num_train_timesteps, (len(rows),), generator=source)
+    if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
+        noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
     return {
-        "latents": mean + std * torch.randn(mean.shape, generator=source),
-        "noise": torch.randn(mean.shape, generator=source),
-        "timesteps": torch.randint(num_train_timesteps, (len(rows),), generator=source),
+        "latents": latents,
+        "noise": noise,
+        "timesteps": timesteps,
         "time_ids": cache.time_ids[rows],
         "prompt": cache.prompt[rows],
         "is_class": is_class,

@@ -3,11 +3,12 @@
 They are cached by all that shapes them, so that no stale one is ever trained on.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
-from dreambooth.base import default, say, slug
+from dreambooth.base import UserError, default, say, slug
 from dreambooth.drawing.draw import draw, placed
 from dreambooth.files import file_digest, read_sums, whole_file
 from dreambooth.images import is_flat
@@ -19,6 +20,14 @@ from dreambooth.subjects.class_folders import own_class_images
 # do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
 CLASS_IMAGE_STEPS, UNGUIDED_CLASS_IMAGE_STEPS, CLASS_IMAGE_SPACING = 15, 10, "trailing"
 MANIFEST = "MANIFEST.sha256"
+
+
+def class_image_plan(s, plan):
+    """The Plan of drawing class images. UserError for fp16 without a CUDA GPU."""
+    if s.prior_generation_precision == "fp16" and plan.device.type != "cuda":
+        raise UserError("--prior_generation_precision fp16 needs a CUDA GPU and this machine has none; give fp32 or bf16")
+    precision = {None: plan.precision, "fp32": "no"}.get(s.prior_generation_precision, s.prior_generation_precision)
+    return dataclasses.replace(plan, precision=precision)
 
 
 def class_image_look(s, unet_config):
@@ -90,11 +99,11 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
     from diffusers import DPMSolverMultistepScheduler
 
-    # In half precision the model is read a second time, but for a UNet that is in half precision already: what is to be
+    # In another precision the model is read a second time, but for a UNet that is in that precision already: what is to be
     # trained keeps all its digits.
     pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
-    if plan.precision != "no":
-        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None)
+    if plan.precision != "no" or not shares:
+        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None, variant=s.variant)
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
                                                                   timestep_spacing=settings["timestep_spacing"])

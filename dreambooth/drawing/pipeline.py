@@ -93,7 +93,9 @@ def add_lora_file(pipeline, trained, adapter, flag):
 
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
-    pipeline = load_pipeline(base, dtype, "--model_path")
+    recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
+    variant = recorded if trained.is_adapter and s.model_name is None else None
+    pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
     if s.guidance_scale is None or s.num_inference_steps > 12:
         say_if_distilled(pipeline, base, trains=False)
     sample = sample_weights(pipeline)

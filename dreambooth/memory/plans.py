@@ -15,6 +15,7 @@ from dreambooth.training.optimizers import OPTIMIZERS
 def objection(s, levers, precision):
     """Why these levers cannot be used together, or None."""
     optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
         (fused and s.gradient_accumulation_steps > 1,
          "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
@@ -33,6 +34,10 @@ def objection(s, levers, precision):
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
          f"--weights bf16: --method {s.method} trains too few weights to save anything; leave it out"),
+        (means and not optimizer.flags,
+         f"--{min(means, default='')}: --optimizer {levers.optimizer} keeps no such means; leave one out"),
+        (s.scale_lr and levers.optimizer == "prodigy",
+         "--scale_lr: --optimizer prodigy finds the learning rate by itself; leave one out"),
         (levers.optimizer == "prodigy" and s.method == "pivotal",
          "--optimizer prodigy: the new words of --method pivotal could not rest; give another optimizer"),
     ) if wrong), None)

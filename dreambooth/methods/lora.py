@@ -19,7 +19,8 @@ def add_lora(s, module, **options):
     """Give `module` a LoRA (Hu et al., arXiv 2106.09685) that changes nothing yet; returns its parameters."""
     from peft import LoraConfig
 
-    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=s.lora_alpha or s.rank, init_lora_weights="gaussian", **options))
+    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=s.lora_alpha or s.rank, init_lora_weights="gaussian",
+                                  lora_dropout=s.lora_dropout or 0.0, **options))
     return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 

@@ -1,8 +1,9 @@
 """The methods as a table: what each trains, what it saves, and what else has to be known of it."""
 
+import dataclasses
 from dataclasses import dataclass
 
-from dreambooth.base import default
+from dreambooth.base import default, processes
 from dreambooth.methods.full import full_text_encoder, full_unet, save_pipeline
 from dreambooth.methods.lora import save_lora, text_encoder_lora, unet_lora
 from dreambooth.methods.new_words import new_words, pivotal_words, save_words
@@ -35,7 +36,14 @@ def preserves_prior(s):
 
 
 def parameter_groups(s, models, subjects, recipe):
-    """What --method trains, made ready in `models`."""
+    """What --method trains, made ready in `models`, with the learning rates of this batch size if they are to follow it."""
     method = METHODS[s.method]
     trains = method.trains + (method.with_text_encoder if s.train_text_encoder else ())
-    return [group(s, models, subjects, recipe) for group in trains]
+    factor = s.train_batch_size * s.gradient_accumulation_steps * processes() if s.scale_lr else 1
+    groups = [group(s, models, subjects, recipe) for group in trains]
+    return [dataclasses.replace(group, lr=group.lr * factor) for group in groups]
+
+
+def saves_of(s):
+    """The functions that save what --method trained, (folder, models, subjects) each."""
+    return METHODS[s.method].saves + ((save_pipeline,) if s.save_as_full_pipeline else ())

@@ -63,10 +63,13 @@ def named_model(name, flag):
     return found
 
 
-def find_model(name, flag):
-    """Folder, hub id or file of a model, without importing torch. UserError if there is none of a supported kind."""
+def find_model(name, flag, revision=None):
+    """Folder, hub id (with @REVISION) or file of a model, without importing torch. UserError if there is none of a supported
+    kind."""
     name = named_model(located(name, flag), flag)
     refuse_pickle(name, flag)
+    if revision not in (None, "main"):
+        name = with_revision(name, revision)
     index = model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
@@ -81,6 +84,24 @@ def find_model(name, flag):
     return name
 
 
+def with_revision(name, revision):
+    """ID@REVISION of a hub id; says that a folder or file has no revisions."""
+    if Path(name).exists() or name.endswith(".safetensors"):
+        say(f"--revision {revision}: no effect, {name} is no repository of the hub but lies here.")
+        return name
+    if "@" in name and not name.endswith(f"@{revision}"):
+        raise UserError(f"--revision {revision}: --model_name {name} names another; leave one out")
+    return name if "@" in name else f"{name}@{revision}"
+
+
+def check_variant(name, variant):
+    """UserError if a folder has no weights of --variant."""
+    if variant and Path(name).is_dir() and not any(Path(name).glob(f"unet/*.{variant}*.safetensors")):
+        raise UserError(f"--variant {variant}: {name} has no unet/*.{variant}.safetensors; leave the flag out")
+    if variant and name.endswith(".safetensors"):
+        raise UserError(f"--variant {variant}: {name} is one file, which has no variants; leave the flag out")
+
+
 def model_index(name, flag):
     """Path of the model_index.json of a folder, hub id or file. UserError if there is none."""
     if is_single_file(name):
@@ -90,7 +111,7 @@ def model_index(name, flag):
         if not index.is_file():
             raise UserError(f"{flag} {name}: this folder has no model_index.json; {kind_of_folder(Path(name))}")
         return index
-    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
+    if Path(name).exists() or not re.fullmatch(HUB_ID + r"(@[\w./-]+)?", name):
         raise UserError(f"{flag} {name}: not a folder; give a diffusers pipeline folder, a .safetensors "
                         f"checkpoint, {', '.join(SHORT_NAMES)}, or a hub id such as {DEFAULT_MODEL}")
     try:

@@ -1,12 +1,13 @@
 """Which models go by which name, and files of the Hugging Face hub, from the cache wherever they are there."""
 
+import contextlib
 import functools
 import re
 from pathlib import Path
 
 from dreambooth.base import HERE, UserError
 from dreambooth.models.headers import read_json
-from dreambooth.models.inventory import check_files, files_in, missing_parts, needed_files
+from dreambooth.models.inventory import check_files, choose_variant, files_in, missing_parts, needed_files
 
 BUNDLED_MODEL = HERE / "demo" / "model"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -54,8 +55,31 @@ def cached_file(name, file, **revision):
     """Path of one file of a hub model in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
+    name, at = split_revision(name)
+    revision |= {"revision": at} if at else {}
     cached = try_to_load_from_cache(name, file, **revision) if re.fullmatch(HUB_ID, name) else None
     return Path(cached) if isinstance(cached, str) else None
+
+
+def split_revision(name):
+    """(hub id, revision or None) of ID@REVISION; (`name`, None) of what lies on the disk or has no revision."""
+    model, _, revision = ("", "", "") if Path(name).exists() else name.partition("@")
+    return (model, revision) if revision else (name, None)
+
+
+@contextlib.contextmanager
+def cache_at(folder):
+    """Within the block, the hub's client keeps its models in `folder`; where it usually does if that is None."""
+    if folder is None:
+        yield
+        return
+    from huggingface_hub import constants
+
+    usual, constants.HF_HUB_CACHE = constants.HF_HUB_CACHE, str(Path(folder).expanduser().absolute())
+    try:
+        yield
+    finally:
+        constants.HF_HUB_CACHE = usual
 
 
 def hub_file(name, file, **revision):
@@ -64,7 +88,10 @@ def hub_file(name, file, **revision):
 
     cached = cached_file(name, file, **revision)
     if cached is None:
-        model_info(name, timeout=4)  # fails at once without a network or such a model, where a download would try again and again
+        name, at = split_revision(name)
+        revision |= {"revision": at} if at else {}
+        # Fails at once without a network or such a model, where a download would try again and again.
+        model_info(name, timeout=4, **revision)
         cached = Path(hf_hub_download(name, file, **revision))
     return cached
 
@@ -107,18 +134,24 @@ def where_cached(name):
     return next(iter(indexes), name)
 
 
-def hub_folder(name, flag):
-    """Folder with all that a hub's pipeline is loaded from, from the cache if it is whole. UserError if it cannot be had."""
+def hub_folder(name, flag, variant=None):
+    """Folder with all that a hub's pipeline is loaded from, from the cache if it is whole. UserError if it cannot be had.
+
+    `variant` goes before other files of the same weights.
+    """
     from huggingface_hub import model_info, snapshot_download
 
     lacks = ["all of it"]
     try:
         index = hub_file(name, "model_index.json")
-        if not (lacks := lacks_in_cache(index.parent)):
+        is_there = variant is None or choose_variant(files_in(index.parent), "unet", variant) == variant
+        if not (lacks := lacks_in_cache(index.parent)) and is_there:
             return index.parent
-        files = [entry.rfilename for entry in model_info(name, timeout=10).siblings]
+        lacks = lacks or [f"its variant {variant}"]
+        model, revision = split_revision(name)
+        files = [entry.rfilename for entry in model_info(model, timeout=10, revision=revision).siblings]
         check_files(files, read_json(index), name, flag)
-        return Path(snapshot_download(name, allow_patterns=needed_files(files, read_json(index))))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=needed_files(files, read_json(index), variant)))
     except UserError:
         raise
     except Exception as problem:  # whatever the hub's client raises

@@ -44,16 +44,17 @@ def variants_of(files, part):
     return {variant: found for variant, found in variants.items() if not all("-of-" in file for file in found)}
 
 
-def choose_variant(files, part):
-    """The variant of a part's weights to read, "" for the plain one, which goes first; None if there are none."""
+def choose_variant(files, part, wanted=None):
+    """The variant of a part's weights to read, "" for the plain one: the one that is wanted, else the plain one, else fp16; None if
+    there are none."""
     variants = variants_of(files, part)
-    return min(variants, key=lambda variant: (variant != "", variant != "fp16", variant), default=None)
+    return min(variants, key=lambda variant: (variant != wanted, variant != "", variant != "fp16", variant), default=None)
 
 
-def needed_files(files, index):
-    """Those of `files` that the pipeline of this index is loaded from."""
+def needed_files(files, index, wanted=None):
+    """Those of `files` that the pipeline of this index is loaded from; `wanted` is a variant or None."""
     parts = parts_of(index)
-    weights = [file for part in parts if part in WEIGHTS and (variant := choose_variant(files, part)) is not None
+    weights = [file for part in parts if part in WEIGHTS and (variant := choose_variant(files, part, wanted)) is not None
                for file in variants_of(files, part)[variant]]
     words = [file for file in files if file.split("/")[0] in WORDS and "/" in file]
     return ["model_index.json", *(f"{part}/{CONFIGS[part]}" for part in parts if part in CONFIGS), *words, *weights]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -20,11 +21,11 @@ from dreambooth.models.parts import sample_weights, take_apart, text_encoders_of
 LOADING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
 
-def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
+def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
-    Its UNet in `unet_dtype`, if given, or `unet` in its place. Only safetensors are read. The network is asked only for what
-    the cache lacks. UserError for whatever is missing, in pieces or of another kind.
+    Its UNet in `unet_dtype`, if given, or `unet` in its place; its weights from the files of `variant`, if given. Only safetensors
+    are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
     import diffusers
     import transformers
@@ -33,7 +34,7 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
         library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
         library.utils.logging.disable_progress_bar()
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
-    load = load_single_file if is_single_file(name) else load_folder
+    load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
         pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except LOADING_FAILS as problem:
@@ -45,18 +46,20 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None):
     return pipeline
 
 
-def load_folder(name, flag, dtypes, parts):
-    """The pipeline in a diffusers folder or of a hub id, with `parts` in place of its own. Each part in the variant that is there."""
+def load_folder(name, flag, dtypes, parts, variant=None):
+    """The pipeline in a diffusers folder or of a hub id, with `parts` in place of its own. Each part in `variant`, or else in the
+    variant that is there."""
     from diffusers import DiffusionPipeline
 
-    folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag)
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag, variant)
     check_folder(folder, name, flag)
     check_fit(folder, name, flag)
     index, files = read_json(folder / "model_index.json"), files_in(folder)
-    variants = {part: choose_variant(files, part) for part in parts_of(index) if part in WEIGHTS}
+    variants = {part: choose_variant(files, part, variant) for part in parts_of(index) if part in WEIGHTS}
     loaded = {part: load_part(folder, part, index[part], variant, dtypes.get(part, dtypes["default"]))
               for part, variant in variants.items() if part not in parts}
-    say_variants(name, variants)
+    if variant is None:
+        say_variants(name, variants)
     pipeline = DiffusionPipeline.from_pretrained(
         str(folder), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
         local_files_only=True)
@@ -116,14 +119,14 @@ def make_ready(pipeline, name, flag):
         text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
 
 
-def load_models(name, arithmetic, freezes_unet=False):
+def load_models(name, arithmetic, freezes_unet=False, variant=None):
     """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
 
     A UNet that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
     """
     import torch
 
-    pipeline = load_pipeline(name, torch.float32, unet_dtype=arithmetic if freezes_unet else torch.float32)
+    pipeline = load_pipeline(name, torch.float32, unet_dtype=arithmetic if freezes_unet else torch.float32, variant=variant)
     check_trainable(pipeline, name)
     say_if_distilled(pipeline, name, trains=True)
     models = dataclasses.replace(take_apart(name, pipeline), arithmetic=arithmetic, sample=sample_weights(pipeline))

@@ -10,7 +10,7 @@ from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import TRAILING, told_of_noise
-from dreambooth.models.hub import cached_file
+from dreambooth.models.hub import cached_file, split_revision
 from dreambooth.models.inventory import choose_variant, files_in
 from dreambooth.models.recipes import family_of, guidance_scale
 from dreambooth.models.vocabulary import XL_EMBEDDING
@@ -34,7 +34,7 @@ def save_card(folder, s, models, subjects, sample=None):
     if sample:
         widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
     header = ModelCardData(
-        base_model=None if Path(models.name).exists() else models.name,  # the hub knows its own ids alone
+        base_model=None if Path(models.name).exists() else split_revision(models.name)[0],  # the hub knows its own ids alone
         library_name="diffusers", pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", *tags], instance_prompt=", ".join(prompts), widget=[widget])
     words = "\n".join(f'- `{subject.instance_prompt}`: the {noun_of(subject.class_prompt or subject.name)} that was learnt'
@@ -62,7 +62,7 @@ def usage(s, models, subjects):
     """Python that draws with an output without this program."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load, scheduler = how_to_load(models, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
+    load, scheduler = how_to_load(models, s.variant, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
     is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
@@ -85,13 +85,15 @@ def usage(s, models, subjects):
     return "\n".join(lines)
 
 
-def how_to_load(models, quoted):
+def how_to_load(models, variant, quoted):
     """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
     place."""
     if not is_single_file(models.name):
         folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
-        variant = folder and choose_variant(files_in(folder), "unet")
-        return f"from_pretrained({quoted(models.name)}" + (f", variant={quoted(variant)})" if variant else ")"), []
+        variant = variant or folder and choose_variant(files_in(folder), "unet")
+        place, revision = split_revision(models.name)
+        options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
+        return f"from_pretrained({', '.join([quoted(place), *options])})", []
     told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
     if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
         told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreambooth.base import UserError, is_first_process, say, short_path
+from dreambooth.base import UserError, default, is_first_process, say, short_path
 from dreambooth.drawing.trained import read_record
 from dreambooth.files import check_room, check_writable, delete, tidy, unused_name
-from dreambooth.methods.table import METHODS
+from dreambooth.methods.full import save_pipeline
+from dreambooth.methods.table import METHODS, saves_of
 from dreambooth.training.checkpoints import checkpoints_in
 from dreambooth.training.levers import BYTES
 from dreambooth.training.optimizers import state_sizes
@@ -36,6 +37,26 @@ def check_output_dir(s):
     beside = workplace(s)
     if beside.exists() and not (beside.is_dir() and (not any(beside.iterdir()) or any((beside / mark).exists() for mark in MARKS))):
         raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give another folder")
+    check_logging_dir(s)
+
+
+# What an output has by these names; all else in it has a "." in its name.
+TAKEN_NAMES = ("checkpoints", "samples", "unet", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+
+def check_logging_dir(s):
+    """UserError unless --logging_dir is a place of its own, in the output or elsewhere."""
+    name = logs_in(s)
+    if name in TAKEN_NAMES or "." in name or not name:
+        raise UserError(f"--logging_dir {s.logging_dir}: give a name that nothing else in the output has, such as logs, or an "
+                        f"absolute path")
+    if Path(name).is_absolute():
+        check_writable(s.logging_dir, "--logging_dir")
+
+
+def logs_in(s):
+    """What of --output_dir TensorBoard's files are in: the first part of --logging_dir, the root of an absolute one."""
+    return next(iter(Path(default(s.logging_dir, "logs")).parts), "")
 
 
 def check_apart(s, concepts):
@@ -80,7 +101,7 @@ def new_output(s):
         if is_finished(folder):
             finish_renaming(s)
         elif checkpoints_in(folder):
-            tidy(folder, keep=("checkpoints", "logs", "samples"))
+            tidy(folder, keep=("checkpoints", logs_in(s), "samples"))
         else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -101,14 +122,14 @@ def finish_renaming(s):
         replace_output(folder, Path(s.output_dir).resolve(), s.overwrite)
 
 
-def clear(folder, checkpoint, overwrite):
+def clear(folder, checkpoint, overwrite, logs="logs"):
     """Make `folder` ready for a training that goes on from `checkpoint`, or begins if that is None or lies elsewhere.
 
     An interrupted training that is not gone on with gets another name, or is deleted if `overwrite`.
     """
     interrupted = checkpoints_in(folder)
     if checkpoint in interrupted:
-        return tidy(folder, keep=(".lock", "checkpoints", "logs", "samples"))
+        return tidy(folder, keep=(".lock", "checkpoints", logs, "samples"))
     if interrupted and overwrite:
         say(f"--overwrite: the interrupted training of {interrupted[-1].name} in {short_path(folder)} is deleted; --resume would "
             f"have gone on with it.")
@@ -150,7 +171,8 @@ def is_complete(s, given):
     record = read_record(s.output_dir)
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
-           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit")):
+           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
+                          "push_to_hub", "hub_model_id")):
         return False
     if not isinstance(record.get("given"), dict):
         say(f"Note: {s.output_dir} does not tell which photos it was made from; without --resume it is trained anew.")
@@ -170,7 +192,8 @@ def disk_sizes(s, course, models, groups):
     weights = sum(map(math.prod, shapes))
     frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
     trained = BYTES[course.levers.weights] * weights
-    output = 2 * trained if METHODS[s.method].is_adapter else trained + 4 * frozen
+    output = 2 * trained if METHODS[s.method].is_adapter else trained
+    output += 4 * frozen if save_pipeline in saves_of(s) else 0
     return output, trained * (2 if course.use_ema else 1) + sum(state_sizes(shapes, course.levers)), trained
 
 

@@ -9,7 +9,7 @@ from dreambooth.base import Interrupted, UserError, say
 from dreambooth.drawing.draw import draw_pictures, placed
 from dreambooth.drawing.trained import read_record
 from dreambooth.files import flush, share, whole_file
-from dreambooth.methods.table import METHODS
+from dreambooth.methods.table import saves_of
 from dreambooth.models.recipes import guidance_scale
 from dreambooth.output.card import save_card
 from dreambooth.output.needed import name_when_done
@@ -17,7 +17,6 @@ from dreambooth.output.pictures import LOSS_PLOT, loss_plot
 from dreambooth.training.course import decisions
 from dreambooth.training.loss import loss_means
 from dreambooth.training.run import best_of
-from dreambooth.training.selection import SEEDS_SEEN
 from dreambooth.training.signals import deferred_stop
 
 
@@ -36,7 +35,7 @@ def write_output(folder, run, models, subjects, seconds, given):
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
-    for save in METHODS[s.method].saves:
+    for save in saves_of(s):
         save(folder, models, subjects)
     loss_plot(history).save(folder / LOSS_PLOT)
     save_card(folder, s, models, subjects)
@@ -66,7 +65,7 @@ def draw_samples(s, models, subjects, viewer, plan):
     try:
         placed(models.pipeline.to(plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
-                             range(s.seed, s.seed + SEEDS_SEEN), {"Model": s.output_dir}, (viewer.side, viewer.side))
+                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side))
         base = read_record(s.output_dir)["base_model"]
         save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")

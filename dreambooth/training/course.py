@@ -1,10 +1,15 @@
 """What a training will be, settled wherever the flags leave it open."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from dreambooth.base import UserError
+from dreambooth.base import UserError, default, processes, say
+from dreambooth.methods.table import preserves_prior
 from dreambooth.models.recipes import RECIPES
+from dreambooth.subjects.class_folders import own_class_images
+from dreambooth.subjects.photos import IMAGE_SUFFIXES
 from dreambooth.training.levers import Levers
 from dreambooth.training.optimizers import OPTIMIZERS
 
@@ -21,11 +26,35 @@ class Course:
     use_ema: bool = False
 
 
-def recipe_for(family, s):
+def recipe_for(family, s, concepts=()):
     """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
     recipe = with_own_rate(RECIPES[family][s.method], s)
     flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
+    if s.num_train_epochs and not s.steps:
+        flags["steps"] = s.num_train_epochs * epoch_steps(s, concepts)
+        say(f"Epochs: {s.num_train_epochs} of {epoch_steps(s, concepts)} steps each.")
     return dataclasses.replace(recipe, **(dict(recipe.selecting) if s.select_best else {}) | flags)
+
+
+def epoch_steps(s, concepts):
+    """Steps of a pass over the photos, or over the class images if those are more, as diffusers' scripts count."""
+    photos = sum(len(concept.photos) for concept in concepts) * default(s.repeats, 100 if s.method == "textual_inversion" else 1)
+    classes = {(c.class_prompt, c.class_data_dir): class_image_count(c) for c in concepts} if preserves_prior(s) else {}
+    batches = math.ceil(max(photos, sum(classes.values())) / s.train_batch_size)
+    return math.ceil(math.ceil(batches / processes()) / s.gradient_accumulation_steps)
+
+
+def class_image_count(concept):
+    """How many class images a concept will have."""
+    if not own_class_images(concept.class_data_dir):
+        return concept.num_class_images
+    own = [path for path in Path(concept.class_data_dir).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    return min(concept.num_class_images, len(own))
+
+
+def sample_interval(s, concepts):
+    """Steps between samples; None: only at the end."""
+    return s.validation_steps or (s.validation_epochs and s.validation_epochs * epoch_steps(s, concepts))
 
 
 def with_own_rate(recipe, s):
@@ -35,11 +64,17 @@ def with_own_rate(recipe, s):
     return dataclasses.replace(recipe, **{rate: lr for rate in rates if lr and getattr(recipe, rate)})
 
 
+LAST_POLYNOMIAL_RATE = 1e-7  # where diffusers' polynomial schedule ends
+
+
 def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates."""
+    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small."""
     if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
         raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
                         + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
+    if s.lr_scheduler == "polynomial" and (small := [group for group in groups if group.lr <= LAST_POLYNOMIAL_RATE]):
+        raise UserError(f"--lr_scheduler polynomial ends at a learning rate of {LAST_POLYNOMIAL_RATE:g}; give {small[0].name} a "
+                        f"larger one than {small[0].lr:g}")
 
 
 def decisions(course, groups):

@@ -6,7 +6,7 @@ Knows no family, no method and no flag that saves memory: it sees parameter grou
 import contextlib
 import math
 
-from dreambooth.base import Interrupted, is_first_process
+from dreambooth.base import Interrupted, default, is_first_process
 from dreambooth.data.batches import make_batch, random_source
 from dreambooth.device import moved
 from dreambooth.methods.groups import check_finite, trained_tensors
@@ -30,7 +30,7 @@ def optimize(run, folder, viewer):
     """
     s, steps, unread = run.s, run.course.steps, []
     threads = threads_that_help(run.accelerator.device)
-    with loss_writer(folder / "logs", len(run.history)) as writer, deferred_stop() as signals:
+    with loss_writer(folder / default(s.logging_dir, "logs"), len(run.history)) as writer, deferred_stop() as signals:
         bar = progress(range(len(run.history), steps), "training", "step", steps, len(run.history), not is_first_process())
         for done in (step + 1 for step in bar):
             with threads.timed() if threads else contextlib.nullcontext():

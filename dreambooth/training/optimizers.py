@@ -6,7 +6,7 @@ import types
 import typing
 from dataclasses import dataclass
 
-from dreambooth.base import say
+from dreambooth.base import default, say
 from dreambooth.device import missing_compiler
 from dreambooth.training.levers import BYTES
 
@@ -15,27 +15,35 @@ from dreambooth.training.levers import BYTES
 class OptimizerKind:
     """An optimizer of some library. All are AdamW's kin: a learning rate means the same to each that takes one."""
 
-    make: typing.Callable  # (torch's parameter groups, weight decay, device) -> torch.optim.Optimizer
+    make: typing.Callable  # (torch's parameter groups, weight decay, device, **options) -> torch.optim.Optimizer
     state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
     package: str | None = None  # what to install for it
     lr: float | None = None  # its own learning rate; None: as RECIPES say
     by_tensor: bool = True  # a tensor's step depends on no other's
     copies: int = 0  # tensors of a parameter's size, in float32, that a step works with
     rounds: bool = False  # it rounds bf16 weights stochastically by itself
+    flags: tuple = ("adam_beta1", "adam_beta2", "adam_epsilon")  # those that make its options
 
 
-def make_adamw(groups, weight_decay, device):
+def moment_options(s):
+    """What was given of how AdamW's kin keep means of the gradient, as options of theirs."""
+    betas = {} if s.adam_beta1 is s.adam_beta2 is None else {"betas": (default(s.adam_beta1, 0.9), default(s.adam_beta2, 0.999))}
+    others = {"eps": s.adam_epsilon, "beta3": s.prodigy_beta3 if s.optimizer == "prodigy" else None}
+    return betas | {name: value for name, value in others.items() if value is not None}
+
+
+def make_adamw(groups, weight_decay, device, **options):
     import torch
 
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu") or None, **options)
 
 
-def make_adamw8bit(groups, weight_decay, device):
+def make_adamw8bit(groups, weight_decay, device, **options):
     """AdamW with its moments in 8 bits, block by block (Dettmers et al., arXiv 2110.02861)."""
     import torch
     from torchao.optim import AdamW8bit
 
-    optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+    optimizer = AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True, **options)
     lacking = missing_compiler(device)
     if device.type == "cuda":
         say("8-bit AdamW: " + (f"slower than it could be, as it is not compiled; that needs {lacking}." if lacking else
@@ -45,7 +53,7 @@ def make_adamw8bit(groups, weight_decay, device):
     return optimizer
 
 
-def make_adafactor(groups, weight_decay, device):
+def make_adafactor(groups, weight_decay, device, **options):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) with the learning rate as it is, as kohya's guide for SDXL has it:
     torch's own would scale it by the weights, so that AdamW's rates would not do."""
     from transformers import Adafactor
@@ -53,12 +61,12 @@ def make_adafactor(groups, weight_decay, device):
     return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
 
 
-def make_prodigy(groups, weight_decay, device):
+def make_prodigy(groups, weight_decay, device, **options):
     """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), which finds the learning rate, set as in diffusers' scripts."""
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(None):
-        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True, **options)
 
 
 def adamw8bit_bytes(shape, per_weight):
@@ -76,7 +84,7 @@ def adafactor_bytes(shape, per_weight):
 OPTIMIZERS = {
     "adamw": OptimizerKind(make_adamw, lambda shape, per_weight: 4 + 2 * per_weight * math.prod(shape)),
     "adamw8bit": OptimizerKind(make_adamw8bit, adamw8bit_bytes, "torchao", rounds=True),
-    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes, copies=3),
+    "adafactor": OptimizerKind(make_adafactor, adafactor_bytes, copies=3, flags=()),
     "prodigy": OptimizerKind(make_prodigy, lambda shape, per_weight: 4 * per_weight * math.prod(shape), "prodigyopt", lr=1.0,
                              by_tensor=False),
 }

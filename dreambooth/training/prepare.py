@@ -1,14 +1,15 @@
 """Making a Run of what is to train, and ordinary modules of it again."""
 
 import dataclasses
+import functools
 
-from dreambooth.base import say
+from dreambooth.base import default, say
 from dreambooth.device import moved
 from dreambooth.methods.groups import trained_tensors
 from dreambooth.models.encoding import encode_prompts
 from dreambooth.models.parts import text_encoders_of
 from dreambooth.training.fused import fuse_backward
-from dreambooth.training.optimizers import OPTIMIZERS
+from dreambooth.training.optimizers import OPTIMIZERS, moment_options
 from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
 from dreambooth.training.run import Run
 
@@ -35,10 +36,10 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     if s.compile:
         say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
         models.unet.compile_repeated_blocks()
-    optimizer = OPTIMIZERS[levers.optimizer].make([{"params": g.parameters, "lr": g.lr} for g in groups],
-                                                  s.adam_weight_decay, device)
+    optimizer = make_optimizer(s, levers.optimizer, groups, device)
     # The schedule stays ours: accelerate would advance it once per process.
-    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps)
+    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps, default(s.lr_num_cycles, 1),
+                                 default(s.lr_power, 1.0))
 
     def until(last, factor):
         return lambda step: factor(step) if step < last else 0
@@ -60,15 +61,29 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
                origin, averages)
 
 
-def make_schedule(name, optimizer, warmup, steps):
+def make_optimizer(s, name, groups, device):
+    """The optimizer of this name, for these ParameterGroups, with what the flags say of it."""
+    def torch_group(group):
+        decay = s.adam_weight_decay_text_encoder if group.name.startswith("text_encoder") else None
+        return {"params": group.parameters, "lr": group.lr, "weight_decay": default(decay, s.adam_weight_decay)}
+    kind = OPTIMIZERS[name]
+    return kind.make([torch_group(group) for group in groups], s.adam_weight_decay, device, **moment_options(s) if kind.flags else {})
+
+
+def make_schedule(name, optimizer, warmup, steps, cycles=1, power=1.0):
     """A learning rate schedule of diffusers or transformers. "warmup_stable_decay" falls linearly to 0 in its last quarter."""
+    import torch
     from diffusers.optimization import get_scheduler
     from transformers import get_wsd_schedule
 
     if name == "warmup_stable_decay":
         return get_wsd_schedule(optimizer, warmup, steps // 4, steps, decay_type="linear")
     name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    ask = functools.partial(get_scheduler, name, num_warmup_steps=warmup, num_training_steps=steps, num_cycles=cycles,
+                            power=power)
+    # Each group's apart: a polynomial's factors depend on the rate that it begins with.
+    alone = [torch.optim.SGD([torch.zeros(1)], lr=float(group["lr"])) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [ask(each).lr_lambdas[0] for each in alone])
 
 
 def encode_for_good(models, prompts, device):

@@ -18,6 +18,7 @@ from dreambooth.models.parts import text_encoders_of
 from dreambooth.models.recipes import guidance_scale
 from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier, with_places
+from dreambooth.training.course import sample_interval
 from dreambooth.training.levers import Levers
 from dreambooth.training.run import averaged
 from dreambooth.training.selection import SEEDS_SEEN, save_best, score_samples
@@ -35,18 +36,20 @@ class Viewer:
     metrics: Metrics | None = None  # from here on for --select_best alone
     real: tuple = ()  # for each subject the DINO embeddings [M, d] of its photos
     scored: tuple = ()  # (number of the subject, prompt, caption for CLIP)
+    pictures: int = SEEDS_SEEN  # of each prompt
 
 
 def make_viewer(run, concepts, subjects, metric_names):
     """The Viewer of a run. `metric_names` as metric_models() gives them, or None. UserError for an unusable prompt."""
     import torch
 
-    s, side = run.s, run.course.resolution
+    s, side, count = run.s, run.course.resolution, default(run.s.num_validation_images, SEEDS_SEEN)
+    every = sample_interval(s, concepts)
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
         tell_prompts(own, subjects)
         usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
-        return Viewer(tuple(dict.fromkeys(own or usual)), side, s.validation_steps)
+        return Viewer(tuple(dict.fromkeys(own or usual)), side, every, pictures=count)
     templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
     tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
@@ -62,10 +65,10 @@ def make_viewer(run, concepts, subjects, metric_names):
     metrics = load_metrics(*metric_names, torch.device("cpu"))  # a few pictures, and the GPU may be full
     real = tuple(metrics.images([load_square(path) for path, _ in concept.photos])[0] for concept in concepts)
     prompts = dict.fromkeys([*(prompt for _, prompt, _ in scored), *(subject.class_prompt for subject in subjects)])
-    every = default(s.validation_steps, math.ceil(run.course.steps / 10))
+    every = every or math.ceil(run.course.steps / 10)
     times = -(-run.course.steps // every)
-    say(f"Choosing the best of {times} checkpoints, one every {every} steps, by {len(scored) * SEEDS_SEEN} pictures each.")
-    return Viewer(tuple(prompt for prompt in prompts if prompt), side, every, metrics, real, tuple(scored))
+    say(f"Choosing the best of {times} checkpoints, one every {every} steps, by {len(scored) * count} pictures each.")
+    return Viewer(tuple(prompt for prompt in prompts if prompt), side, every, metrics, real, tuple(scored), count)
 
 
 @contextlib.contextmanager
@@ -107,7 +110,7 @@ def view(run, folder, viewer, writer):
 def draw_view(run, folder, viewer, writer):
     """Draw the viewer's prompts into folder/samples/step-N and the timeline beside it, and score them for --select_best."""
     s, done, started = run.s, len(run.history), time.monotonic()
-    jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + SEEDS_SEEN)]
+    jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + viewer.pictures)]
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
@@ -120,7 +123,7 @@ def draw_view(run, folder, viewer, writer):
     if writer:
         import numpy as np
 
-        writer.add_image("samples", np.asarray(image_grid(pictures, columns=SEEDS_SEEN)), done, dataformats="HWC")
+        writer.add_image("samples", np.asarray(image_grid(pictures, columns=viewer.pictures)), done, dataformats="HWC")
     if viewer.scored:
         run.scores.append({"step": done, **score_samples(viewer, dict(zip(jobs, pictures)), s.seed)})
         save_best(run, folder)

@@ -7,14 +7,14 @@ from dreambooth.methods.groups import trained_tensors
 from dreambooth.training.checkpoints import best_file, best_files, checkpoints_in
 from dreambooth.training.run import best_of
 
-SEEDS_SEEN = 4  # pictures of each prompt
+SEEDS_SEEN = 4  # pictures of each prompt, unless --num_validation_images says otherwise
 
 
 def score_samples(viewer, pictures, seed):
     """{"dino", "clip_t", "score"} of {(prompt, seed): picture}: means over subjects, and their harmonic mean."""
     rows = {}
     for number, prompt, caption in viewer.scored:
-        dino, clip = viewer.metrics.images([pictures[prompt, seed + i] for i in range(SEEDS_SEEN)])
+        dino, clip = viewer.metrics.images([pictures[prompt, seed + i] for i in range(viewer.pictures)])
         rows.setdefault(number, []).append({"dino": mean_similarity(dino, viewer.real[number]),
                                             "clip_t": mean_similarity(clip, viewer.metrics.texts([caption]))})
     means = mean_scores([mean_scores(of_subject) for of_subject in rows.values()])

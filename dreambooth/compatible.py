@@ -1,0 +1,128 @@
+"""Command lines of diffusers' training scripts: what each of their flags, or the script's name, is here, as one table.
+
+Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of train_dreambooth.py,
+train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py, textual_inversion.py and textual_inversion_sdxl.py.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+SCRIPT_METHODS = {"train_dreambooth.py": "full", "train_dreambooth_lora.py": "lora", "train_dreambooth_lora_sdxl.py": "lora",
+                  "textual_inversion.py": "textual_inversion", "textual_inversion_sdxl.py": "textual_inversion"}
+# Flags that diffusers' LoRA scripts alone have: they tell the method of a command whose script is not named.
+LORA_SIGNS = {"rank", "lora_dropout", "use_dora", "text_encoder_lr", "validation_epochs", "output_kohya_format",
+              "image_interpolation_mode", "pretrained_vae_model_name_or_path"}
+GIVEN = object()  # in the table: the very value that was given
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a flag of another program is here."""
+
+    here: str  # in words, for --help and to be said when it is given
+    sets: dict = dataclasses.field(default_factory=dict)  # {setting: its value, or GIVEN}
+    implies: dict = dataclasses.field(default_factory=dict)  # {setting: value, or {given: value}} where it is not given itself
+    beside: tuple = ()  # values of that setting that may be given as well, and give way
+    takes: str | None = None  # what it is given, as --help shows it; None: nothing
+    only: tuple = ()  # the values that it can have here
+    otherwise: str = "leave it out"  # what to do instead of giving another
+    environment: str | None = None  # the variable of the environment that it sets
+    can_be_had: bool = True
+
+    def is_refused(self, value):
+        """Whether this value cannot be had; a path or hub id counts by its last part."""
+        return bool(self.only) and str(value).rstrip("/").split("/")[-1].lower() not in self.only
+
+
+def _same(name, **options):
+    return Foreign(f"the same as --{name}", sets={name: GIVEN}, **options)
+
+
+def _means(flag, setting, value, **options):
+    return Foreign(f"means {flag}", sets={setting: value}, **options)
+
+
+def _needless(reason, **options):
+    return Foreign(f"needless: {reason}", **options)
+
+
+def _refused(reason, **options):
+    return Foreign(f"not to be had: {reason}", can_be_had=False, **options)
+
+
+_DATASET = "give files: hf download --repo-type dataset ID --local-dir photos, --instance_data_dir photos"
+_OF_DATASET = "it belongs to --dataset_name"
+_IF_ONLY = "it is for DeepFloyd IF; Stable Diffusion has no use for it"
+_PRODIGY = "prodigy has it on"
+_TRUE = ("true", "1", "yes")
+DIFFUSERS_FLAGS = {
+    "pretrained_model_name_or_path": _same("model_name"),
+    "train_data_dir": _same("instance_data_dir"),
+    "placeholder_token": _same("identifier", implies={"method": "textual_inversion"}),
+    "max_train_steps": _same("steps"),
+    "resume_from_checkpoint": _same("resume"),
+    "use_8bit_adam": _means("--optimizer adamw8bit", "optimizer", "adamw8bit", beside=("adamw",)),
+    "offset_noise": _means("--noise_offset 0.1", "noise_offset", 0.1),
+    "hub_token": Foreign("the token for the hub, kept in no file", takes="TOKEN", environment="HF_TOKEN"),
+
+    "learnable_property": Foreign('without --instance_prompt a style is captioned "a painting in the style of [identifier]"',
+                                  takes="object|style", only=("object", "style"), implies={
+        "method": "textual_inversion", "instance_prompt": {"style": "a painting in the style of [identifier]"}}),
+    "center_crop": _needless("the middle of each photo is what trains always; photos are never cropped at random"),
+    "image_interpolation_mode": _needless("photos are always scaled by Lanczos' filter", takes="NAME", only=("lanczos",)),
+    "pre_compute_text_embeddings": _needless("prompts are encoded once, unless the text encoder trains"),
+    "tokenizer_max_length": _needless("prompts are read up to the 77 tokens that Stable Diffusion takes", takes="77", only=("77",)),
+    "pretrained_vae_model_name_or_path": _needless("the VAE works in float32, where SDXL's own does not overflow",
+                                                   takes="sdxl-vae-fp16-fix", only=("sdxl-vae-fp16-fix",),
+                                                   otherwise="save the model with that VAE and give its folder: pipe.vae = ..., "
+                                                             "pipe.save_pretrained(FOLDER)"),
+    "dataloader_num_workers": _needless("photos are read and encoded once, before training", takes="INT"),
+    "enable_xformers_memory_efficient_attention": _needless("torch's own attention saves the same memory"),
+    "set_grads_to_none": _needless("always done"),
+    "allow_tf32": _needless("GPUs that have TF32 compute in bf16, which is faster still, unless --mixed_precision no"),
+    "local_rank": _needless("accelerate launch tells each process its number", takes="INT"),
+    "prodigy_decouple": _needless(_PRODIGY, takes="True", only=_TRUE),
+    "prodigy_use_bias_correction": _needless(_PRODIGY, takes="True", only=_TRUE),
+    "prodigy_safeguard_warmup": _needless(_PRODIGY, takes="True", only=_TRUE),
+    "validation_scheduler": _needless("samples are drawn with the model's own scheduler", takes="NAME"),
+    "report_to": _needless("losses are in losses.png and in TensorBoard's files; nothing is sent anywhere", takes="NAME"),
+    "save_steps": _needless("--checkpointing_steps keeps the words on the way, --select_best the best of them", takes="INT"),
+    "output_kohya_format": _needless("a LoRA is always written for Kohya's tools as well"),
+    "skip_save_text_encoder": _needless("an output is always whole, so that it can be loaded as it is"),
+
+    "dataset_name": _refused(_DATASET, takes="ID"),
+    "dataset_config_name": _refused(_OF_DATASET, takes="NAME"),
+    "image_column": _refused(_OF_DATASET, takes="NAME"),
+    "caption_column": _refused("give captions as files, dog1.txt beside dog1.jpg or metadata.jsonl", takes="NAME"),
+    "tokenizer_name": _refused("the model's own tokenizer is used; put another into the folder of the model", takes="NAME"),
+    "text_encoder_use_attention_mask": _refused(_IF_ONLY),
+    "class_labels_conditioning": _refused(_IF_ONLY, takes="NAME"),
+    "validation_images": _refused(_IF_ONLY, takes="FILE ..."),
+    "do_edm_style_training": _refused("models with an EDM scheduler cannot be trained here; choose one of Stable Diffusion's"),
+    "no_safe_serialization": _refused("weights are written as safetensors alone, which every program reads"),
+}
+
+
+
+def _has_class_images(s):
+    return s.method != "textual_inversion" if s.with_prior_preservation is None else s.with_prior_preservation
+
+
+# Flags that have an effect only beside others: what that takes, and whether it is there.
+_CLASS_IMAGES = ("--with_prior_preservation", _has_class_images)
+_SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
+EFFECTIVE = {
+    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight", "num_class_images", "class_guidance_scale",
+                     "class_data_dir"), _CLASS_IMAGES),
+    **dict.fromkeys(("subject_type", "prompts_file", "dino_model", "clip_model"), _SELECTION),
+    "text_encoder_lr": ("--train_text_encoder", lambda s: s.train_text_encoder),
+    "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", lambda s: s.lr_scheduler == "cosine_with_restarts"),
+    "lr_power": ("--lr_scheduler polynomial", lambda s: s.lr_scheduler == "polynomial"),
+    "prodigy_beta3": ("--optimizer prodigy", lambda s: s.optimizer == "prodigy"),
+    "adam_weight_decay_text_encoder": ("--train_text_encoder", lambda s: s.train_text_encoder),
+    "num_train_epochs": ("no --steps", lambda s: s.steps is None),
+    "repeats": ("--num_train_epochs or --validation_epochs",
+                lambda s: (s.num_train_epochs and not s.steps) or (s.validation_epochs and not s.validation_steps)),
+    "validation_epochs": ("no --validation_steps", lambda s: s.validation_steps is None),
+    "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
+}
