@@ -45,7 +45,10 @@ def check_bundled(asked):
 
 
 def named_model(name, flag):
-    """What a short name, or the id of a model that moved, stands for; else the name itself. Says so."""
+    """What a short name, or the id of a model that moved, stands for; else the name itself. Says so.
+
+    With it, its model_index.json if the cache was asked for that and has it, else None.
+    """
     if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
         short, name = name, SHORT_NAMES[name]
         if name == BUNDLED_MODEL:
@@ -53,24 +56,23 @@ def named_model(name, flag):
             name = short_path(name)
         say_once(f"{short} is {name}.")
     if Path(name).exists() or name not in (*MOVED_MODELS, *MOVED_MODELS.values()):
-        return name
-    found = where_cached(MOVED_MODELS.get(name, name))
-    if found != name:
-        say_once(f"{name} is no longer on the hub; using {found}, the same weights." if name in MOVED_MODELS else
-                 f"{name} is not in the cache; using {found}, the same weights.")
-    elif name in MOVED_MODELS:
-        say_once(f"{name} is no longer on the hub; using it from the cache.")
-    return found
+        return name, None
+    found, index = where_cached(MOVED_MODELS.get(name, name))
+    if name in MOVED_MODELS:
+        say_once(f"{name} is no longer on the hub; using " + (f"{found}, the same weights." if found != name else "it from the cache."))
+    elif found != name:
+        say_once(f"{name} is not in the cache; using {found}, the same weights.")
+    return found, index
 
 
 def find_model(name, flag, revision=None):
     """Folder, hub id (with @REVISION) or file of a model, without importing torch. UserError if there is none of a supported
     kind."""
-    name = named_model(located(name, flag), flag)
+    name, index = named_model(located(name, flag), flag)
     refuse_pickle(name, flag)
     if revision not in (None, "main"):
-        name = with_revision(name, revision)
-    index = model_index(name, flag)
+        name, index = with_revision(name, revision), None
+    index = index or model_index(name, flag)
     try:
         kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):

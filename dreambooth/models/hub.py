@@ -123,15 +123,14 @@ def lacks_in_cache(folder):
 
 
 def where_cached(name):
-    """`name`, or the other id of the same weights if the cache has only that, whole."""
-    others = [old for old, new in MOVED_MODELS.items() if new == name]
-    indexes = {}
-    for place in (name, *others):
+    """(`name`, or the other id of the same weights if the cache has only that, whole; its model_index.json in the cache or None)."""
+    places, found = (name, *(old for old, new in MOVED_MODELS.items() if new == name)), {}
+    for place in places:
         if index := cached_file(place, "model_index.json"):
-            indexes[place] = index
+            found[place] = index
             if not lacks_in_cache(index.parent):
-                return place
-    return next(iter(indexes), name)
+                return place, index
+    return next(iter(found.items()), (name, None))
 
 
 def hub_folder(name, flag, variant=None):
