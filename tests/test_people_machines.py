@@ -836,12 +836,13 @@ def test_mishaps(problem, said):
     assert line is None if said is None else said in line and "\n" not in line
 
 
-def test_an_optimizers_broken_package_is_said_at_once(flags, run, monkeypatch):
-    monkeypatch.setattr(db.importlib, "import_module", lambda name: 1 / 0)
+def test_an_optimizers_broken_package_is_said_at_once(flags, run, monkeypatch, broken):
+    broken("broken_ao", "1 / 0")
+    monkeypatch.setitem(db.OPTIMIZERS, "adamw8bit", db.dataclasses.replace(db.OPTIMIZERS["adamw8bit"], package="broken_ao"))
     monkeypatch.setattr(db, "load_models", lambda *args: pytest.fail("loaded"))
     status, _, err = run(*flags("--optimizer", "adamw8bit"))
     assert status == 2
-    one_line(err, "--optimizer adamw8bit", "torchao", "cannot be imported")
+    one_line(err, "--optimizer adamw8bit", "broken_ao", "cannot be imported")
 
 
 def test_without_tensorboard_a_training_has_no_logs(flags, run, monkeypatch, tmp_path):
@@ -863,6 +864,67 @@ def test_packages_that_diffusers_takes_up_by_itself(package, flags, tmp_path):
     assert result.returncode in (0, 2) and "Traceback" not in result.stderr, result.stderr[-3000:]
     if result.returncode:
         one_line(result.stderr, package, "libcudart")
+
+
+def test_a_model_whose_parts_contradict_each_other_is_one_line(run, tiny_model, tmp_path):
+    """Such as a number in its scheduler's config that is another program's; only drawing finds it."""
+    model = shutil.copytree(tiny_model("sd1"), tmp_path / "model")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"skip_prk_steps": False, "num_train_timesteps": 3}))
+    status, _, err = run("--infer", "--model_path", model, "--prompt", "a dog", "--num_images", 1, "--num_inference_steps", 1)
+    assert status == 2
+    one_line(err, "model")
+
+
+def test_what_a_machine_lacks_is_no_fault_of_the_model():
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    full.name_or_path = "model"
+    with pytest.raises(OSError):
+        db.called(full)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model):
+    """(flags of a training, its checkpoint), made once."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "photos").mkdir()
+    picture(0).save(folder / "photos" / "0.png")
+    words = ["--train", "--model_name", str(tiny_model("sd1")), "--instance_data_dir", str(folder / "photos"), *LORA, "--class_data_dir",
+             str(folder / "class"), "--checkpointing_steps", "2"]
+    assert db.main([*words, "--output_dir", str(folder / "output")]) == 0
+    return words, folder / "output" / "checkpoints" / "step-000002"
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state["history"][0].pop(), lambda state: state["history"].append("x"), lambda state: state["optimizer"][0].update(lr="x"),
+    lambda state: state.update(optimizer_numbers=[]), lambda state: state["scores"].append({"step": 1}), lambda state: state.update(scaler=1),
+    lambda state: state["origin"].clear(), lambda state: state.update(history=None)])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_checkpoints_state_is_checked(change, sealed, checkpoint, tmp_path):
+    """By its digest, and where it has none, as earlier versions wrote it, by its form."""
+    path = shutil.copytree(checkpoint[1], tmp_path / "step-000002")
+    state = json.loads((path / db.STATE_FILE).read_text())
+    change(state)
+    if not sealed:
+        del state["state_sha256"]
+    (path / db.STATE_FILE).write_text(json.dumps(state))
+    with pytest.raises(db.UserError, match="damaged" if sealed or state["origin"] else "other settings"):
+        db.check_origin(path, db.read_state(path), {"--seed": 0})
+
+
+def test_a_checkpoint_of_other_tensors_is_one_line(checkpoint, run, tmp_path):
+    from safetensors.torch import save_file
+
+    path = shutil.copytree(checkpoint[1], tmp_path / "step-000002")
+    state = json.loads((path / db.STATE_FILE).read_text())
+    save_file({"x": torch.zeros(2)}, path / db.TENSORS_FILE)
+    state["sha256"] = db.file_digest(path / db.TENSORS_FILE)
+    del state["state_sha256"]
+    (path / db.STATE_FILE).write_text(json.dumps(state))
+    status, _, err = run(*checkpoint[0], "--resume", path)
+    assert status == 2 and not list(tmp_path.glob("output*"))
+    one_line(err, "step-000002", "another version")
 
 
 # ---- --snr_gamma 0
