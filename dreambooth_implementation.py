@@ -483,6 +483,16 @@ def tensor_names(path, flag):
         raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
 
 
+def load_tensors(path, flag):
+    """{name: tensor} of a .safetensors file. UserError if it cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem}); it is damaged") from None
+
+
 def save_tensors(tensors, path):
     from safetensors.torch import save_file
 
@@ -5337,13 +5347,13 @@ def write_export(s, trained, pipeline=None):
 
     Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     target, writers = Path(s.export), {}
     for subject, path in zip(trained.subjects, trained.words.values()):
         is_alone = len(trained.words) == 1 and not trained.lora
         file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
-        tensors = a1111_embedding(load_file(path))
+        tensors = a1111_embedding(load_tensors(path, "--model_path"))
         writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
                          f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
     if trained.lora:

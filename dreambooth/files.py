@@ -91,6 +91,16 @@ def tensor_names(path, flag):
         raise UserError(f"{flag} {path}: cannot be read ({problem})") from None
 
 
+def load_tensors(path, flag):
+    """{name: tensor} of a .safetensors file. UserError if it cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem}); it is damaged") from None
+
+
 def save_tensors(tensors, path):
     from safetensors.torch import save_file
 
