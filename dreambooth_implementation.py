@@ -265,15 +265,32 @@ def mishap(problem):
     """One line of an exception that is no fault of this program; None if it may be one."""
     if isinstance(problem, MemoryError):
         return MEMORY
-    causes = [problem]
-    while (cause := causes[-1].__cause__) is not None and cause not in causes:
-        causes.append(cause)
+    causes = causes_of(problem)
     for cause in causes:
         reason = " ".join(str(cause).split("\n")[0].split())[:200]
         for sign, line in SIGNS.items():
             if sign in str(cause):
                 return line.format(reason=reason)
     return of_package(causes[-1]) or of_system(causes[-1])
+
+
+def causes_of(problem):
+    """An exception, what it was raised from, and so on to the first."""
+    causes = [problem]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+def importing(problem):
+    """Names of the packages whose own code was being imported when an exception was raised, the innermost last."""
+    return [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(problem.__traceback__)
+            if frame.f_code.co_name == "<module>"]
+
+
+def is_of_machine(problem):
+    """Whether an exception tells of this machine - its memory, a broken package - and nothing of what was being read."""
+    return isinstance(problem, MemoryError) or bool(importing(causes_of(problem)[-1]))
 
 
 def of_system(problem):
@@ -292,8 +309,7 @@ def of_system(problem):
 def of_package(problem):
     """The line of a package that failed while it was imported, or is not there; None if it is something else."""
     reason = " ".join(str(problem).split())[:200]
-    names = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(problem.__traceback__)
-             if frame.f_code.co_name == "<module>"]
+    names = importing(problem)
     missing = getattr(problem, "name", None) if isinstance(problem, ModuleNotFoundError) else None
     if not names and missing:
         return f"the package {missing} is missing: pip install -r {HERE / 'requirements.txt'}"
@@ -468,6 +484,16 @@ def read_sums(path):
         return {}
     lines = (line.split(maxsplit=1) for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines())
     return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
+
+
+def load_tensors(path, flag):
+    """{name: tensor} of a .safetensors file. UserError if it cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem}); it is damaged") from None
 
 
 def save_tensors(tensors, path):
@@ -4091,8 +4117,8 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
         try:
-            pictures = pipeline(
-                list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+            pictures = called(
+                pipeline, list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look, **counting(threads, len(prompts))).images
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
@@ -4110,6 +4136,22 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
         else:
             take_turns(pipeline, pipeline.device)
             all_there = False
+
+
+def called(pipeline, *args, **options):
+    """What a pipeline returns. UserError for whatever its code finds wrong with the model, whose configs may contradict each other."""
+    import torch
+
+    try:
+        return pipeline(*args, **options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        if mishap(problem):  # the machine's fault
+            raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{pipeline.name_or_path}: it cannot be drawn with ({type(problem).__name__}: {reason}); its scheduler, or "
+                        f"another of its configs, is damaged or of another model") from None
 
 
 def counting(threads, pictures):
@@ -5907,7 +5949,7 @@ def is_whole_state(state):
     return (all(isinstance(state[name], kind) for name, kind in kinds.items())
             and all(are_numbers(row, 3) for row in state["history"])
             and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
-            and all(isinstance(group, dict) for group in state["optimizer"]))
+            and all(isinstance(value, (int, float, list, type(None))) for group in state["optimizer"] for value in group.values()))
 
 
 def find_checkpoint(s, folder):
@@ -7218,6 +7260,8 @@ def check_output_dir(s):
         raise UserError(f"{flag} the folder holds something else (no dreambooth.json); give another folder")
     if Path.cwd().is_relative_to(folder) or os.path.ismount(folder):
         raise UserError(f"{flag} this folder cannot be renamed; give one inside it")
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise UserError(f"{flag} its name is not UTF-8, and weights in it could not be read again; give another folder")
     check_room(folder, "--output_dir", len(".partial-1000000"))
     check_writable(folder.parent, "--output_dir")
     beside = workplace(s)
@@ -7529,13 +7573,13 @@ def write_export(s, trained, pipeline=None):
 
     Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     target, writers = Path(s.export), {}
     for subject, path in zip(trained.subjects, trained.words.values()):
         is_alone = len(trained.words) == 1 and not trained.lora
         file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
-        tensors = a1111_embedding(load_file(path))
+        tensors = a1111_embedding(load_tensors(path, "--model_path"))
         writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
                          f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
     if trained.lora:

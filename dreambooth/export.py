@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth.base import UserError, say
 from dreambooth.drawing.trained import find_trained, model_paths
-from dreambooth.files import check_room, check_writable, write_file
+from dreambooth.files import check_room, check_writable, load_tensors, write_file
 from dreambooth.methods.lora import KOHYA_FILE
 from dreambooth.models.find import find_model
 from dreambooth.models.hub import hub_file
@@ -45,13 +45,13 @@ def write_export(s, trained, pipeline=None):
 
     Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     target, writers = Path(s.export), {}
     for subject, path in zip(trained.subjects, trained.words.values()):
         is_alone = len(trained.words) == 1 and not trained.lora
         file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
-        tensors = a1111_embedding(load_file(path))
+        tensors = a1111_embedding(load_tensors(path, "--model_path"))
         writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
                          f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
     if trained.lora:

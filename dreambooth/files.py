@@ -87,6 +87,16 @@ def read_sums(path):
     return {parts[1].strip(): parts[0] for parts in lines if len(parts) == 2}
 
 
+def load_tensors(path, flag):
+    """{name: tensor} of a .safetensors file. UserError if it cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"{flag} {path}: cannot be read ({problem}); it is damaged") from None
+
+
 def save_tensors(tensors, path):
     from safetensors.torch import save_file
 

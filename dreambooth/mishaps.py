@@ -40,15 +40,32 @@ def mishap(problem):
     """One line of an exception that is no fault of this program; None if it may be one."""
     if isinstance(problem, MemoryError):
         return MEMORY
-    causes = [problem]
-    while (cause := causes[-1].__cause__) is not None and cause not in causes:
-        causes.append(cause)
+    causes = causes_of(problem)
     for cause in causes:
         reason = " ".join(str(cause).split("\n")[0].split())[:200]
         for sign, line in SIGNS.items():
             if sign in str(cause):
                 return line.format(reason=reason)
     return of_package(causes[-1]) or of_system(causes[-1])
+
+
+def causes_of(problem):
+    """An exception, what it was raised from, and so on to the first."""
+    causes = [problem]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+def importing(problem):
+    """Names of the packages whose own code was being imported when an exception was raised, the innermost last."""
+    return [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(problem.__traceback__)
+            if frame.f_code.co_name == "<module>"]
+
+
+def is_of_machine(problem):
+    """Whether an exception tells of this machine - its memory, a broken package - and nothing of what was being read."""
+    return isinstance(problem, MemoryError) or bool(importing(causes_of(problem)[-1]))
 
 
 def of_system(problem):
@@ -67,8 +84,7 @@ def of_system(problem):
 def of_package(problem):
     """The line of a package that failed while it was imported, or is not there; None if it is something else."""
     reason = " ".join(str(problem).split())[:200]
-    names = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(problem.__traceback__)
-             if frame.f_code.co_name == "<module>"]
+    names = importing(problem)
     missing = getattr(problem, "name", None) if isinstance(problem, ModuleNotFoundError) else None
     if not names and missing:
         return f"the package {missing} is missing: pip install -r {HERE / 'requirements.txt'}"

@@ -5,6 +5,7 @@ Knows nothing of subjects or training.
 
 from dreambooth.base import UserError, is_first_process, say, slug
 from dreambooth.images import image_grid, is_flat, save_picture
+from dreambooth.mishaps import mishap
 from dreambooth.models.recipes import guidance_scale
 from dreambooth.progress import progress
 from dreambooth.threads import threads_that_help
@@ -38,8 +39,8 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
         try:
-            pictures = pipeline(
-                list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+            pictures = called(
+                pipeline, list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look, **counting(threads, len(prompts))).images
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
@@ -57,6 +58,22 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
         else:
             take_turns(pipeline, pipeline.device)
             all_there = False
+
+
+def called(pipeline, *args, **options):
+    """What a pipeline returns. UserError for whatever its code finds wrong with the model, whose configs may contradict each other."""
+    import torch
+
+    try:
+        return pipeline(*args, **options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        if mishap(problem):  # the machine's fault
+            raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{pipeline.name_or_path}: it cannot be drawn with ({type(problem).__name__}: {reason}); its scheduler, or "
+                        f"another of its configs, is damaged or of another model") from None
 
 
 def counting(threads, pictures):

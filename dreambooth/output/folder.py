@@ -32,6 +32,8 @@ def check_output_dir(s):
         raise UserError(f"{flag} the folder holds something else (no dreambooth.json); give another folder")
     if Path.cwd().is_relative_to(folder) or os.path.ismount(folder):
         raise UserError(f"{flag} this folder cannot be renamed; give one inside it")
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise UserError(f"{flag} its name is not UTF-8, and weights in it could not be read again; give another folder")
     check_room(folder, "--output_dir", len(".partial-1000000"))
     check_writable(folder.parent, "--output_dir")
     beside = workplace(s)

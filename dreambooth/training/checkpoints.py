@@ -60,7 +60,7 @@ def is_whole_state(state):
     return (all(isinstance(state[name], kind) for name, kind in kinds.items())
             and all(are_numbers(row, 3) for row in state["history"])
             and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
-            and all(isinstance(group, dict) for group in state["optimizer"]))
+            and all(isinstance(value, (int, float, list, type(None))) for group in state["optimizer"] for value in group.values()))
 
 
 def find_checkpoint(s, folder):
