@@ -1465,8 +1465,7 @@ def _has_class_images(s):
 _CLASS_IMAGES = ("--with_prior_preservation", _has_class_images)
 _SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
 EFFECTIVE = {
-    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight", "num_class_images", "class_guidance_scale",
-                     "class_data_dir"), _CLASS_IMAGES),
+    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight"), _CLASS_IMAGES),
     **dict.fromkeys(("subject_type", "prompts_file", "dino_model", "clip_model"), _SELECTION),
     "text_encoder_lr": ("--train_text_encoder", lambda s: s.train_text_encoder),
     "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", lambda s: s.lr_scheduler == "cosine_with_restarts"),
@@ -1586,17 +1585,29 @@ def read_flags(argv):
         wrong.append(str(problem))
     wrong += [f"--{name} {given[name]}: not to be had: {foreign.here.removeprefix('needless: ')}; {foreign.otherwise}"
               for name, foreign in DIFFUSERS_FLAGS.items() if name in given and foreign.is_refused(given[name])]
+    for name, value in given.items():
+        if value == "" and name not in TEXT_FLAGS:
+            wrong.append(f"--{name} is empty: a variable such as $MODEL_NAME that is not set? Give a value, or leave it out")
+        if value == [] or isinstance(value, list) and [] in value:  # what argparse makes of --flag=--
+            wrong.append(f"--{name}: expected one argument")
+    if not str(given.get("hub_token", "")).isprintable():
+        wrong.append("--hub_token: this is no token of the hub")
     if wrong:
-        raise UserError(f"{'; '.join(wrong)}; {HELP_HINT}")
+        raise UserError(printable(f"{'; '.join(wrong)}; {HELP_HINT}"))
     return given
+
+
+def printable(text):
+    """`text` in one line, without what would not be seen."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def stray(word):
     """What to tell of a word that belongs to no flag: it comes from how commands are copied."""
-    shown = " ".join(word.split())[:60]
+    shown = printable(word)[:60]
     if not word.strip("\\^`\r\n\t "):
         return "a line of the command ends in more than its mark: \\ (in PowerShell `, in cmd ^) must be the very last character"
-    if word[0] in DASHES:
+    if word.startswith(tuple(DASHES)):
         return f'"{shown}" begins with a printed dash; type --'
     if word.endswith(".py"):
         return f"{shown}: no script whose flags are known; those of {', '.join(SCRIPT_METHODS)} are, named first"
@@ -1675,7 +1686,7 @@ def complete_pasted(given, foreign, script):
 
 
 def check_settings(settings, given, spelling):
-    """UserError for a flag without meaning in this mode or with this method, for a number out of bounds, and for no text at all."""
+    """UserError for a flag without meaning in this mode or with this method, and for a number out of bounds."""
     for name, field in FIELDS.items():
         value, meta, flag = getattr(settings, name), field.metadata, f"--{spelling.get(name, name)}"
         if name in given and settings.mode not in MODES[meta["mode"]]:
@@ -1686,8 +1697,6 @@ def check_settings(settings, given, spelling):
                             f"{' and '.join(meta['methods'])}: give --method {meta['methods'][0]}, or leave it out")
         if name in given and settings.concepts and name in CONCEPT_FLAGS:
             raise UserError(f"{flag}: with --concepts, each entry of {settings.concepts} has its own; leave one out")
-        if value == "" and name not in TEXT_FLAGS:
-            raise UserError(f"{flag} is empty: a variable such as $MODEL_NAME that is not set? Give a value, or leave the flag out")
         if value is not None and (bounds := out_of_bounds(value, meta)):
             raise UserError(f"{flag} {value}: must be a number {bounds}")
     for name in ("resolution", "height", "width"):
@@ -5697,11 +5706,10 @@ def epoch_steps(s, concepts):
 
 
 def class_image_count(concept):
-    """How many class images a concept will have."""
-    if not own_class_images(concept.class_data_dir):
-        return concept.num_class_images
-    own = [path for path in Path(concept.class_data_dir).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    return min(concept.num_class_images, len(own))
+    """How many class images a concept will have: as many as are wanted, or as there are of its owner's."""
+    folder = Path(concept.class_data_dir)
+    own = own_class_images(folder)
+    return min(concept.num_class_images, len(own) or concept.num_class_images)
 
 
 def sample_interval(s, concepts):
@@ -7453,9 +7461,10 @@ def check_publishing(s):
     if not s.push_to_hub:
         return
     import huggingface_hub
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        huggingface_hub.utils.validate_repo_id(repository_of(s))
+        validate_repo_id(repository_of(s))
     except ValueError:
         raise UserError(f"--push_to_hub: {repository_of(s)} is no name of a repository; give --hub_model_id, such as me/my-dog"
                         ) from None

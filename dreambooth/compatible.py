@@ -112,8 +112,7 @@ def _has_class_images(s):
 _CLASS_IMAGES = ("--with_prior_preservation", _has_class_images)
 _SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
 EFFECTIVE = {
-    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight", "num_class_images", "class_guidance_scale",
-                     "class_data_dir"), _CLASS_IMAGES),
+    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight"), _CLASS_IMAGES),
     **dict.fromkeys(("subject_type", "prompts_file", "dino_model", "clip_model"), _SELECTION),
     "text_encoder_lr": ("--train_text_encoder", lambda s: s.train_text_encoder),
     "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", lambda s: s.lr_scheduler == "cosine_with_restarts"),

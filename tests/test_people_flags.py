@@ -145,8 +145,7 @@ def test_wrong_values_are_one_line_that_names_the_flag_as_it_was_typed(words, sa
     (["--repeats", "4"], "it needs --num_train_epochs or --validation_epochs"),
     (["--validation_epochs", "4", "--validation_steps", "8"], "it needs no --validation_steps"),
     (["--prior_generation_precision", "fp32", "--no-with_prior_preservation"], "it needs --with_prior_preservation"),
-    (["--num_class_images", "3", "--method", "textual_inversion"], "it needs --with_prior_preservation"),
-    (["--class_data_dir", "c", "--no-with_prior_preservation"], "it needs --with_prior_preservation"),
+    (["--prior_loss_weight", "3", "--method", "textual_inversion"], "it needs --with_prior_preservation"),
     (["--dino_model", "d"], "it needs --select_best"),
     (["--prompts_file", "p.txt"], "it needs --select_best"),
     (["--hub_model_id", "me/dog"], "it needs --push_to_hub"),
@@ -159,7 +158,7 @@ def test_a_flag_without_effect_is_said(words, needs, capsys):
 @pytest.mark.parametrize("words", [
     ["--lr_num_cycles", "2", "--lr_scheduler", "cosine_with_restarts"], ["--lr_power", "2", "--lr_scheduler", "polynomial"],
     ["--prodigy_beta3", "0.9", "--optimizer", "prodigy"], ["--num_train_epochs", "4", "--repeats", "2"],
-    ["--hub_model_id", "me/dog", "--push_to_hub"], ["--class_data_dir", "c", "--num_class_images", "3"], ["--dino_model", "d",
+    ["--hub_model_id", "me/dog", "--push_to_hub"], ["--prior_loss_weight", "0.5"], ["--dino_model", "d",
     "--select_best"], ["--validation_epochs", "2", "--repeats", "3"], []])
 def test_nothing_is_said_of_flags_with_an_effect(words, capsys):
     db.parse_settings(["--train", *words])
@@ -254,6 +253,18 @@ def test_a_variable_that_is_not_set_is_told(flag):
     assert refusal("--train", f"--{flag}=").startswith(f"--{flag} is empty: a variable such as $MODEL_NAME that is not set?")
 
 
+@pytest.mark.parametrize("argv, said", [
+    (["--hub_token="], "--hub_token is empty"), (["--report_to", ""], "--report_to is empty"),
+    (["--steps=--"], "--steps: expected one argument"), (["--sample_batch_size=--"], "--sample_batch_size: expected one"),
+    (["--model_name=--"], "--model_name: expected one argument"), (["--prodigy_decouple=\x1b[31m"], "--prodigy_decouple [31m: not"),
+    (["--center_cro\n=1"], "--center_cro"), (["--weight\n=3"], "--weight"), (["\x1b[31m"], '"[31m" belongs to no flag'),
+    (["--hub_token=hf\x00"], "--hub_token: this is no token of the hub"), (["--seed", "1e400"], "--seed: invalid int"),
+])
+def test_whatever_is_given_one_line_answers(argv, said):
+    message = refusal("--train", *argv)
+    assert said in message and message.isprintable()
+
+
 def test_a_text_may_be_empty():
     assert db.parse_settings(["--infer", "--negative_prompt", ""]).negative_prompt == ""
 
@@ -338,7 +349,8 @@ def test_export_alone_stays_export():
 
 
 DREAMBOOTH = """--pretrained_model_name_or_path={model} --instance_data_dir={photos} --output_dir=out
-    --resolution=32 --train_batch_size=1 --instance_prompt="a photo of sks dog" --lr_scheduler="constant" --lr_warmup_steps=0 --max_train_steps=2"""
+    --resolution=32 --train_batch_size=1 --instance_prompt="a photo of sks dog" --lr_scheduler="constant" --lr_warmup_steps=0
+    --max_train_steps=2"""
 PRIOR = """--class_data_dir=classes --with_prior_preservation --prior_loss_weight=1.0 --class_prompt="a photo of dog"
     --num_class_images=2"""
 LORA = f'{DREAMBOOTH} --validation_prompt="A photo of sks dog in a bucket" --validation_epochs=50 --report_to="wandb" --seed="0"'
@@ -591,7 +603,8 @@ def trained(tiny_model, photos, run, tmp_path):
     """trained(*flags) -> (status, output, error, dreambooth.json or {}) of a short training without class images."""
     def call(*flags, model="sd1"):
         status, out, err = run("--train", "--model_name", tiny_model(model), "--instance_data_dir", photos,
-                               "--class_prompt", "a dog", "--no-with_prior_preservation", "--num_inference_steps", 1, "--num_validation_images", 1,
+                               "--class_prompt", "a dog", "--no-with_prior_preservation", "--num_inference_steps", 1,
+                               "--num_validation_images", 1,
                                "--validation_prompt", "a dog", *flags)
         record = tmp_path / "output" / "dreambooth.json"
         return status, out, err, json.loads(record.read_text()) if status == 0 else {}
@@ -649,9 +662,11 @@ def test_every_new_flag_that_shapes_weights_is_compared():
 
 
 EARLIER = set("""adam_weight_decay checkpointing_steps checkpoints_total_limit class_data_dir class_prompt
-    gradient_accumulation_steps gradient_checkpointing initializer_token instance_data_dir instance_prompt learning_rate lr_scheduler
+    gradient_accumulation_steps gradient_checkpointing initializer_token instance_data_dir instance_prompt learning_rate
+    lr_scheduler
     lr_warmup_steps max_grad_norm mixed_precision num_class_images num_vectors optimizer output_dir prior_loss_weight random_flip
-    rank resolution sample_batch_size seed snr_gamma text_encoder_lr train_batch_size train_text_encoder use_dora validation_prompt validation_steps
+    rank resolution sample_batch_size seed snr_gamma text_encoder_lr train_batch_size train_text_encoder use_dora validation_prompt
+    validation_steps
     with_prior_preservation""".split())
 
 
@@ -732,7 +747,8 @@ def test_a_revision_is_trained_recorded_and_drawn_with(run, tiny_model, photos, 
     cached(tmp_path / "kept", tiny_model("sd1"))
     cached(tmp_path / "kept", tiny_model("sd1", 7), revision="v2")
     argv = ["--train", "--cache_dir", "kept", "--model_name", "somebody/model", "--instance_data_dir", photos,
-            "--class_prompt", "a dog", "--no-with_prior_preservation", "--steps", 1, "--num_inference_steps", 1, "--learning_rate", 0]
+            "--class_prompt", "a dog", "--no-with_prior_preservation", "--steps", 1, "--num_inference_steps", 1,
+            "--learning_rate", 0]
     status, _, err = run(*argv, "--revision", "v2")
     assert status == 0, err
     assert torch.equal(weights_of("output"), weights_of(tiny_model("sd1", 7)))

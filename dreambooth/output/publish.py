@@ -20,9 +20,10 @@ def check_publishing(s):
     if not s.push_to_hub:
         return
     import huggingface_hub
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        huggingface_hub.utils.validate_repo_id(repository_of(s))
+        validate_repo_id(repository_of(s))
     except ValueError:
         raise UserError(f"--push_to_hub: {repository_of(s)} is no name of a repository; give --hub_model_id, such as me/my-dog"
                         ) from None

@@ -9,7 +9,6 @@ from dreambooth.base import UserError, default, processes, say
 from dreambooth.methods.table import preserves_prior
 from dreambooth.models.recipes import RECIPES
 from dreambooth.subjects.class_folders import own_class_images
-from dreambooth.subjects.photos import IMAGE_SUFFIXES
 from dreambooth.training.levers import Levers
 from dreambooth.training.optimizers import OPTIMIZERS
 
@@ -45,11 +44,10 @@ def epoch_steps(s, concepts):
 
 
 def class_image_count(concept):
-    """How many class images a concept will have."""
-    if not own_class_images(concept.class_data_dir):
-        return concept.num_class_images
-    own = [path for path in Path(concept.class_data_dir).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    return min(concept.num_class_images, len(own))
+    """How many class images a concept will have: as many as are wanted, or as there are of its owner's."""
+    folder = Path(concept.class_data_dir)
+    own = own_class_images(folder)
+    return min(concept.num_class_images, len(own) or concept.num_class_images)
 
 
 def sample_interval(s, concepts):
