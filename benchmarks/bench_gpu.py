@@ -107,7 +107,7 @@ class Child:
             command[:0] = [HERE / "when_told.py"]
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE.parent, stdin=subprocess.PIPE,
-                                            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                                            stdout=log, stderr=subprocess.STDOUT, process_group=0)
 
     def go(self, limit):
         self.began = time.monotonic()
@@ -126,7 +126,7 @@ class Child:
 
     def end(self):
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: what it has started goes with it
+            os.killpg(self.process.pid, signal.SIGKILL)  # a group of its own: what it has started goes with it
         self.process.wait()
 
     def row(self):
@@ -136,7 +136,8 @@ class Child:
         if self.process.returncode == 0:
             return row | json.loads(self.result.read_text(encoding="utf-8"))
         why = f"stopped after {took:.0f} s" if self.process.returncode == -signal.SIGKILL else f"status {self.process.returncode}"
-        return row | {"failed": why, "last_lines": self.log.read_text(encoding="utf-8", errors="replace")[-3000:].splitlines()[-40:]}
+        said = self.log.read_text(encoding="utf-8", errors="replace")
+        return row | {"failed": why, "last_lines": said[-3000:].splitlines()[-40:]}
 
 
 def case_file(case):
@@ -235,7 +236,7 @@ def line_of(row):
 
 def table(rows):
     """A Markdown table of those that trained at full size, or in the small form."""
-    lines = ["| case | plan | s / step | share of peak | of fastest product | estimate | peak | off by | instance loss, last 20 | device |",
+    lines = ["| case | plan | s / step | of peak | of fastest product | estimate | peak | off by | loss of last 20 | device |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     for row in (row for row in rows if "expected_GiB" in row):
         peak = row.get("peak_GiB")
@@ -277,6 +278,7 @@ def main():
     if args.copy_to:
         args.copy_to = Path(args.copy_to)
         args.copy_to.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended, too
     results = Results(args.results.resolve(), args.copy_to)
     common = {"models": args.models, "began": datetime.datetime.now().isoformat(timespec="seconds")}
     run(cases, filling, results, common, args.minutes * 60, args.patience)

@@ -92,8 +92,9 @@ def losses(args, flags):
     """
     few, rate = ["--steps", min(args.steps, COMPARED_STEPS)], ["--lr_scheduler", "constant", "--num_inference_steps", 20]
     path = args.work / "cpu.json"
-    on_cpu = subprocess.Popen([sys.executable, __file__, "training", "--results", path, "--work", args.work / "cpu",
-                               "--mixed_precision", "no", *map(str, few + rate)], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    on_cpu = subprocess.Popen(
+        [sys.executable, __file__, "training", "--results", path, "--work", args.work / "cpu", "--mixed_precision", "no",
+         *map(str, few + rate)], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     runs = {"device float32": training(args, ["--mixed_precision", "no", *few, *rate]),
             "device bf16": training(args, ["--mixed_precision", "bf16", "--steps", args.steps, *rate, *flags])}
     if on_cpu.wait():
@@ -205,7 +206,7 @@ def evaluation(args, flags):
 
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}  # what the profiler calls what runs there
 KINDS = (  # what the names of kernels say of their work; the first that matches
-    ("attention", r"flash|fmha|attention|sdpa"), ("optimizer", r"adam|multi_tensor_apply.*(Lerp|AddC)|lpnorm|norm_(reduce|cleanup)"),
+    ("attention", r"flash|fmha|attention|sdpa"), ("optimizer, gradients' norm", r"adam|lpnorm|norm_(reduce|cleanup)"),
     ("matrix products, convolutions", r"gemm|cutlass|nvjet|conv|xmma|cudnn|sm\d\d_|wgrad|dgrad"),
     ("normalization", r"norm|welford|Moments"), ("copies, conversions", r"copy|cat|memcpy|memset|transpose|nchw|nhwc"),
     ("element by element", r"elementwise|vectorized"), ("others", ""))
@@ -265,7 +266,8 @@ def gaps(work):
         end = max(end, stop)
     long = [gap for gap in idle if gap > 10]
     return {"kernels_per_step": len(work) / 10, "busy_share": round(busy / (end - work[0][0]), 3),
-            "gaps_over_10_us": len(long) / 10, "their_us_per_step": round(sum(long) / 10), "longest_gap_us": round(max(idle, default=0))}
+            "gaps_over_10_us": len(long) / 10, "their_us_per_step": round(sum(long) / 10),
+            "longest_gap_us": round(max(idle, default=0))}
 
 
 def tally(work):
@@ -292,7 +294,7 @@ def main():
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--results", type=Path, required=True, help="file to write")
     parser.add_argument("--work", type=Path, help="folder for what is made on the way")
-    parser.add_argument("--models", type=Path, help="folder for random models, made once", default=Path(tempfile.gettempdir()))
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()), help="folder for random models, made once")
     parser.add_argument("--arch", choices=list(UNETS), help="random weights of this size instead of the bundled model")
     parser.add_argument("--steps", type=int, default=20, help="of losses, resume, reference")
     parser.add_argument("--script", type=Path, help="diffusers' train_dreambooth.py")

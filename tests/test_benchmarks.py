@@ -43,7 +43,8 @@ def measure(tmp_path):
     def call(cases, seconds=60, patience=2, filling=FILLINGS["bundled"], **options):
         said = []
         results = Results(tmp_path / "gpu.json", tmp_path / "copies")
-        bench_gpu.run(cases, filling, results, {"models": "bundled"}, seconds, patience, say=lambda line, flush: said.append(line), **options)
+        bench_gpu.run(cases, filling, results, {"models": "bundled"}, seconds, patience,
+                      say=lambda line, flush: said.append(line), **options)
         rows = json.loads((tmp_path / "gpu.json").read_text())
         assert rows == results.rows == json.loads((tmp_path / "copies" / "gpu.json").read_text())
         return {row["case"]: row for row in rows}, said
@@ -127,9 +128,10 @@ def test_a_profile_tells_work_from_gaps_and_adds_up_kernels():
     assert costliest.splitlines()[1].split() == ["68.5%", "0.070", "0.2", "nvjet_hsh_128x256"]
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
-                                        ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40S", None), ("Tesla T4", 65),
-                                        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 3090 Ti", None), ("CPU, 4 threads", None)])
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-40GB", 312),
+    ("NVIDIA L4", 121), ("NVIDIA L40S", None), ("Tesla T4", 65), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 3090 Ti", None), ("CPU, 4 threads", None)])
 def test_the_peak_of_a_card_goes_by_its_name(name, peak, monkeypatch):
     import bench_train
 
