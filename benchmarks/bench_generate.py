@@ -12,6 +12,7 @@ import datetime
 import json
 import statistics
 import sys
+from pathlib import Path
 
 import torch
 from bench_train import RESULTS, UNETS, machine, random_models, timed
@@ -29,11 +30,12 @@ def main():
     parser.add_argument("--arch", choices=list(UNETS), help="random weights of this size instead of the bundled model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of pictures drawn at once")
     parser.add_argument("--rounds", type=int, default=5, help="timed batches of each size")
+    parser.add_argument("--results", type=Path, help="file to write, instead of one in benchmarks/results")
     args, rest = parser.parse_known_args()
 
     s = parse_settings(["--infer", *rest])
     plan = plan_device(s)
-    models = random_models(args.arch) if args.arch else load_models(str(BUNDLED_MODEL), torch.float32)
+    models = random_models(args.arch, plan.device) if args.arch else load_models(str(BUNDLED_MODEL), torch.float32)
     pipeline = models.pipeline.to(plan.device, plan.dtype)
     side = models.resolution
     common = dict(steps=s.num_inference_steps, guidance_scale=guidance_scale(s, models.unet.config), height=side,
@@ -48,7 +50,7 @@ def main():
               "seconds_per_picture": {str(count): round(statistics.median(times) / count, 4)
                                       for count, times in zip(args.batches, seconds)}}
     print(json.dumps(result, indent=2))
-    path = RESULTS / f"generate-{result['model']}-{plan.device.type}.json"
+    path = args.results or RESULTS / f"generate-{result['model']}-{plan.device.type}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -60,8 +60,11 @@ def stand_in_for_torchvision():
     sys.modules |= {"torchvision": package, "torchvision.transforms": transforms}
 
 
-def run_reference(script, flags):
-    """Be the reference script. transformers and diffusers are imported first, which ask for the real torchvision."""
+def run_reference(script, flags, after_step=lambda: None):
+    """Be the reference script, and call `after_step` after each of its steps, once the GPU has done it.
+
+    transformers and diffusers are imported first, which ask for the real torchvision.
+    """
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
     from diffusers import DiffusionPipeline  # noqa: F401
@@ -71,6 +74,13 @@ def run_reference(script, flags):
         from torchvision import transforms  # noqa: F401
     except (ImportError, RuntimeError):
         stand_in_for_torchvision()
+    from accelerate import Accelerator
+
+    class Listening(Accelerator):
+        def log(self, values, *args, **options):  # of a step whose loss has been read
+            super().log(values, *args, **options)
+            after_step()
+    sys.modules["accelerate"].Accelerator = Listening
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
 
@@ -103,7 +113,7 @@ def main():
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
-    parser.add_argument("--name", default="reference-bundled-cpu", help="of the file in benchmarks/results")
+    parser.add_argument("--results", type=Path, default=RESULTS / "reference-bundled-cpu.json")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +148,7 @@ def main():
               "share_of_reference": round(ours / theirs, 3), "training_s": seconds["training"],
               "reference_training_s": training}
     print(json.dumps(result, indent=2))
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -69,10 +70,15 @@ TEXT_ENCODERS = {
     "sdxl": [CLIP_L, dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
                           projection_dim=1280, hidden_act="gelu")],
 }
+VOCABULARY = 49408  # of these text encoders
+PEAKS = (  # what a card's name says -> its dense bf16 peak (T4: fp16) in 10^12 operations per second, from its maker's data sheet
+    ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("A100", 312), (r"L4\b", 121), (r"T4\b", 65),
+    ("RTX 4090,", 165), ("RTX 3090,", 71))
 
 
 def random_models(arch, device="cpu"):
-    """Models of an architecture's full size with random weights, made on `device`."""
+    """Models of an architecture's full size with random weights, made on `device`: the same whenever it is the same device."""
+    import diffusers
     from diffusers import (
         AutoencoderKL,
         DDPMScheduler,
@@ -88,10 +94,12 @@ def random_models(arch, device="cpu"):
     )
 
     tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer", model_max_length=77)
+    diffusers.logging.set_verbosity_error()  # it remarks on each change of precision
+    torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(**UNETS[arch])
         kinds = [CLIPTextModel, CLIPTextModelWithProjection]
-        encoders = [kind(CLIPTextConfig(vocab_size=49408, eos_token_id=tokenizer.eos_token_id, **config))
+        encoders = [kind(CLIPTextConfig(vocab_size=VOCABULARY, eos_token_id=tokenizer.eos_token_id, **config))
                     for kind, config in zip(kinds, TEXT_ENCODERS[arch])]
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
                             up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4)
@@ -109,14 +117,33 @@ def random_models(arch, device="cpu"):
     return Models(arch, pipeline, [tokenizer] * len(encoders), encoders, vae, unet, scheduler)
 
 
+def untrained_models(arch, plan, freezes_unet=False):
+    """random_models() on the CPU, as load_models() would leave them, but made where that is fast; a frozen UNet in the plan's
+    precision."""
+    models = random_models(arch, plan.device)
+    if freezes_unet:
+        models.unet.to(plan.dtype)
+    models.pipeline.to("cpu")
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return models
+
+
 def made_up_cache(models, resolution, photos, class_images):
     """The latent cache of pictures that nobody took."""
     side, rows = resolution // models.latent_scale, photos + class_images
+    torch.manual_seed(0)
     latents = torch.randn(rows, models.vae.config.latent_channels, side, side)
     return LatentCache(latents, torch.full_like(latents, 0.1),
                        torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * rows).float(),
                        (torch.arange(rows) >= photos).long(), ["a phol dog", "a dog"], [list(range(photos))],
                        [list(range(photos, rows))] if class_images else [])
+
+
+def limit_memory(gib):
+    """Let this process have no more than so many GiB of the GPU's memory; None: all of it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / total if gib else 1.0)
 
 
 def synchronize(device):
@@ -142,7 +169,8 @@ def prepare(s, models, cache, steps, resolution):
 
 def memory_figures(expected, device):
     """What training was expected to take and what it took, in GiB. On a CPU what it took cannot be told from the rest."""
-    figures = {"expected_GiB": sum(expected.values()) / GIB}
+    total = sum(expected.values())
+    figures = {"expected_GiB": total / GIB, "expected_without_reserve_GiB": (total - expected["reserve"]) / GIB}
     if device.type == "cuda":
         figures |= {"peak_GiB": torch.cuda.max_memory_allocated() / GIB,
                     "peak_with_unused_GiB": torch.cuda.max_memory_reserved() / GIB}
@@ -195,6 +223,19 @@ def timed(steps, device, rounds, warm_up):
     return seconds
 
 
+def paced(step, device, rounds, warm_up):
+    """(seconds of a step, those of all steps of warming up): `rounds` steps, a few at a time without a halt, as in training."""
+    def seconds_of(count):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        synchronize(device)
+        return time.perf_counter() - started
+    warming, at_once = seconds_of(warm_up), min(rounds, REPORT_EVERY)
+    return statistics.median(seconds_of(at_once) / at_once for _ in range(rounds // at_once)), warming
+
+
 def peak_of_training(photos, class_images, flags, folder):
     """Peak memory in MB of a whole training of 20 steps on so many made-up pictures, in a process of its own."""
     folder = Path(folder, f"{photos}-{class_images}")
@@ -215,12 +256,27 @@ def fastest_product(plan):
 
 
 def counted(step):
-    """Floating-point operations of one call."""
+    """Floating-point operations of one call, in which nothing is compiled."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def shares(flops, seconds, plan):
+    """{what: share} of the operations per second that a card could do at most, by its data sheet and by trial."""
+    figures = {"share_of_fastest_product": flops / seconds / fastest_product(plan)}
+    if peak := next((peak for name, peak in PEAKS if re.search(name, machine_name(plan.device))), None):
+        figures["share_of_peak"] = flops / seconds / peak / 1e12
+    return {name: round(share, 3) for name, share in figures.items()}
+
+
+def model_for(args, s, plan):
+    """The Models to train: random ones of --arch, else --model_name, else the bundled ones."""
+    if args.arch:
+        return untrained_models(args.arch, plan, METHODS[s.method].is_adapter)
+    return load_models(s.model_name or str(BUNDLED_MODEL), torch.float32)
 
 
 def machine(device):
@@ -253,7 +309,7 @@ def main():
                         help="time bare steps, too (of a second model)")
     parser.add_argument("--scaling", action="store_true", help="5 to 500 photos, 100 to 2000 class images")
     parser.add_argument("--cap", type=float, help="GiB of the GPU's memory that the process may have at all")
-    parser.add_argument("--name", help="of the file in benchmarks/results")
+    parser.add_argument("--results", type=Path, help="file to write, instead of one in benchmarks/results")
     parser.add_argument("--table", action="store_true", help="only print the tables of docs/results.md, of the results there are")
     args, rest = parser.parse_known_args()
     if args.table:
@@ -264,12 +320,12 @@ def main():
     if args.scaling and not args.arch:  # first: the peak of a process counts what its parent had when it began
         with tempfile.TemporaryDirectory() as folder:
             peaks = [peak_of_training(*size, rest, folder) for size in sizes]
-    models = random_models(args.arch) if args.arch else load_models(s.model_name or str(BUNDLED_MODEL), torch.float32)
+    models = model_for(args, s, plan_device(s))
     resolution = s.resolution or models.resolution
     unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
     caches = [made_up_cache(models, resolution, *size) for size in sizes]
     if args.cap:
-        torch.cuda.set_per_process_memory_fraction(args.cap * GIB / torch.cuda.get_device_properties(0).total_memory)
+        limit_memory(args.cap)
     run, plan, expected = prepare(s, models, caches[0], args.rounds * 2 + args.warm_up, resolution)
     result = {"date": datetime.date.today().isoformat(), "device": machine(plan.device), "python": sys.version.split()[0],
               **{name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers")},
@@ -293,20 +349,26 @@ def main():
             flops = counted(steps[0])
             if plan.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds = timed(steps, plan.device, args.rounds, args.warm_up)
-            medians = [statistics.median(times) for times in seconds]
-            result |= {"rounds": args.rounds, "seconds_per_step": round(medians[0], 4),
+            if args.bare:
+                seconds = timed(steps, plan.device, args.rounds, args.warm_up)
+                mine, bare = map(statistics.median, seconds)
+                result |= {"bare_seconds_per_step": round(bare, 4),
+                           "ratio": round(statistics.median(program / bare for program, bare in zip(*seconds)), 3)}
+            else:
+                mine, warming = paced(steps[0], plan.device, args.rounds, args.warm_up)
+                result["first_steps_s"] = round(warming, 1)
+            result |= {"rounds": args.rounds, "seconds_per_step": round(mine, 4),
                        "tera_operations_per_step": round(flops / 1e12, 4),
-                       "share_of_fastest_product": round(flops / medians[0] / fastest_product(plan), 3),
                        "peak_memory" + " with the bare copy" * args.bare: peak_memory(plan.device),
                        "cap_GiB": args.cap, **memory_figures(expected, plan.device),
-                       "loss_of_last_100_steps": loss_means(run.history[-100:])}
-            if args.bare:
-                ratios = [program / bare for program, bare in zip(*seconds)]
-                result |= {"bare_seconds_per_step": round(medians[1], 4), "ratio": round(statistics.median(ratios), 3)}
+                       "loss_of_last_100_steps": loss_means(run.history[-100:]),
+                       "loss_of_last_20_steps": loss_means(run.history[-20:])}
+            if args.cap:
+                limit_memory(None)  # what follows needs some, too
+            result |= shares(flops, mine, plan)
     print(json.dumps(result, indent=2))
-    name = args.name or f"train-{result['model']}-{s.method}{'-scaling' * args.scaling}-{plan.device.type}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = args.results or RESULTS / f"train-{result['model']}-{s.method}{'-scaling' * args.scaling}-{plan.device.type}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
