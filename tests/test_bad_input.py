@@ -21,7 +21,8 @@ def huge_png(path):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def ready(tmp_path_factory, tiny_model):
     config = model("inpainting") / "unet" / "config.json"
     config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
 
-    records = {"no_json": "{", "no_subject": {"method": "lora", "subjects": []}, "no_method": {"method": "x", "subjects": [SUBJECT]},
+    records = {"no_json": "{", "no_subject": {"method": "lora", "subjects": []},
+               "no_method": {"method": "x", "subjects": [SUBJECT]},
                "no_text": {"method": "lora", "subjects": [SUBJECT | {"identifier": 5}]},
                "escaping": {"method": "textual_inversion", "subjects": [SUBJECT | {"name": "../../secret"}] * 2},
                "lost": {"method": "lora", "subjects": [SUBJECT], "base_model": "x"}}
@@ -143,10 +145,12 @@ TRAIN = {  # what is wrong -> (flags after those of a good training, what the li
     "checkpoint damaged": (["--resume", "damaged"], "damaged"),
     "checkpoint of other flags": (["--resume", "--rank", "3"], "--rank (2, now 3)"),
     "checkpoint of other photos": (["--resume", "--instance_data_dir", "truncated/../own"], "photos"),
-    "checkpoint of another rate": (["--resume", "output.partial/checkpoints/step-000001", "--learning_rate", "1"], "--learning_rate"),
+    "checkpoint of another rate": (["--resume", "output.partial/checkpoints/step-000001", "--learning_rate", "1"],
+                                   "--learning_rate"),
 }
 CONCEPTS = {"brace.json": "not JSON", "dict.json": "list", "unknown.json": '"colour"', "kind.json": '"identifier"',
-            "twice.json": 'name "rex"', "escape.json": "../rex", "lacking.json": "instance_data_dir", "missing.json": "cannot be read"}
+            "twice.json": 'name "rex"', "escape.json": "../rex", "lacking.json": "instance_data_dir",
+            "missing.json": "cannot be read"}
 INFER = {
     "no such output": (["--model_path", "nowhere"], "--model_path nowhere"),
     "record no JSON": (["--model_path", "no_json"], "dreambooth.json"),

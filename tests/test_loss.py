@@ -73,3 +73,25 @@ def test_min_snr_is_finite_at_zero_terminal_snr():
     v = db.min_snr_weights(noise_scheduler("v_prediction", rescale_betas_zero_snr=True), timesteps, 5.0)
     assert epsilon[1] == 1 and v[1] == pytest.approx(0, abs=1e-6)
     assert torch.isfinite(epsilon).all() and torch.isfinite(v).all()
+
+
+def test_accumulated_steps_equal_one_large_batch(tiny_model, photos, run, tmp_path):
+    """Two micro-batches of one photo and one class image make the gradient of one batch of the four."""
+    models = db.load_models(str(tiny_model("sd1")), torch.float32)
+    dogs = [[(photos / "0.png", "a dog"), (photos / "2.png", "a dog")]]
+    cache = db.cache_latents(models, [[(photos / f"{i}.png", "a sks dog") for i in range(2)]], dogs, 32, "cpu")
+    s = db.Settings("train", gradient_accumulation_steps=2)
+    encoded = db.encode_for_good(models, cache.prompts, "cpu")
+    conditioning = db.prompt_conditioning(models, cache.prompts, encoded, torch.device("cpu"))
+
+    def gradient(batch):
+        models.unet.requires_grad_(True).zero_grad()
+        loss, _ = db.diffusion_loss(models.noise_scheduler, batch, lambda noisy, batch: db.predict(
+            models.unet, noisy, batch["timesteps"], *conditioning(batch["prompt"]), batch["time_ids"]))
+        loss.backward()
+        return models.unet.conv_in.weight.grad.clone()
+
+    micro = [db.make_batch(cache, s, i, 1000) for i in range(2)]
+    joined = {key: torch.cat([m[key] for m in micro]) for key in micro[0]}
+    joined["weight"] = joined["weight"] / 2
+    torch.testing.assert_close((gradient(micro[0]) + gradient(micro[1])) / 2, gradient(joined), atol=1e-6, rtol=1e-4)

@@ -16,8 +16,8 @@ def test_full_size_models_train_and_draw_within_the_limit(arch, flags, limit, tm
     if limit == 8:
         pytest.importorskip("torchao")  # its plan needs it
     results = tmp_path / "results.json"
-    done = subprocess.run([sys.executable, REPOSITORY / "benchmarks" / "pretend_gpu.py", "--arch", arch, "--results", results, *flags],
-                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, REPOSITORY / "benchmarks" / "pretend_gpu.py", "--arch", arch, "--results", results, *flags]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "waits for the GPU" not in done.stdout
     row, = json.loads(results.read_text())

@@ -30,7 +30,8 @@ FLAGS = {  # flag -> values, good and bad
     "--num_class_images": ["1", "2"],
     "--mixed_precision": ["no", "bf16", "auto", "fp16"],
     "--identifier": ["sks", "<my dog>", "<dog>", "dog", "auto", "ü", "../x", "[identifier]"],
-    "--class_prompt": ["a dog", "an owl on a hill", "dog", "the dog's bowl", "🐕", "a [identifier] dog", " ", "../../etc/passwd"],
+    "--class_prompt": ["a dog", "an owl on a hill", "dog", "the dog's bowl", "🐕", "a [identifier] dog", " ",
+                       "../../etc/passwd"],
     "--instance_prompt": ["a [identifier] dog", "a photo of sks dog", "[identifier]", "a dog", "a [identifier:rex] dog"],
     "--validation_steps": ["1", "2"],
     "--checkpointing_steps": ["0", "1"],
@@ -49,8 +50,8 @@ def test_every_combination_trains_or_is_refused(family, names, switches, data, t
     usual = {"--steps": "2", "--class_prompt": "a dog", "--num_class_images": "1"}
     flags = usual | {name: data.draw(st.sampled_from(FLAGS[name]), label=name) for name in names}
     words = [word for pair in flags.items() for word in pair]
-    status, out, err = run("--train", "--model_name", tiny_model(family), "--instance_data_dir", photos, "--num_inference_steps", 1,
-                           *[f"{name}={value}" for name, value in flags.items()], *switches)
+    status, out, err = run("--train", "--model_name", tiny_model(family), "--instance_data_dir", photos,
+                           "--num_inference_steps", 1, *[f"{name}={value}" for name, value in flags.items()], *switches)
     event("trained" if status == 0 else "refused")
     if status == 0:
         assert (tmp_path / "output" / "dreambooth.json").is_file() and not (tmp_path / "output.partial").exists()

@@ -1,0 +1,81 @@
+"""Processes that run the program and may be killed at any moment. They start at once, forked from a process that has imported
+all that is slow."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import accelerate  # noqa: F401  (imported here, once, for all that are forked)
+import diffusers.loaders.lora_pipeline  # noqa: F401
+import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: F401
+import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl  # noqa: F401
+import diffusers.schedulers.scheduling_dpmsolver_multistep  # noqa: F401
+import peft  # noqa: F401
+import torch.distributed
+import torch.utils.tensorboard  # noqa: F401
+
+import dreambooth_implementation as db
+
+LOG = "log.txt"
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def work(folder, environment, task, arguments):
+    """In the new process: words go to log.txt in `folder`."""
+    os.chdir(folder)
+    os.environ |= environment
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.exit(task(*arguments))
+
+
+def begin(folder, task, *arguments, **environment):
+    """Start `task`, a function of some module; returns its multiprocessing.Process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["forked"])
+    process = context.Process(target=work, args=(str(folder), environment, task, arguments))
+    process.start()
+    return process
+
+
+def start(folder, *flags, **environment):
+    """Start the program with these flags in `folder`."""
+    return begin(folder, db.main, [str(flag) for flag in flags], **environment)
+
+
+def finish(processes, folder, seconds=600):
+    """Wait for them all; (exit status of each, what they said)."""
+    for process in processes:
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes], (folder / LOG).read_text()
+
+
+def program(folder, *flags):
+    """(exit status, what it said) of the program in a process of its own."""
+    (status,), said = finish([start(folder, *flags)], folder)
+    return status, said
+
+
+def forget_repository():
+    """Have this process find nothing of the repository, and nothing that it has imported from there."""
+    def is_of_it(place):
+        place = Path(place or "").resolve()
+        return place.is_relative_to(REPOSITORY) and not place.is_relative_to(sys.prefix)
+
+    sys.path[:] = [place for place in sys.path if not is_of_it(place)]
+    for name in [name for name, module in sys.modules.items() if is_of_it(getattr(module, "__file__", None) or sys.prefix)]:
+        del sys.modules[name]
+
+
+@contextlib.contextmanager
+def as_two():
+    """[{variable: value}] for two processes that are to train together, as torch's launcher sets them; the port is free."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(2)]
