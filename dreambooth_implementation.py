@@ -448,7 +448,7 @@ def given_path(text, flag):
     if "\0" in path:
         raise UserError(f"{flag} {short}: no file can have this name; write it anew")
     if longest > LONGEST_NAME or len(os.fsencode(path)) > 4000:
-        raise UserError(f"{flag} {short}: too long for a path, of which each part may have {LONGEST_NAME} bytes; give a file or folder")
+        raise UserError(f"{flag} {short}: too long for a path, of which each part may have {LONGEST_NAME} bytes; give another")
     if unknown := re.match(r"~(?=/|$)|\$(\w+|{\w+})", path):
         if not os.path.lexists(path):
             raise UserError(f"{flag} {short}: {unknown[0]} is not known here; write out what it stands for")
@@ -469,8 +469,8 @@ def given_text(text, flag):
 def check_room(path, flag, added):
     """UserError unless the file system takes the name of `path` with `added` more letters, for the time of writing."""
     if len(os.fsencode(Path(path).resolve().name)) + added > LONGEST_NAME:
-        raise UserError(f"{flag} {ascii(str(path)[:40])}...: the name is too long; leave {added} of the {LONGEST_NAME} bytes that file "
-                        f"systems take")
+        raise UserError(f"{flag} {ascii(str(path)[:40])}...: the name is too long; leave {added} of the {LONGEST_NAME} bytes that "
+                        f"file systems take")
 
 
 def file_digest(path):
@@ -503,7 +503,7 @@ def save_tensors(tensors, path):
 
 
 def share(place):
-    """Let others read the files at `place`, a file or a folder, as far as the umask has it: safetensors writes for its owner alone."""
+    """Let others read the files at `place`, a file or folder, as far as the umask has it: safetensors writes for its owner alone."""
     mask = os.umask(0o077)
     os.umask(mask)
     for path in (place, *place.rglob("*")) if place.is_dir() else (place,):
@@ -592,7 +592,8 @@ def check_writable(path, flag):
         existing = next(p for p in (whole, *whole.parents) if p.exists())
         is_folder = existing.is_dir()
     except (OSError, RuntimeError) as problem:  # a folder that may not be looked into, links in a circle
-        raise UserError(f"{flag} {path}: cannot be reached ({getattr(problem, 'strerror', None) or problem}); give another folder") from None
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{flag} {path}: cannot be reached ({reason}); give another folder") from None
     if not is_folder or not os.access(existing, os.W_OK | os.X_OK):
         problem = "is write-protected" if is_folder else "is a file"
         raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")
@@ -1334,8 +1335,8 @@ class Settings:
     seed: int = _field("all", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
 
 
-PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path", "adapter",
-              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
+PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path",
+              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 
@@ -3618,9 +3619,6 @@ def model_index(name, flag):
 # models/load: Loading a pipeline, whole and from safetensors alone, to draw with it or to train it.
 
 
-LOADING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
-
-
 def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
@@ -3637,7 +3635,9 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, 
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
         pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
-    except LOADING_FAILS as problem:
+    except Exception as problem:  # configs and files of all kinds meet libraries that check little
+        if isinstance(problem, UserError) or is_of_machine(problem):
+            raise
         reason = " ".join(str(problem).split())
         package = re.search(r"pip install [\w-]+", reason)
         reason = f"it needs a package that is not here: {package[0]}" if package else reason[:300]
@@ -3676,7 +3676,9 @@ def load_part(folder, part, kind, variant, dtype):
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
             output_loading_info=True, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
-    except LOADING_FAILS as problem:
+    except Exception as problem:
+        if is_of_machine(problem):
+            raise
         raise ValueError(f"{part}: {problem}") from None
     if missing := report["missing_keys"]:  # the library would make them up
         raise ValueError(f"{part}: it lacks some of the weights that its config asks for, such as {min(missing)}")
@@ -4148,7 +4150,7 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
 
 
 def called(pipeline, *args, **options):
-    """What a pipeline returns. UserError for whatever its code finds wrong with the model, whose configs may contradict each other."""
+    """What a pipeline returns. UserError for whatever its code finds wrong with the model, as where its configs disagree."""
     import torch
 
     try:
@@ -4269,12 +4271,10 @@ def check_base(s, base, sample, trained, flag):
 
 def add_words(pipeline, trained, flag):
     """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
-    from safetensors.torch import load_file
-
     models = take_apart(trained.source, pipeline)
     for word, path in trained.words.items():
         try:
-            vectors = embedding_vectors(models, load_file(path))
+            vectors = embedding_vectors(models, load_tensors(path, flag))
         except ValueError as problem:
             raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
         for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
@@ -4287,10 +4287,12 @@ def add_words(pipeline, trained, flag):
 def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
     check_lora(trained.lora, pipeline, flag)
-    weights, options = lora_weights(trained.lora)
     try:
+        weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
             pipeline.load_lora_weights(weights, adapter_name=adapter, **options)
+    except UserError:
+        raise
     except Exception as problem:  # whatever diffusers' converters of other programs' names raise
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
@@ -5464,7 +5466,8 @@ def clear_environment():
         if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
             say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
                 f"averaged, as a plain multi-GPU configuration has it.")
-    for name in [name for name in os.environ if name.removeprefix("ACCELERATE_") in OVERRIDING or name.startswith("ACCELERATE_DYNAMO_")]:
+    overriding = tuple(f"ACCELERATE_{name}" for name in OVERRIDING)
+    for name in [name for name in os.environ if name in overriding or name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
 
 
@@ -5953,10 +5956,12 @@ def is_whole_state(state):
     """Whether a state.json holds what write_checkpoint() puts there."""
     def are_numbers(row, count):
         return len(row) == count and all(value is None or type(value) in (int, float) for value in row)
-    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict, "scaler": (dict, type(None))}
+    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict,
+             "scaler": (dict, type(None))}
     return (all(isinstance(state[name], kind) for name, kind in kinds.items())
             and all(are_numbers(row, 3) for row in state["history"])
-            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
+            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row))
+                    for row in state["scores"])
             and all(isinstance(value, (int, float, list, type(None))) for group in state["optimizer"] for value in group.values()))
 
 
@@ -7274,7 +7279,8 @@ def check_output_dir(s):
     check_writable(folder.parent, "--output_dir")
     beside = workplace(s)
     if beside.exists() and not (beside.is_dir() and (not any(beside.iterdir()) or any((beside / mark).exists() for mark in MARKS))):
-        raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give another folder")
+        raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give "
+                        f"another folder")
     check_logging_dir(s)
 
 
@@ -7299,12 +7305,12 @@ def logs_in(s):
 
 def check_apart(s, concepts):
     """UserError if what a training reads lies in --output_dir, which gets another name in the end or is deleted."""
-    given = [("instance_data_dir", c.instance_data_dir) for c in concepts] + [("class_data_dir", c.class_data_dir) for c in concepts]
+    given = [(name, getattr(concept, name)) for name in ("instance_data_dir", "class_data_dir") for concept in concepts]
     for name, path in given + [(name, getattr(s, name)) for name in ("concepts", "prompts_file")]:
         for folder in (Path(s.output_dir).resolve(), workplace(s)):
             if path and Path(path).resolve().is_relative_to(folder):
-                raise UserError(f"--output_dir {s.output_dir}: {name} {path} lies in {short_path(folder)}, which is renamed when the "
-                                f"training is done; give another folder")
+                raise UserError(f"--output_dir {s.output_dir}: {name} {path} lies in {short_path(folder)}, which is renamed when "
+                                f"the training is done; give another folder")
 
 
 def workplace(s):

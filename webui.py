@@ -187,8 +187,9 @@ def keep_to_this_machine():
     """Have gradio talk to itself without a proxy, and let no variable of its own open the page or the disk to others."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy") and name.lower() != "no_proxy"]:
         del os.environ[name]  # the page asks nobody but itself; a SOCKS proxy alone would want one more package
+    exempt = ENVIRONMENT.get("no_proxy") or ENVIRONMENT.get("NO_PROXY")
     for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, (ENVIRONMENT.get("no_proxy") or ENVIRONMENT.get("NO_PROXY"), "127.0.0.1,localhost")))
+        os.environ[name] = ",".join(filter(None, (exempt, "127.0.0.1,localhost")))
     for name in [name for name in os.environ if name.startswith("GRADIO_") and name not in GRADIO_KEPT]:
         print(f"Note: {name} in the environment is ignored: the page answers this machine alone.", flush=True)
         del os.environ[name]

@@ -49,7 +49,7 @@ def given_path(text, flag):
     if "\0" in path:
         raise UserError(f"{flag} {short}: no file can have this name; write it anew")
     if longest > LONGEST_NAME or len(os.fsencode(path)) > 4000:
-        raise UserError(f"{flag} {short}: too long for a path, of which each part may have {LONGEST_NAME} bytes; give a file or folder")
+        raise UserError(f"{flag} {short}: too long for a path, of which each part may have {LONGEST_NAME} bytes; give another")
     if unknown := re.match(r"~(?=/|$)|\$(\w+|{\w+})", path):
         if not os.path.lexists(path):
             raise UserError(f"{flag} {short}: {unknown[0]} is not known here; write out what it stands for")
@@ -70,8 +70,8 @@ def given_text(text, flag):
 def check_room(path, flag, added):
     """UserError unless the file system takes the name of `path` with `added` more letters, for the time of writing."""
     if len(os.fsencode(Path(path).resolve().name)) + added > LONGEST_NAME:
-        raise UserError(f"{flag} {ascii(str(path)[:40])}...: the name is too long; leave {added} of the {LONGEST_NAME} bytes that file "
-                        f"systems take")
+        raise UserError(f"{flag} {ascii(str(path)[:40])}...: the name is too long; leave {added} of the {LONGEST_NAME} bytes that "
+                        f"file systems take")
 
 
 def file_digest(path):
@@ -104,7 +104,7 @@ def save_tensors(tensors, path):
 
 
 def share(place):
-    """Let others read the files at `place`, a file or a folder, as far as the umask has it: safetensors writes for its owner alone."""
+    """Let others read the files at `place`, a file or folder, as far as the umask has it: safetensors writes for its owner alone."""
     mask = os.umask(0o077)
     os.umask(mask)
     for path in (place, *place.rglob("*")) if place.is_dir() else (place,):
@@ -193,7 +193,8 @@ def check_writable(path, flag):
         existing = next(p for p in (whole, *whole.parents) if p.exists())
         is_folder = existing.is_dir()
     except (OSError, RuntimeError) as problem:  # a folder that may not be looked into, links in a circle
-        raise UserError(f"{flag} {path}: cannot be reached ({getattr(problem, 'strerror', None) or problem}); give another folder") from None
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{flag} {path}: cannot be reached ({reason}); give another folder") from None
     if not is_folder or not os.access(existing, os.W_OK | os.X_OK):
         problem = "is write-protected" if is_folder else "is a file"
         raise UserError(f"{flag} {path}: {short_path(existing)} {problem}; give another folder")

@@ -223,8 +223,8 @@ class Settings:
     seed: int = _field("all", 0, "seed of all randomness", minimum=0, maximum=2**32 - 1)
 
 
-PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path", "adapter",
-              "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
+PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path",
+              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 

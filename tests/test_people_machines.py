@@ -20,7 +20,7 @@ import time
 import types
 from pathlib import Path
 
-import killed  # noqa: F401  (what the forked processes have imported already)
+import forked  # noqa: F401  (what the forked processes have imported already)
 import pytest
 import torch
 from conftest import REPOSITORY, picture
@@ -63,7 +63,7 @@ def command(folder, flags, before):
 def start(folder, flags, before=""):
     """Start the program in a process of its own, after the Python in `before`; what it says goes to log.txt."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
+    context.set_forkserver_preload(["forked"])
     process = context.Process(target=command, args=(str(folder), [str(flag) for flag in flags], before))
     with pytest.MonkeyPatch.context() as patch:  # by which the server finds what it is to import once for all
         patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)]))

@@ -61,7 +61,7 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
 
 
 def called(pipeline, *args, **options):
-    """What a pipeline returns. UserError for whatever its code finds wrong with the model, whose configs may contradict each other."""
+    """What a pipeline returns. UserError for whatever its code finds wrong with the model, as where its configs disagree."""
     import torch
 
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dreambooth.base import HERE, UserError, say, say_once
 from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_weights
+from dreambooth.files import load_tensors
 from dreambooth.models.find import find_model
 from dreambooth.models.fits import say_if_distilled
 from dreambooth.models.load import load_pipeline
@@ -58,12 +59,10 @@ def check_base(s, base, sample, trained, flag):
 
 def add_words(pipeline, trained, flag):
     """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
-    from safetensors.torch import load_file
-
     models = take_apart(trained.source, pipeline)
     for word, path in trained.words.items():
         try:
-            vectors = embedding_vectors(models, load_file(path))
+            vectors = embedding_vectors(models, load_tensors(path, flag))
         except ValueError as problem:
             raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
         for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
@@ -76,10 +75,12 @@ def add_words(pipeline, trained, flag):
 def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
     check_lora(trained.lora, pipeline, flag)
-    weights, options = lora_weights(trained.lora)
     try:
+        weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
             pipeline.load_lora_weights(weights, adapter_name=adapter, **options)
+    except UserError:
+        raise
     except Exception as problem:  # whatever diffusers' converters of other programs' names raise
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None

@@ -7,9 +7,8 @@ import importlib
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dreambooth.base import UserError, default, say_once
+from dreambooth.mishaps import is_of_machine
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import load_single_file
 from dreambooth.models.fits import check_fit, check_trainable, say_if_distilled
@@ -17,8 +16,6 @@ from dreambooth.models.headers import read_json
 from dreambooth.models.hub import hub_folder
 from dreambooth.models.inventory import WEIGHTS, check_folder, choose_variant, files_in, parts_of
 from dreambooth.models.parts import sample_weights, take_apart, text_encoders_of
-
-LOADING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
 
 def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, variant=None):
@@ -37,7 +34,9 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, 
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
         pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
-    except LOADING_FAILS as problem:
+    except Exception as problem:  # configs and files of all kinds meet libraries that check little
+        if isinstance(problem, UserError) or is_of_machine(problem):
+            raise
         reason = " ".join(str(problem).split())
         package = re.search(r"pip install [\w-]+", reason)
         reason = f"it needs a package that is not here: {package[0]}" if package else reason[:300]
@@ -76,7 +75,9 @@ def load_part(folder, part, kind, variant, dtype):
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
             output_loading_info=True, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
-    except LOADING_FAILS as problem:
+    except Exception as problem:
+        if is_of_machine(problem):
+            raise
         raise ValueError(f"{part}: {problem}") from None
     if missing := report["missing_keys"]:  # the library would make them up
         raise ValueError(f"{part}: it lacks some of the weights that its config asks for, such as {min(missing)}")

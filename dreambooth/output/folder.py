@@ -38,7 +38,8 @@ def check_output_dir(s):
     check_writable(folder.parent, "--output_dir")
     beside = workplace(s)
     if beside.exists() and not (beside.is_dir() and (not any(beside.iterdir()) or any((beside / mark).exists() for mark in MARKS))):
-        raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give another folder")
+        raise UserError(f"{flag} {short_path(beside)}, where it would be made, holds something else; rename that, or give "
+                        f"another folder")
     check_logging_dir(s)
 
 
@@ -63,12 +64,12 @@ def logs_in(s):
 
 def check_apart(s, concepts):
     """UserError if what a training reads lies in --output_dir, which gets another name in the end or is deleted."""
-    given = [("instance_data_dir", c.instance_data_dir) for c in concepts] + [("class_data_dir", c.class_data_dir) for c in concepts]
+    given = [(name, getattr(concept, name)) for name in ("instance_data_dir", "class_data_dir") for concept in concepts]
     for name, path in given + [(name, getattr(s, name)) for name in ("concepts", "prompts_file")]:
         for folder in (Path(s.output_dir).resolve(), workplace(s)):
             if path and Path(path).resolve().is_relative_to(folder):
-                raise UserError(f"--output_dir {s.output_dir}: {name} {path} lies in {short_path(folder)}, which is renamed when the "
-                                f"training is done; give another folder")
+                raise UserError(f"--output_dir {s.output_dir}: {name} {path} lies in {short_path(folder)}, which is renamed when "
+                                f"the training is done; give another folder")
 
 
 def workplace(s):

@@ -56,10 +56,12 @@ def is_whole_state(state):
     """Whether a state.json holds what write_checkpoint() puts there."""
     def are_numbers(row, count):
         return len(row) == count and all(value is None or type(value) in (int, float) for value in row)
-    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict, "scaler": (dict, type(None))}
+    kinds = {"origin": dict, "history": list, "scores": list, "optimizer": list, "optimizer_numbers": dict,
+             "scaler": (dict, type(None))}
     return (all(isinstance(state[name], kind) for name, kind in kinds.items())
             and all(are_numbers(row, 3) for row in state["history"])
-            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row)) for row in state["scores"])
+            and all(row.keys() >= {"step", "dino", "clip_t", "score"} and are_numbers(row.values(), len(row))
+                    for row in state["scores"])
             and all(isinstance(value, (int, float, list, type(None))) for group in state["optimizer"] for value in group.values()))
 
 

@@ -34,7 +34,8 @@ def clear_environment():
         if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
             say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
                 f"averaged, as a plain multi-GPU configuration has it.")
-    for name in [name for name in os.environ if name.removeprefix("ACCELERATE_") in OVERRIDING or name.startswith("ACCELERATE_DYNAMO_")]:
+    overriding = tuple(f"ACCELERATE_{name}" for name in OVERRIDING)
+    for name in [name for name in os.environ if name in overriding or name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
 
 
