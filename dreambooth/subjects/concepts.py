@@ -164,6 +164,8 @@ def identifier_in(instance_prompt, class_prompt, flag):
     usual = {word.casefold() for word in words(f"a an the my photo picture image photograph portrait close-up of {class_prompt}")}
     own = list(dict.fromkeys(word for word in words(instance_prompt) if word and word.casefold() not in usual))
     own = foreign_words(" ".join(own)) or own
+    if not class_prompt and len(own) == 2:  # the rare word and the noun
+        own = own[:1]
     if len(own) != 1:
         raise UserError(f'{flag}instance_prompt "{instance_prompt}": write [identifier] where the rare word belongs')
     say(f'Identifier "{own[0]}", from the instance prompt "{instance_prompt}".')

@@ -118,7 +118,8 @@ def set_checkpointing(models, groups):
     """Have activations recomputed in whatever gradients pass."""
     say("Gradient checkpointing: on (less memory, but slower).")
     for module in {models.unet, *(module for group in groups for module in group.modules)}:
-        enable = getattr(module, "enable_gradient_checkpointing", None) or module.activation_checkpointing_enable
+        enable = (getattr(module, "enable_gradient_checkpointing", None) or getattr(module, "activation_checkpointing_enable", None)
+                  or module.gradient_checkpointing_enable)  # diffusers', transformers' of today, and of before
         enable()
 
 
