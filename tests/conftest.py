@@ -146,6 +146,7 @@ def photos(tmp_path):
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run(*flags) -> (exit status, standard output, standard error) of the program, in an empty working folder."""
+    import libraries  # noqa: F401
     from accelerate.state import AcceleratorState
 
     import dreambooth_implementation as db

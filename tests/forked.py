@@ -7,14 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-import accelerate  # noqa: F401  (imported here, once, for all that are forked)
-import diffusers.loaders.lora_pipeline  # noqa: F401
-import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: F401
-import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl  # noqa: F401
-import diffusers.schedulers.scheduling_dpmsolver_multistep  # noqa: F401
-import peft  # noqa: F401
+import libraries  # noqa: F401  (here, once, for all that are forked)
 import torch.distributed
-import torch.utils.tensorboard  # noqa: F401
 
 import dreambooth_implementation as db
 

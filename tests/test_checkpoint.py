@@ -88,10 +88,10 @@ def test_incomplete_and_foreign_checkpoints_are_one_line(exported, run, photos, 
     assert status == 2 and err.count("\n") == 1 and "cut.safetensors: cannot be read" in err
 
 
-def test_the_readmes_conversion_of_a_ckpt(exported, tmp_path, monkeypatch):
+def test_the_conversion_of_a_ckpt_that_is_told(exported, tmp_path, monkeypatch):
     file, _ = exported("sd1")
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": load_file(file), "global_step": 7}, "model.ckpt")
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "formats.md").read_text(encoding="utf-8")
     exec(re.search(r"```python\n([^`]*model\.ckpt[^`]*)```", text)[1], {})
     assert same(load_file("model.safetensors"), load_file(file))

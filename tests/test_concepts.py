@@ -25,7 +25,7 @@ def test_identifier_is_read_from_an_instance_prompt(photos, capsys):
     assert read(instance_prompt="a dog", identifier="sks").identifier == "sks"
     assert "does not contain the identifier" in capsys.readouterr().out
     with pytest.raises(db.UserError, match=r"\[identifier\]"):
-        read(instance_prompt="my own sks dog")
+        read(instance_prompt="my fluffy zzq dog")
 
 
 @pytest.fixture
