@@ -45,10 +45,11 @@ from bench_train import (
 from methods import REPOSITORY
 from PIL import Image
 
+from dreambooth.arguments import parse_settings
 from dreambooth.base import GIB
 from dreambooth.cli import main as program
 from dreambooth.device import plan_device
-from dreambooth.settings import Settings, parse_settings
+from dreambooth.settings import Settings
 from dreambooth.training.reports import REPORT_EVERY
 
 DEMO = REPOSITORY / "demo"

@@ -1,7 +1,6 @@
 """Models as they lie on people's disks, and adapters as other programs write them: taken for what they are, or one line."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -375,7 +374,7 @@ def test_schedulers_that_want_a_package_name_it(name, package, copy_of, monkeypa
 
     folder = copy_of(index={"scheduler": ["diffusers", name]})
 
-    class Lacking:
+    class Lacking(diffusers.SchedulerMixin):
         @classmethod
         def from_pretrained(cls, *args, **options):
             raise ImportError(f"\n{name} requires the {package} library but it was not found in your environment. You can install it with "
@@ -536,6 +535,7 @@ NOISE = [("sdxl", {"v_pred": 0}, {}, "EulerDiscreteScheduler", "v_prediction", F
 @pytest.mark.parametrize("kind, flags, notes, scheduler, predicts, from_noise", NOISE)
 def test_a_checkpoint_tells_what_it_predicts(kind, flags, notes, scheduler, predicts, from_noise, single_file, originals, capsys):
     name = single_file(kind, originals(kind)[0] | {flag: torch.empty(0) for flag in flags}, notes)
+    db.say_once.cache_clear()
     models = db.load_models(name, torch.float32)
     own = models.pipeline.scheduler
     assert (type(own).__name__, own.config.prediction_type) == (scheduler, predicts)
@@ -739,7 +739,7 @@ def test_only_what_is_needed_is_asked_of_the_hub(cache, monkeypatch, tiny_model)
              "text_encoder/flax_model.msgpack", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json", "v1-5.ckpt", "x.safetensors"]
     listed = types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=file) for file in files])
     monkeypatch.setattr(huggingface_hub, "model_info", lambda name, **options: listed)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or str(snapshot))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns, **options: asked.extend(allow_patterns) or str(snapshot))
     assert db.hub_folder("x/y", "--model_name") == snapshot
     assert set(files) - set(asked) == {"unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
                                        "text_encoder/flax_model.msgpack", "v1-5.ckpt", "x.safetensors"}
@@ -751,8 +751,9 @@ def test_only_what_is_needed_is_asked_of_the_hub(cache, monkeypatch, tiny_model)
 
 def answer(status, code=None, message=None, url="https://huggingface.co/api/models/x/y"):
     """The exception of the hub's client for an answer of the hub."""
-    import httpx
-    from huggingface_hub.utils import hf_raise_for_status
+    from huggingface_hub.utils import _http, hf_raise_for_status
+
+    httpx = getattr(_http, "httpx2", None) or _http.httpx  # whichever it was made for
 
     headers = {key: value for key, value in (("X-Error-Code", code), ("X-Error-Message", message)) if value}
     try:
@@ -820,7 +821,7 @@ def test_what_an_output_needs_is_never_renamed_or_deleted(train, tiny_model, tmp
     assert sorted(map(str, tmp_path.rglob("*"))) == before
     shutil.copytree(tmp_path / "photos", "output/photos")
     status, _, err = train(*full, "--instance_data_dir", "output/photos")
-    assert status == 2 and "the photos in output/photos lie in it" in err
+    assert status == 2 and "output/photos lies in output, which is renamed" in err
 
     status, out, err = train("--model_name", "output", "--method", "lora", "--output_dir", "lora")  # elsewhere it may go
     assert status == 0 and "earlier" not in out, err
@@ -887,7 +888,6 @@ def test_samples_tell_models_apart_in_every_precision(tiny_model):
 @pytest.fixture(scope="module")
 def made(tiny_model, tmp_path_factory):
     """made(family, text=True, **settings) -> folder of a LoRA that changes much, as --train saves it. Made once."""
-    import types
 
     root, done = tmp_path_factory.mktemp("loras"), {}
 
@@ -897,7 +897,7 @@ def made(tiny_model, tmp_path_factory):
             folder = done[key] = root / str(len(done))
             folder.mkdir()
             models = db.take_apart("x", load(tiny_model(family)))
-            s = types.SimpleNamespace(rank=rank, lora_alpha=alpha, use_dora=dora, learning_rate=None, text_encoder_lr=None)
+            s = db.Settings("train", rank=rank, lora_alpha=alpha, use_dora=dora)
             recipe = db.Recipe(1, lora_target=target)
             groups = [db.unet_lora(s, models, [], recipe)] + ([db.text_encoder_lora(s, models, [], recipe)] if text else [])
             torch.manual_seed(seed)
