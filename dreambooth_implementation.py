@@ -966,7 +966,7 @@ def png_parameters(path):
 # Knows nothing of the work.
 
 
-EVERY = 10  # seconds between lines
+EVERY, SELDOM = 10, 600  # seconds between lines: at least, and at most as long as anything moves
 
 
 def progress(iterable, title, unit, total=None, done=0, hidden=False):
@@ -1000,7 +1000,7 @@ class Lines:
             self.done += 1
             now = self.clock()
             is_tenth = 10 * self.done // self.total > 10 * said // self.total and now - said_at >= 1
-            is_due = is_tenth or now - said_at >= EVERY and 100 * (self.done - said) >= self.total
+            is_due = is_tenth or now - said_at >= (EVERY if 100 * (self.done - said) >= self.total else SELDOM)
             if is_due or self.done == self.total:
                 self.say(now - started, (now - started) / (self.done - before))
                 said, said_at = self.done, now
@@ -6132,6 +6132,8 @@ def make_schedule(name, optimizer, warmup, steps, cycles=1, power=1.0):
     name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
     ask = functools.partial(get_scheduler, name, num_warmup_steps=warmup, num_training_steps=steps, num_cycles=cycles,
                             power=power)
+    if name != "polynomial":
+        return ask(optimizer)
     # Each group's apart: a polynomial's factors depend on the rate that it begins with.
     alone = [torch.optim.SGD([torch.zeros(1)], lr=float(group["lr"])) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [ask(each).lr_lambdas[0] for each in alone])

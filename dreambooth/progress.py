@@ -9,7 +9,7 @@ import time
 
 from tqdm import tqdm
 
-EVERY = 10  # seconds between lines
+EVERY, SELDOM = 10, 600  # seconds between lines: at least, and at most as long as anything moves
 
 
 def progress(iterable, title, unit, total=None, done=0, hidden=False):
@@ -43,7 +43,7 @@ class Lines:
             self.done += 1
             now = self.clock()
             is_tenth = 10 * self.done // self.total > 10 * said // self.total and now - said_at >= 1
-            is_due = is_tenth or now - said_at >= EVERY and 100 * (self.done - said) >= self.total
+            is_due = is_tenth or now - said_at >= (EVERY if 100 * (self.done - said) >= self.total else SELDOM)
             if is_due or self.done == self.total:
                 self.say(now - started, (now - started) / (self.done - before))
                 said, said_at = self.done, now

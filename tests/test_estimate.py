@@ -84,7 +84,8 @@ def test_an_estimate_is_arithmetic():
 
 def test_several_processes_exchange_gradients_in_buffers(monkeypatch):
     some = demand(("kept", 1000, None), ("gradient", 400, None))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert db.estimate(some, db.Levers())["exchange"] == 400
     assert db.estimate(some, db.Levers(fused_backward=True))["exchange"] == 0  # they are averaged one by one, in place
 

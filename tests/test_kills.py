@@ -59,6 +59,7 @@ def test_kills_at_any_moment(method, kills, flags, tmp_path):
     assert left == {forked.LOG, "output"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_loop_of_killed_trainings_needs_no_hand(kills, flags, tmp_path):
     """One after the other in one folder, most of them killed, none of them told that another came before."""

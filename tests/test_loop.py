@@ -8,6 +8,7 @@ from training_runs import FAST, make_run, weights
 import dreambooth_implementation as db
 
 
+@pytest.mark.long
 def test_training_learns_its_pictures(tiny_model, photos, run, tmp_path):
     """Without the optimizer's step, or with targets of another kind, the loss would stay at about 1."""
     import json

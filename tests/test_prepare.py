@@ -33,7 +33,8 @@ def test_what_the_optimizer_remembers_is_freed_before_samples_are_drawn(flags, r
     assert not seen[0].optimizer.state and not seen[0].averages
 
 
-@pytest.mark.parametrize("options", [dict(channels_last=True), dict(compile=True)], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(channels_last=True), pytest.param(dict(compile=True), marks=pytest.mark.long)], ids=str)
 def test_what_is_fast_changes_nothing_else(options, tiny_model, tmp_path):
     """Same weights after 4 steps, and files of the usual layout."""
     plain, fast = make_run(tiny_model), make_run(tiny_model, **options)

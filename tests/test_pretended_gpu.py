@@ -9,9 +9,12 @@ import pytest
 from conftest import REPOSITORY
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("arch, flags, limit", [("sd15", ["--max_vram", "8", "--train_text_encoder"], 8),
-                                                ("sdxl", ["--max_vram", "10"], 10), ("sd15", ["--max_vram", "15"], 15)])
+@pytest.mark.parametrize("arch, flags, limit", [
+    ("sd15", ["--max_vram", "15"], 15),
+    pytest.param("sd15", ["--max_vram", "8", "--train_text_encoder"], 8, marks=pytest.mark.slow),
+    pytest.param("sdxl", ["--max_vram", "10"], 10, marks=pytest.mark.slow)])
 def test_full_size_models_train_and_draw_within_the_limit(arch, flags, limit, tmp_path):
     if limit == 8:
         pytest.importorskip("torchao")  # its plan needs it

@@ -50,7 +50,7 @@ def section(name, source, tree):
     gone = {line for node in (tree.body[0], *imports) for line in range(node.lineno, node.end_lineno + 1)}
     code = "\n".join(line for number, line in enumerate(source.splitlines(), 1) if number not in gone).strip("\n")
     head = "\n".join(f"# {line}".rstrip() for line in f"{name.replace('.', '/')}: {ast.get_docstring(tree)}".splitlines())
-    others = {(getattr(node, "module", ""), alias.name) for node in imports for alias in node.names}
+    others = {(getattr(node, "module", ""), ast.unparse(alias)) for node in imports for alias in node.names}
     return others, f"\n\n# {'-' * 126}\n{head}\n\n\n{code}"
 
 

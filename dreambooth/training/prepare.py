@@ -81,6 +81,8 @@ def make_schedule(name, optimizer, warmup, steps, cycles=1, power=1.0):
     name = "constant_with_warmup" if name == "constant" else name  # diffusers' "constant" has no warmup
     ask = functools.partial(get_scheduler, name, num_warmup_steps=warmup, num_training_steps=steps, num_cycles=cycles,
                             power=power)
+    if name != "polynomial":
+        return ask(optimizer)
     # Each group's apart: a polynomial's factors depend on the rate that it begins with.
     alone = [torch.optim.SGD([torch.zeros(1)], lr=float(group["lr"])) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [ask(each).lr_lambdas[0] for each in alone])
