@@ -1897,7 +1897,7 @@ def caption_files(photos, files):
     """{photo: its text file} of those photos that have one: dog.txt or dog.jpg.txt for dog.jpg. UserError where two might be it."""
     texts, found = {}, {}
     for path in files:
-        if path.suffix.lower() in CAPTION_SUFFIXES and folded(path.name) != CLASS_PROMPT_FILE:
+        if path.suffix.lower() in CAPTION_SUFFIXES and folded(path.name) != CLASS_PROMPT_FILE and path not in photos:
             texts.setdefault(folded(path.stem), []).append(path)
     for photo in photos:
         several = texts.get(folded(photo.stem), []) + texts.get(folded(photo.name), [])
@@ -7903,7 +7903,8 @@ def run_command(argv):
         raise UserError("the folder that this was started in is gone; change to another (cd)") from None
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
+    with cache_at(settings.cache_dir):
+        {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
 
 
 def refusal(problem):

@@ -14,6 +14,7 @@ from dreambooth.evaluate import evaluate
 from dreambooth.export import export
 from dreambooth.infer import infer
 from dreambooth.mishaps import mishap
+from dreambooth.models.hub import cache_at
 from dreambooth.train import train
 
 # Libraries that say at length on loading what nobody here needs: torchao of kernels for GPUs that are not there, and torch of it.
@@ -54,7 +55,8 @@ def run_command(argv):
         raise UserError("the folder that this was started in is gone; change to another (cd)") from None
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
+    with cache_at(settings.cache_dir):
+        {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
 
 
 def refusal(problem):

@@ -28,6 +28,13 @@ METHOD_OF = {"rank": "lora", "lora_dropout": "lora", "use_dora": "lora", "num_ve
              "initializer_token": "textual_inversion", "save_as_full_pipeline": "textual_inversion"}
 
 
+def two_processes(monkeypatch):
+    """The environment of the first of two processes."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+
+
+
 @pytest.fixture(autouse=True)
 def no_token(monkeypatch):
     """The environment's token is put back after every test, and there is none."""
@@ -535,7 +542,7 @@ def test_scaled_rates_are_multiplied_by_batch_accumulation_and_processes(tiny_mo
                            "--train_text_encoder", "--learning_rate", "1e-6"])
     recipe = db.RECIPES["small"]["full"]
     assert [group.lr for group in db.parameter_groups(s, models, [], recipe)] == pytest.approx([12e-6, 12 * recipe.text_encoder_lr])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    two_processes(monkeypatch)
     assert db.parameter_groups(s, models, [], recipe)[0].lr == pytest.approx(24e-6)
 
 
@@ -571,7 +578,7 @@ def test_epochs_count_own_class_images_and_processes(tmp_path, monkeypatch):
     s, concepts = db.parse_settings(["--train", "--num_train_epochs", "1"]), concepts_of(5, 200, tmp_path)
     assert db.epoch_steps(s, concepts) == 8
     assert db.epoch_steps(s, concepts_of(5, 3, tmp_path)) == 5
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    two_processes(monkeypatch)
     assert db.epoch_steps(s, concepts) == 4
 
 

@@ -31,7 +31,7 @@ def caption_files(photos, files):
     """{photo: its text file} of those photos that have one: dog.txt or dog.jpg.txt for dog.jpg. UserError where two might be it."""
     texts, found = {}, {}
     for path in files:
-        if path.suffix.lower() in CAPTION_SUFFIXES and folded(path.name) != CLASS_PROMPT_FILE:
+        if path.suffix.lower() in CAPTION_SUFFIXES and folded(path.name) != CLASS_PROMPT_FILE and path not in photos:
             texts.setdefault(folded(path.stem), []).append(path)
     for photo in photos:
         several = texts.get(folded(photo.stem), []) + texts.get(folded(photo.name), [])
