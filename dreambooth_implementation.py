@@ -7246,7 +7246,7 @@ def check_needed(s, name, concepts):
         if s.overwrite and Path(name).resolve() != Path(s.output_dir).resolve():
             raise UserError(f"{what} and would be deleted by --overwrite; give another --output_dir")
     for concept in concepts:
-        if lies_in(concept.instance_data_dir, s.output_dir):
+        if any(lies_in(path, s.output_dir) for path, _ in concept.photos):
             raise UserError(f"--output_dir {s.output_dir}: the photos in {concept.instance_data_dir} lie in it, and it will get another name "
                             f"or be deleted; give another --output_dir, or copy the photos elsewhere")
 
