@@ -193,7 +193,7 @@ def train_scored(run, tiny_model, photos, networks):
     """train_scored(method, *flags, family="sd1") -> what `run` returns; random networks score the samples for --select_best."""
     from training_runs import SHORT
 
-    trains = {"full": ["--train_text_encoder"], "textual_inversion": ["--num_vectors", "2"], "pivotal": ["--rank", "2"]}
+    trains = {"full": ["--train_text_encoder"], "textual_inversion": ["--num_vectors", "2"], "lora": ["--rank", "2"], "pivotal": ["--rank", "2"]}
 
     def call(method, *flags, family="sd1"):
         best = ["--dino_model", networks / "vit", "--clip_model", networks / "clip"] if "--select_best" in flags else []
