@@ -31,7 +31,7 @@ def default_model():
     if torch.cuda.is_available():
         say(f"No --model_name given: using {DEFAULT_MODEL}.")
         return DEFAULT_MODEL
-    check_bundled("--model_name is missing, and without a CUDA GPU it means the bundled model")
+    check_bundled("--model_name is missing, and there is no CUDA GPU")
     say(f"No --model_name and no CUDA GPU: using the small bundled model, {short_path(BUNDLED_MODEL)}, which knows only "
         f"emoji. Give --model_name {DEFAULT_MODEL} for the real one (hours on a CPU).")
     return short_path(BUNDLED_MODEL)
@@ -40,7 +40,7 @@ def default_model():
 def check_bundled(asked):
     """UserError unless the bundled model is there; `asked` says who wants it."""
     if not BUNDLED_MODEL.is_dir():
-        raise UserError(f"{asked}: it is not beside this program, in {short_path(BUNDLED_MODEL)}; bring the folder demo from the "
+        raise UserError(f"{asked}: the bundled model is not beside this program, in {short_path(BUNDLED_MODEL)}; bring the folder demo from the "
                         f"program's repository, or give another model")
 
 
