@@ -3532,8 +3532,8 @@ def default_model():
 def check_bundled(asked):
     """UserError unless the bundled model is there; `asked` says who wants it."""
     if not BUNDLED_MODEL.is_dir():
-        raise UserError(f"{asked}: the bundled model is not beside this program, in {short_path(BUNDLED_MODEL)}; bring the folder demo from the "
-                        f"program's repository, or give another model")
+        raise UserError(f"{asked}: the bundled model is not beside this program, in {short_path(BUNDLED_MODEL)}; bring the folder "
+                        f"demo from the program's repository, or give another model")
 
 
 def named_model(name, flag):
