@@ -1,13 +1,11 @@
 """Machines as people have them: variables left in the environment, consoles, signals, disks, names, packages, the page's surroundings."""
 
-import contextlib
 import errno
 import hashlib
 import io
 import json
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
@@ -15,7 +13,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 import types
 from pathlib import Path
