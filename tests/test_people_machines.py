@@ -271,8 +271,8 @@ def sending(monkeypatch, name, number, call=1, times=1):
 
 @pytest.fixture
 def hangup():
-    """The handler of SIGHUP stays as it is."""
-    earlier = signal.getsignal(signal.SIGHUP)
+    """SIGHUP as a terminal gives it (not as nohup does), and afterwards as it was."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, earlier)
 
@@ -623,7 +623,8 @@ def test_texts_in_another_encoding(typed, meant, monkeypatch):
     monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
     text = typed.decode("ascii", "surrogateescape")
     if meant:
-        return db.given_text(text, "--prompt") == meant or pytest.fail(db.given_text(text, "--prompt"))
+        assert db.given_text(text, "--prompt") == meant
+        return
     with pytest.raises(db.UserError, match="--prompt .*not UTF-8"):
         db.given_text(text, "--prompt")
 
