@@ -38,7 +38,7 @@ def main():
     models = random_models(args.arch, plan.device) if args.arch else load_models(str(BUNDLED_MODEL), torch.float32)
     pipeline = models.pipeline.to(plan.device, plan.dtype)
     side = models.resolution
-    common = dict(steps=s.num_inference_steps, guidance_scale=guidance_scale(s, models.unet.config), height=side,
+    common = dict(steps=s.num_inference_steps, guidance_scale=guidance_scale(s, models.denoiser.config), height=side,
                   width=side)
 
     def batch_of(count):

@@ -122,7 +122,7 @@ def untrained_models(arch, plan, freezes_unet=False):
     precision."""
     models = random_models(arch, plan.device)
     if freezes_unet:
-        models.unet.to(plan.dtype)
+        models.denoiser.to(plan.dtype)
     models.pipeline.to("cpu")
     if plan.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -156,13 +156,13 @@ def prepare(s, models, cache, steps, resolution):
     plan = plan_device(s)
     check_levers(s, plan)
     accelerator = make_accelerator(s, plan)
-    recipe = recipe_for(family_of(models.unet.config), s)
+    recipe = recipe_for(family_of(models.denoiser.config), s)
     subjects = [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
     expected = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
     course = Course(steps, resolution, plan.precision, levers, default(s.lr_scheduler, "constant"))
     if METHODS[s.method].is_adapter:
-        models.unet.to(plan.dtype)
+        models.denoiser.to(plan.dtype)
     groups = parameter_groups(s, models, subjects, recipe)
     return prepare_training(s, course, models, groups, cache, accelerator, {}), plan, expected
 
@@ -186,7 +186,7 @@ def bare_step(unet, run, plan):
 
     def step():
         with torch.autocast(plan.device.type, plan.dtype, plan.precision != "no"):
-            out = predict(unet, batch["latents"], batch["timesteps"], hidden, pooled, batch["time_ids"])
+            out = predict(unet, batch["latents"], batch["levels"], hidden, pooled, batch["sizes"])
         (out.float() - batch["noise"]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -322,7 +322,7 @@ def main():
             peaks = [peak_of_training(*size, rest, folder) for size in sizes]
     models = model_for(args, s, plan_device(s))
     resolution = s.resolution or models.resolution
-    unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
+    unet = copy.deepcopy(models.denoiser).train().requires_grad_(True) if args.bare else None
     caches = [made_up_cache(models, resolution, *size) for size in sizes]
     if args.cap:
         limit_memory(args.cap)

@@ -238,14 +238,14 @@ def main():
 
     models = random_models(own.arch, "meta")
     resolution = default(s.resolution, models.resolution)
-    recipe, subjects = recipe_for(family_of(models.unet.config), s), [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
+    recipe, subjects = recipe_for(family_of(models.denoiser.config), s), [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
     parts = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
     cache = made_up_cache(models, resolution, PHOTOS, PHOTOS * preserves_prior(s))
     with mode:
         models = random_models(own.arch)
         if METHODS[s.method].is_adapter:
-            models.unet.to(plan.dtype)
+            models.denoiser.to(plan.dtype)
         groups = parameter_groups(s, models, subjects, recipe)
         with memory:
             cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)

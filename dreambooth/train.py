@@ -18,10 +18,9 @@ from dreambooth.memory.plan import naming_next_plan, set_course
 from dreambooth.memory.plans import check_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
-from dreambooth.models.find import check_variant, default_model, find_model
+from dreambooth.models.find import check_variant, default_model, family_at, find_model
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import take_apart
-from dreambooth.models.recipes import family_of
 from dreambooth.output.card import CARD
 from dreambooth.output.folder import (
     check_apart,
@@ -112,6 +111,7 @@ def settle_beforehand(s):
     check_publishing(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
+    family_at(name, "--model_name").check_flags(s)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
@@ -126,10 +126,9 @@ def prepare(s, name, concepts, plan, accelerator):
     import torch
 
     models = load_models(name, plan.dtype, METHODS[s.method].is_adapter, s.variant)
-    family = family_of(models.unet.config)
-    recipe = recipe_for(family, s, concepts)
-    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
-        f"{default(s.resolution, models.resolution)} px")
+    family, recipe = models.family, recipe_for(models.family, s, concepts)
+    side = default(s.resolution, models.resolution)
+    say(f"Model: {models.name} ({family.name}, {family.noise(s, models.pipeline, side).predicts}), {side} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)

@@ -67,6 +67,10 @@ def build_pipeline(family, seed=0):
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    if family not in FAMILIES:
+        from tiny_families import build
+
+        return build(family, seed)
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer")
     text_config = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3,

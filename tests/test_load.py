@@ -43,7 +43,7 @@ def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model
         folder = tmp_path / str(len(drawn_with))
         folder.mkdir()
         db.draw_class_images(s, models, settings, plan, folder, [0])
-    assert [pipeline.unet is models.unet for pipeline, models in zip(drawn_with, (whole, half))] == [False, True]
+    assert [pipeline.unet is models.denoiser for pipeline, models in zip(drawn_with, (whole, half))] == [False, True]
     assert all(pipeline.vae is not models.vae for pipeline, models in zip(drawn_with, (whole, half)))
     first, second = (next((tmp_path / number).glob("*.png")).read_bytes() for number in "01")
     assert first == second

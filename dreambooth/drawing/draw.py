@@ -6,7 +6,7 @@ Knows nothing of subjects or training.
 from dreambooth.base import UserError, is_first_process, say, slug
 from dreambooth.images import image_grid, is_flat, save_picture
 from dreambooth.mishaps import mishap
-from dreambooth.models.recipes import guidance_scale
+from dreambooth.models.families.table import family_of, guidance_scale
 from dreambooth.progress import progress
 from dreambooth.threads import threads_that_help
 
@@ -19,9 +19,9 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     """
     import torch
 
-    look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, guidance_scale, negative_prompt, look)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
         if is_flat(picture) and pipeline.dtype != torch.float32:
@@ -30,18 +30,19 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
         yield picture
 
 
-def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
+def draw_batches(pipeline, jobs, size, may_halve, scale, negative_prompt, look):
     """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
     import torch
 
-    threads = threads_that_help(pipeline.device)
+    threads, family = threads_that_help(pipeline.device), family_of(pipeline)
     start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
+        told = family.call_options(scale, [negative_prompt] * len(prompts) if negative_prompt else None)
         try:
             pictures = called(
-                pipeline, list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look, **counting(threads, len(prompts))).images
+                pipeline, prompt=list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told, **look,
+                **counting(threads, len(prompts))).images
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
             if not (can_halve or all_there):
@@ -60,12 +61,12 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
             all_there = False
 
 
-def called(pipeline, *args, **options):
+def called(pipeline, **options):
     """What a pipeline returns. UserError for whatever its code finds wrong with the model, as where its configs disagree."""
     import torch
 
     try:
-        return pipeline(*args, **options)
+        return pipeline(**options)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as problem:
@@ -113,7 +114,7 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    guidance, pictures, common = guidance_scale(s, pipeline.unet.config), [], sampling_settings(s, pipeline)
+    guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline)
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
                  batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt)
@@ -129,4 +130,4 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
 def sampling_settings(s, pipeline):
     """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
     return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-            "CFG scale": guidance_scale(s, pipeline.unet.config)}
+            "CFG scale": guidance_scale(s, pipeline)}

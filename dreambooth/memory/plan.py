@@ -26,10 +26,11 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         from accelerate.utils import gather_object
 
         limit = min(gather_object([limit]))
+    told = frozen_conditioning(models, subjects)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
-            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
             if s.max_vram != "auto":
                 raise
@@ -50,6 +51,16 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
                     f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
                     "flags that rule plans out")
+
+
+def frozen_conditioning(models, subjects):
+    """The conditioning of a prompt by text encoders that never train; None where they may."""
+    import torch
+
+    if models.family.trains_text:
+        return None
+    with torch.no_grad():
+        return models.family.encode(models, [subjects[0].instance_prompt])
 
 
 def say_plan(levers, parts, limit, uninstalled):
@@ -86,6 +97,7 @@ def naming_next_plan(s, levers, plan, folder):
 def set_course(s, models, subjects, recipe, plan):
     """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
     resolution = default(s.resolution, models.resolution)
+    models.family.check_side(models.pipeline, resolution, "--resolution")
     if s.lr_warmup_steps >= recipe.steps:
         raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {recipe.steps} steps of this run")
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)

@@ -10,7 +10,7 @@ from dreambooth.drawing.draw import draw_pictures, placed
 from dreambooth.drawing.trained import read_record
 from dreambooth.files import flush, share, whole_file
 from dreambooth.methods.table import saves_of
-from dreambooth.models.recipes import guidance_scale
+from dreambooth.models.families.table import guidance_scale
 from dreambooth.output.card import save_card
 from dreambooth.output.needed import name_when_done
 from dreambooth.output.pictures import LOSS_PLOT, loss_plot
@@ -45,7 +45,7 @@ def write_output(folder, run, models, subjects, seconds, given):
         "base_sample": run.models.sample,  # tells whether the model of that name is still the same
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
         "used": decisions(run.course, run.groups) | {
-            "guidance_scale": guidance_scale(s, models.unet.config),
+            "guidance_scale": guidance_scale(s, models.pipeline),
             "selected_step": best_of(run.scores)["step"] if run.scores else None},
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
