@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import single_file
-from conftest import FOUND, REPOSITORY, SLOW
+from conftest import FOUND, REPOSITORY
+from conftest import SLOW as SLOW_TESTS
 
 import dreambooth_implementation as db
 
@@ -101,7 +102,7 @@ def test_test_files_follow_the_modules():
     assert named - modules - OTHERS == set() and OTHERS <= named and not OTHERS & modules
 
 
-@pytest.mark.parametrize("line", SLOW)
+@pytest.mark.parametrize("line", SLOW_TESTS)
 def test_what_is_named_slow_exists(line):
     file, function = re.match(r"(\w+\.py)::(\w+)", line).groups()
     assert f"def {function}" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8")
