@@ -54,6 +54,7 @@ class Family:
     parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
+    comes_late = True  # whether it may be read part by part (see late.py)
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
@@ -179,6 +180,10 @@ class Family:
         """Why a LoRA of tensors {name: shape} is not for this pipeline, as a phrase; "" if nothing is known against it."""
         found = next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None)
         return f"it is for a Stable Diffusion model with a UNet ({found})" if found else ""
+
+    def book_options(self, told, against):
+        """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
+        return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"]}
 
     # ---- the text encoders, where they train
 
