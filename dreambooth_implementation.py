@@ -2829,7 +2829,7 @@ def embedding_vectors(models, tensors):
 # ------------------------------------------------------------------------------------------------------------------------------
 # models/families/family: What a family of models answers: all that training, drawing, evaluation and the memory plan have to know of it.
 #
-# They ask this object and know no names. A family is one file beside this one and a row in table.py.
+# They ask this object and know no names. A family is one file beside this one and a row in known.py.
 
 
 LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
@@ -3663,7 +3663,7 @@ def hub_configs(name):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/families/table: The families that this program knows, and which of them a model is of.
+# models/families/known: The families that this program knows, and which of them a model is of.
 
 
 FAMILIES = (StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(), ZImage(), SmallZImage())  # of those that fit, the first
@@ -7464,8 +7464,9 @@ def missing_package(levers):
 
 def check_package(levers):
     """UserError if a library that these levers need is not installed, or broken."""
+    missing = missing_package(levers)
     for flag, package in packages_of(levers).items():
-        if importlib.util.find_spec(package) is None:
+        if package == missing:
             raise UserError(f"{flag} needs {package}: pip install {package}")
         check_import(package, flag)
 

@@ -20,7 +20,7 @@ from bench_train import RESULTS, UNETS, machine, random_models, timed
 from dreambooth.arguments import parse_settings
 from dreambooth.device import peak_memory, plan_device
 from dreambooth.drawing.draw import draw
-from dreambooth.models.families.table import guidance_scale
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.models.hub import BUNDLED_MODEL
 from dreambooth.models.load import load_models
 

@@ -116,11 +116,11 @@ def random_models(arch, device="cpu"):
     return take_apart(arch, pipeline)
 
 
-def untrained_models(arch, plan, freezes_unet=False):
+def untrained_models(arch, plan, freezes_denoiser=False):
     """random_models() on the CPU, as load_models() would leave them, but made where that is fast; a frozen UNet in the plan's
     precision."""
     models = random_models(arch, plan.device)
-    if freezes_unet:
+    if freezes_denoiser:
         models.denoiser.to(plan.dtype)
     models.pipeline.to("cpu")
     if plan.device.type == "cuda":
@@ -153,7 +153,7 @@ def synchronize(device):
 def prepare(s, models, cache, steps, resolution):
     """(Run, Plan, {part: bytes} that the memory plan expects it to take) of a training with these settings."""
     plan = plan_device(s)
-    check_levers(s, plan)
+    check_levers(s, models.family, plan)
     accelerator = make_accelerator(s, plan)
     recipe = recipe_for(models.family, s)
     subjects = [Subject("<dog>", "a dog", "a <dog> dog", "dog")]

@@ -6,7 +6,7 @@ Knows nothing of subjects or training.
 from dreambooth.base import UserError, is_first_process, say, slug
 from dreambooth.images import image_grid, is_flat, save_picture
 from dreambooth.mishaps import mishap
-from dreambooth.models.families.table import family_of, guidance_scale
+from dreambooth.models.families.known import family_of, guidance_scale
 from dreambooth.progress import progress
 from dreambooth.threads import threads_that_help
 

@@ -82,8 +82,9 @@ def missing_package(levers):
 
 def check_package(levers):
     """UserError if a library that these levers need is not installed, or broken."""
+    missing = missing_package(levers)
     for flag, package in packages_of(levers).items():
-        if importlib.util.find_spec(package) is None:
+        if package == missing:
             raise UserError(f"{flag} needs {package}: pip install {package}")
         check_import(package, flag)
 

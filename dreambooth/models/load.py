@@ -12,7 +12,7 @@ from dreambooth.mishaps import is_of_machine
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import load_single_file
 from dreambooth.models.families.family import text_encoders_of, tokenizer_of
-from dreambooth.models.families.table import family_of
+from dreambooth.models.families.known import family_of
 from dreambooth.models.fits import check_fit, say_if_distilled
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import hub_folder

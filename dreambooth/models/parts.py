@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass
 
 from dreambooth.models.families.family import text_encoders_of, tokenizer_of
-from dreambooth.models.families.table import family_of
+from dreambooth.models.families.known import family_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dreambooth.drawing.draw import draw_pictures, in_precision, placed
 from dreambooth.drawing.trained import read_record
 from dreambooth.files import flush, share, whole_file
 from dreambooth.methods.table import saves_of
-from dreambooth.models.families.table import guidance_scale
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.output.card import save_card
 from dreambooth.output.needed import name_when_done
 from dreambooth.output.pictures import LOSS_PLOT, loss_plot

@@ -15,7 +15,7 @@ from dreambooth.evaluation.prompts import fill_template, read_prompts, usual_pro
 from dreambooth.images import image_grid, load_square
 from dreambooth.methods.table import METHODS
 from dreambooth.models.families.family import text_encoders_of
-from dreambooth.models.families.table import guidance_scale
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier, usual_prompts_of, with_places
 from dreambooth.training.course import sample_interval

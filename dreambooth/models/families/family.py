@@ -1,6 +1,6 @@
 """What a family of models answers: all that training, drawing, evaluation and the memory plan have to know of it.
 
-They ask this object and know no names. A family is one file beside this one and a row in table.py.
+They ask this object and know no names. A family is one file beside this one and a row in known.py.
 """
 
 import re
