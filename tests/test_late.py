@@ -1,12 +1,14 @@
 """Large models part by part."""
 
 import shutil
+import signal
 
 import pytest
 import torch
 from conftest import build_pipeline
 from test_families import draw
 from tiny_families import TINY
+from training_runs import assert_same_weights, interrupt
 
 import dreambooth_implementation as db
 
@@ -90,3 +92,16 @@ def test_an_output_is_whole_for_plain_diffusers(method, model, photos, run, tmp_
         pipeline.load_lora_weights(tmp_path / "output")
     pipeline.set_progress_bar_config(disable=True)
     assert draw(pipeline, ["a dog"], steps=2).images[0].size == (32, 32)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(model, photos, run, tmp_path, monkeypatch):
+    """To the bit, on one thread."""
+    flags = ["--train", "--model_name", model, "--instance_data_dir", photos, "--class_prompt", "a dog", "--steps", 5, "--method", "lora",
+             "--num_class_images", 2, "--num_inference_steps", 2, "--learning_rate", "1e-2", "--random_flip"]
+    assert run(*flags, "--output_dir", "whole")[0] == 0
+    undo = interrupt(monkeypatch, 2, signal.SIGTERM)
+    assert run(*flags)[0] == 128 + signal.SIGTERM
+    undo()
+    status, out, err = run(*flags, "--resume")
+    assert status == 0 and "after step 2" in out, err
+    assert_same_weights(tmp_path / "output", tmp_path / "whole")
