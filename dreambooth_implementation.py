@@ -5984,96 +5984,6 @@ def find_trial(s, trained, base, subject, templates):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/precision: bf16 from end to end, on copies of float32 weights, and weights in bf16 that are rounded by chance.
-
-
-def is_bf16_throughout(s, family, levers, precision):
-    """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
-
-    Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
-    together that are to be freed one by one. DoRA's magnitudes need float32.
-    """
-    is_frugal = levers.gradient_checkpointing or levers.fused_backward
-    return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
-
-
-def compute_in_bf16(denoiser, last):
-    """Have a denoiser compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
-
-    Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
-    half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
-    both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
-    What comes `last`, a list of its layers, is in float32, since a good prediction differs from its target by little more than bf16's grain.
-    """
-    import torch
-
-    forward, places = denoiser.forward, {}
-    for module in denoiser.modules():
-        dtype = torch.float32 if module in last else torch.bfloat16
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.dtype != dtype:
-                places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
-    groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
-
-    def in_bf16(sample, timestep, encoder_hidden_states, **rest):
-        widening = last[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
-        try:
-            for dtype, group in groups:
-                copies = cast_together()(dtype, *(weight for _, _, weight in group))
-                for (parameters, name, _), copy in zip(group, copies):
-                    parameters[name] = copy
-            with torch.autocast(sample.device.type, enabled=False):
-                return forward(sample.bfloat16(), timestep, encoder_hidden_states.bfloat16(), **rest)
-        finally:
-            widening.remove()
-            for parameters, name, weight in (place for _, group in groups for place in group):
-                parameters[name] = weight
-    denoiser.forward = in_bf16
-
-
-def grouped(places, size=2**25):
-    """`places` (dictionary, key, tensor) in lists one after the other, each of little more than `size` numbers."""
-    groups, held = [], size
-    for place in places:
-        if held >= size:
-            groups, held = [*groups, []], 0
-        groups[-1].append(place)
-        held += place[2].numel()
-    return groups
-
-
-@functools.cache
-def cast_together():
-    """A function of a dtype and tensors: these in that dtype, and in the backward pass their gradients in the tensors' own."""
-    import torch
-
-    def cast(tensors, dtype):
-        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(results, list(tensors))
-        return tuple(results)
-
-    class Cast(torch.autograd.Function):
-        @staticmethod
-        def forward(context, dtype, *tensors):
-            context.dtype = tensors[0].dtype
-            return cast(tensors, dtype)
-
-        @staticmethod
-        def backward(context, *gradients):
-            return None, *cast(gradients, context.dtype)
-    return Cast.apply
-
-
-def rounded_by_chance(values):
-    """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
-    smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
-    import torch
-
-    bits = values.view(torch.int32)  # bf16 is the upper half of float32
-    return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # training/levers: What saves memory for time or exactness, as data. Which of it is used is decided in `memory`.
 
 
@@ -6375,66 +6285,6 @@ def step_copies(levers):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/fused: Steps within the backward pass: each gradient is used and freed as soon as it is there.
-
-
-def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
-    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
-
-    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
-    schedule need know nothing of it.
-    """
-    import torch
-
-    def step(parameter, number):
-        if accelerator and accelerator.num_processes > 1:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
-        groups = optimizer.param_groups
-        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
-        with contextlib.ExitStack() as around:
-            if levers.offload_optimizer:
-                around.enter_context(brought(optimizer.state[parameter], parameter.device))
-            if parameter.dtype == torch.bfloat16 and not OPTIMIZERS[levers.optimizer].rounds:
-                around.enter_context(in_float32(parameter))
-            optimizer.step()
-        optimizer.param_groups = groups
-        parameter.grad = None
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
-
-
-@contextlib.contextmanager
-def brought(state, device):
-    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it.
-
-    But for the count of its steps: that stays where the optimizer wants it.
-    """
-    import torch
-
-    def bring(place):
-        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value) and value.dim()})
-    bring(device)
-    yield
-    bring("cpu")
-
-
-@contextlib.contextmanager
-def in_float32(parameter):
-    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically.
-
-    The weights keep their place: if all moved with every step, they would leave memory in pieces.
-    """
-    place, gradient = parameter.data, parameter.grad.float()
-    parameter.data = place.float()  # before the gradient, whose precision must be the same
-    parameter.grad = gradient
-    yield
-    parameter.grad = None
-    parameter.data = place.copy_(rounded_by_chance(parameter.data))
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # training/course: What a training will be, settled wherever the flags leave it open.
 
 
@@ -6505,6 +6355,124 @@ def decisions(course, groups):
     settled = dataclasses.asdict(course)
     levers = settled.pop("levers")
     return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/precision: bf16 from end to end, on copies of float32 weights, and weights in bf16 that are rounded by chance.
+
+
+def is_bf16_throughout(s, family, levers, precision):
+    """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
+
+    Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
+    together that are to be freed one by one. DoRA's magnitudes need float32.
+    """
+    is_frugal = levers.gradient_checkpointing or levers.fused_backward
+    return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
+
+
+def compute_as_precision_says(s, family, levers, precision, denoiser):
+    """Have a denoiser compute in bf16 from end to end where it may; elsewhere autocast sees to each operation."""
+    if is_bf16_throughout(s, family, levers, precision):
+        compute_in_bf16(denoiser, family.last_layers(denoiser))
+    elif family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter:
+        compute_as_weights_are(denoiser)
+
+
+def compute_as_weights_are(denoiser):
+    """Have a frozen denoiser in bf16, or in fewer bits, compute as its pipeline does when it draws, without autocast.
+
+    What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
+    """
+    import torch
+
+    forward = denoiser.forward
+
+    def cast(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(cast, value))
+        return value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1 else value
+
+    def in_bf16(*args, **options):
+        with torch.autocast(next(denoiser.parameters()).device.type, enabled=False):
+            return forward(*map(cast, args), **{name: cast(value) for name, value in options.items()})
+    denoiser.forward = in_bf16
+
+
+def compute_in_bf16(denoiser, last):
+    """Have a denoiser compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
+
+    Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
+    half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
+    both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
+    What comes `last`, a list of its layers, is in float32, since a good prediction differs from its target by little more than bf16's grain.
+    """
+    import torch
+
+    forward, places = denoiser.forward, {}
+    for module in denoiser.modules():
+        dtype = torch.float32 if module in last else torch.bfloat16
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dtype != dtype:
+                places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
+    groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
+
+    def in_bf16(sample, timestep, encoder_hidden_states, **rest):
+        widening = last[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        try:
+            for dtype, group in groups:
+                copies = cast_together()(dtype, *(weight for _, _, weight in group))
+                for (parameters, name, _), copy in zip(group, copies):
+                    parameters[name] = copy
+            with torch.autocast(sample.device.type, enabled=False):
+                return forward(sample.bfloat16(), timestep, encoder_hidden_states.bfloat16(), **rest)
+        finally:
+            widening.remove()
+            for parameters, name, weight in (place for _, group in groups for place in group):
+                parameters[name] = weight
+    denoiser.forward = in_bf16
+
+
+def grouped(places, size=2**25):
+    """`places` (dictionary, key, tensor) in lists one after the other, each of little more than `size` numbers."""
+    groups, held = [], size
+    for place in places:
+        if held >= size:
+            groups, held = [*groups, []], 0
+        groups[-1].append(place)
+        held += place[2].numel()
+    return groups
+
+
+@functools.cache
+def cast_together():
+    """A function of a dtype and tensors: these in that dtype, and in the backward pass their gradients in the tensors' own."""
+    import torch
+
+    def cast(tensors, dtype):
+        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(results, list(tensors))
+        return tuple(results)
+
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        def forward(context, dtype, *tensors):
+            context.dtype = tensors[0].dtype
+            return cast(tensors, dtype)
+
+        @staticmethod
+        def backward(context, *gradients):
+            return None, *cast(gradients, context.dtype)
+    return Cast.apply
+
+
+def rounded_by_chance(values):
+    """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
+    smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
+    import torch
+
+    bits = values.view(torch.int32)  # bf16 is the upper half of float32
+    return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6671,6 +6639,66 @@ def ema_decay(step):
 def best_of(scores):
     """The best of them, and the earliest of equals."""
     return max(scores, key=lambda row: row["score"])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/fused: Steps within the backward pass: each gradient is used and freed as soon as it is there.
+
+
+def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
+    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
+
+    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
+    schedule need know nothing of it.
+    """
+    import torch
+
+    def step(parameter, number):
+        if accelerator and accelerator.num_processes > 1:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
+        with contextlib.ExitStack() as around:
+            if levers.offload_optimizer:
+                around.enter_context(brought(optimizer.state[parameter], parameter.device))
+            if parameter.dtype == torch.bfloat16 and not OPTIMIZERS[levers.optimizer].rounds:
+                around.enter_context(in_float32(parameter))
+            optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
+
+
+@contextlib.contextmanager
+def brought(state, device):
+    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it.
+
+    But for the count of its steps: that stays where the optimizer wants it.
+    """
+    import torch
+
+    def bring(place):
+        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value) and value.dim()})
+    bring(device)
+    yield
+    bring("cpu")
+
+
+@contextlib.contextmanager
+def in_float32(parameter):
+    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically.
+
+    The weights keep their place: if all moved with every step, they would leave memory in pieces.
+    """
+    place, gradient = parameter.data, parameter.grad.float()
+    parameter.data = place.float()  # before the gradient, whose precision must be the same
+    parameter.grad = gradient
+    yield
+    parameter.grad = None
+    parameter.data = place.copy_(rounded_by_chance(parameter.data))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6841,8 +6869,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
         module.to(device).train()
     if s.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
-    if is_bf16_throughout(s, models.family, levers, course.precision):
-        compute_in_bf16(models.denoiser, models.family.last_layers(models.denoiser))
+    compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
     if s.compile:
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
         models.denoiser.compile_repeated_blocks()
@@ -7560,7 +7587,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
         copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
             copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
-            compute_in_bf16(hollow.denoiser, models.family.last_layers(hollow.denoiser))
+        compute_as_precision_says(s, models.family, levers, plan.precision, hollow.denoiser)
         latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
