@@ -9,6 +9,7 @@ RARE = ("zwx", "xqr", "qvk", "vkz", "wjq", "jxv", "fzw", "kqx")  # words of the 
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
             "<think>\n\n</think>\n\n{% endif %}{% endif %}")
+MISTRAL_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}[{{ message.content[0].text }}]<|im_end|>{% endfor %}")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -29,11 +30,12 @@ def bpe():
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def qwen_tokenizer():
+def qwen_tokenizer(**options):
     from transformers import Qwen2Tokenizer
 
     vocabulary, merges = bpe()
-    tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+    tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=SPECIAL[0], eos_token=SPECIAL[2],
+                               **options)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:2])})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -56,10 +58,10 @@ def fill(module):
     return module
 
 
-def qwen3(tokenizer, layers=3):
+def qwen3(tokenizer, layers=3, hidden_size=32):
     from transformers import Qwen3Config, Qwen3Model
 
-    return Qwen3Model(Qwen3Config(vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+    return Qwen3Model(Qwen3Config(vocab_size=len(tokenizer) + 8, hidden_size=hidden_size, intermediate_size=48, num_hidden_layers=layers,
                                   num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024))
 
 
@@ -75,7 +77,46 @@ def z_image():
                           tokenizer=tokenizer, transformer=fill(transformer))
 
 
-TINY = {"z-image": z_image}
+def flux2_parts(text_channels, guidance_embeds):
+    """Transformer, VAE with statistics of its own, and scheduler of FLUX.2."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    vae = AutoencoderKLFlux2(block_out_channels=[16, 32], down_block_types=["DownEncoderBlock2D"] * 2, sample_size=32, latent_channels=4,
+                             up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=8)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.2, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, axes_dims_rope=[4, 4, 4, 4],
+        joint_attention_dim=3 * text_channels, timestep_guidance_channels=32, guidance_embeds=guidance_embeds)
+    return dict(vae=vae, transformer=fill(transformer),
+                scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential"))
+
+
+def flux2_klein():
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3ForCausalLM
+
+    tokenizer = qwen_tokenizer()
+    text_encoder = Qwen3ForCausalLM(qwen3(tokenizer, layers=28, hidden_size=16).config)
+    return Flux2KleinPipeline(text_encoder=text_encoder, tokenizer=tokenizer, **flux2_parts(16, guidance_embeds=False))
+
+
+def flux2_dev():
+    """With a tokenizer alone: that of pictures beside it, which needs torchvision, reads no prompt."""
+    from diffusers import Flux2Pipeline
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    tokenizer = qwen_tokenizer(padding_side="left")
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, head_dim=8)
+    config = Mistral3Config(
+        text_config=dict(model_type="mistral", vocab_size=len(tokenizer) + 8, num_hidden_layers=31, num_key_value_heads=2, **sizes),
+        vision_config=dict(model_type="pixtral", num_hidden_layers=1, image_size=32, patch_size=8, **sizes))
+    return Flux2Pipeline(text_encoder=Mistral3ForConditionalGeneration(config), tokenizer=tokenizer,
+                         **flux2_parts(16, guidance_embeds=True))
+
+
+TINY = {"z-image": z_image, "flux2-klein": flux2_klein, "flux2": flux2_dev}
 
 
 def build(family, seed=0):
