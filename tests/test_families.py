@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
+from diffusers import FluxPipeline
 from tiny_families import TINY
 
 import dreambooth_implementation as db
@@ -65,6 +66,7 @@ def spatial(models, latents):
 
 # How a pipeline's latents become [B, C, h, w], where they are not.
 SPATIAL = dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda models, latents: latents.transpose(1, 2).unflatten(2, (8, 8)))
+SPATIAL["FluxPipeline"] = lambda models, latents: models.pipeline._unpack_latents(latents, SIDE, SIDE, models.pipeline.vae_scale_factor)
 
 
 def test_encoding_and_prediction_are_the_pipelines_own(models, monkeypatch):
@@ -139,6 +141,7 @@ def drawn_exactly(pipeline, recorder, mean):
 # What a denoiser's forward returns for a true target [B, C, h, w].
 ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),)}
 ANSWERS |= dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda target: lambda *args, **options: (target.flatten(2).transpose(1, 2),))
+ANSWERS["FluxPipeline"] = lambda target: lambda *args, **options: (FluxPipeline._pack_latents(target, *target.shape),)
 
 
 def test_levels_follow_the_models_own_shift(models):

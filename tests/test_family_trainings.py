@@ -91,8 +91,11 @@ def changed(folder, source, file, **values):
 
 @pytest.mark.parametrize("family, file, values, said", [
     ("flux2-klein", "model_index.json", {"is_distilled": True}, "train black-forest-labs/FLUX.2-klein-base-4B"),
+    ("flux", "transformer/config.json", {"guidance_embeds": False}, "train black-forest-labs/FLUX.1-dev"),
     ("flux2-klein", "transformer/config.json", {"joint_attention_dim": 96}, "attends to 96 text channels"),
     ("flux2", "transformer/config.json", {"in_channels": 64}, "takes 64 channels, its VAE makes 4 x 4"),
+    ("flux", "transformer/config.json", {"pooled_projection_dim": 32}, "takes 32 channels of text_encoder, which makes 24"),
+    ("flux", "transformer/config.json", {"in_channels": 384}, "takes 384 channels"),
 ])
 def test_a_model_that_cannot_be_trained_is_refused_by_its_configs(family, file, values, said, teach, tiny_model, tmp_path, monkeypatch):
     folder = changed(tmp_path / "model", tiny_model(family), file, **values)
@@ -101,10 +104,10 @@ def test_a_model_that_cannot_be_trained_is_refused_by_its_configs(family, file, 
     assert status == 2 and said in err and len(err.splitlines()) == 1, err
 
 
-@pytest.mark.parametrize("name", ["Z-Image-Turbo", "klein-4B-distilled"])
+@pytest.mark.parametrize("name", ["Z-Image-Turbo", "flux.1-schnell", "klein-4B-distilled"])
 def test_a_name_of_a_distilled_model_is_refused(name, teach, tiny_model, tmp_path):
-    shutil.copytree(tiny_model("flux2-klein"), tmp_path / name)
-    status, _, err = teach("flux2-klein", "--model_name", tmp_path / name)
+    shutil.copytree(tiny_model("flux"), tmp_path / name)
+    status, _, err = teach("flux", "--model_name", tmp_path / name)
     assert status == 2 and f"{name}: it was distilled for few steps" in err and len(err.splitlines()) == 1
 
 
@@ -116,6 +119,8 @@ def test_a_distilled_model_still_draws(run, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("family, flags, said", [
     ("flux2-klein", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for FLUX.2 klein"),
+    ("flux", ["--method", "pivotal"], "--method pivotal: not to be had for FLUX.1 dev"),
+    ("flux", ["--train_text_encoder"], "--train_text_encoder: the text encoder of FLUX.1 dev does not train"),
     ("flux2", ["--snr_gamma", "5"], "--snr_gamma 5: for models that learnt diffusion"),
 ])
 def test_a_flag_without_meaning_is_refused(family, flags, said, teach):
@@ -123,14 +128,14 @@ def test_a_flag_without_meaning_is_refused(family, flags, said, teach):
     assert status == 2 and said in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("family", ["flux2-klein", "flux2"])
+@pytest.mark.parametrize("family", ["flux2-klein", "flux2", "flux"])
 def test_a_negative_prompt_is_refused_where_a_pipeline_takes_none(family, run, tiny_model):
     status, _, err = run("--infer", "--model_path", tiny_model(family), "--prompt", "a dog", "--negative_prompt", "rain")
     assert status == 2 and "--negative_prompt: FLUX" in err and len(err.splitlines()) == 1
 
 
 def test_a_lora_of_another_width_is_refused(tiny_model):
-    pipeline = db.load_pipeline(str(tiny_model("flux2-klein")), torch.float32)
+    pipeline = db.load_pipeline(str(tiny_model("flux")), torch.float32)
     name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
     misfit = db.family_of(pipeline).lora_misfit
     assert "takes 3072 channels, that layer here 32" in misfit(pipeline, {name: (16, 3072)})

@@ -1,6 +1,7 @@
 """Tiny pipelines with random weights of the families that learnt rectified flow."""
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -116,7 +117,47 @@ def flux2_dev():
                          **flux2_parts(16, guidance_embeds=True))
 
 
-TINY = {"z-image": z_image, "flux2-klein": flux2_klein, "flux2": flux2_dev}
+def t5_tokenizer():
+    """A tokenizer like sentencepiece's: words with their space, most frequent first, and letters."""
+    from transformers import T5Tokenizer
+
+    words = dict.fromkeys([f"▁{word}" for text in (*COMMON, *RARE) for word in text.split()])
+    letters = dict.fromkeys(["▁", *"abcdefghijklmnopqrstuvwxyz,.<>[]*-_0123456789"])
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -9.0) for letter in letters), *((word, -4.0) for word in words)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def t5(tokenizer):
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer) + 8, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=2))
+
+
+def clip():
+    """(CLIP's tokenizer, a text encoder)."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "demo" / "model", subfolder="tokenizer")
+    return tokenizer, CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+
+
+def flux():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    tokenizer, text_encoder = clip()
+    tokenizer_2 = t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=[4, 6, 6])
+    return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+                        vae=tiny_vae(latent_channels=4, shift_factor=0.1159, scaling_factor=0.3611), text_encoder=text_encoder,
+                        tokenizer=tokenizer, text_encoder_2=t5(tokenizer_2), tokenizer_2=tokenizer_2, transformer=fill(transformer))
+
+
+TINY = {"z-image": z_image, "flux2-klein": flux2_klein, "flux2": flux2_dev, "flux": flux}
 
 
 def build(family, seed=0):
