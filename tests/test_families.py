@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
+from diffusers import QwenImagePipeline
 from tiny_families import TINY
 
 import dreambooth_implementation as db
@@ -59,7 +60,18 @@ PROMPTS = ["a zwx dog on the moon", "a cat"]
 
 def spatial(models, latents):
     """A pipeline's latents [B, ...] as the program has them, [B, C, h, w]."""
-    return latents
+    return SPATIAL.get(models.family.pipelines[0], lambda models, latents: latents)(models, latents)
+
+
+# How a pipeline's latents become [B, C, h, w], where they are not.
+SPATIAL = {"QwenImagePipeline": lambda models, latents: models.pipeline._unpack_latents(
+    latents, SIDE, SIDE, models.pipeline.vae_scale_factor).squeeze(2)}
+
+
+def by_the_vae_alone(vae, pixels):
+    """What a VAE makes of pixels [1, 3, H, W]."""
+    film = pixels.unsqueeze(2) if type(vae).__name__ == "AutoencoderKLQwenImage" else pixels
+    return vae.decode(vae.encode(film).latent_dist.mode()).sample.view_as(pixels)
 
 
 def test_encoding_and_prediction_are_the_pipelines_own(models, monkeypatch):
@@ -90,7 +102,7 @@ def test_a_picture_comes_back(models, monkeypatch):
     pixels = pixels_of(picture(5, (SIDE, SIDE)))
     with torch.no_grad():
         mean, deviation = family.moments(models.vae, pixels)
-        alone = models.vae.decode(models.vae.encode(pixels).latent_dist.mode()).sample
+        alone = by_the_vae_alone(models.vae, pixels)
         told = family.encode(models, PROMPTS[:1])
     assert mean.shape[1:] == family.latent_shape(pipeline, SIDE) and deviation.shape == mean.shape
     kind, levels, noise = family.noise(db.Settings("train"), pipeline, SIDE), torch.tensor([0.3]), torch.randn(mean.shape)
@@ -132,7 +144,9 @@ def drawn_exactly(pipeline, recorder, mean):
 
 
 # What a denoiser's forward returns for a true target [B, C, h, w].
-ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),)}
+ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),),
+           "QwenImagePipeline": lambda target: lambda *args, **options: (
+               QwenImagePipeline._pack_latents(target, *target.shape),)}
 
 
 def test_levels_follow_the_models_own_shift(models):
@@ -148,7 +162,15 @@ def test_levels_follow_the_models_own_shift(models):
 
 
 def schedule_of(models, steps=8):
-    return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    """What a scheduler is given for so many steps: an even path, and mu where the pipeline tells it one. How far the path ends from
+    0 is the sampler's own."""
+    scheduler, told = models.pipeline.scheduler, {}
+    scheduler.register_to_config(shift_terminal=None)
+    set_timesteps = scheduler.set_timesteps
+    scheduler.set_timesteps = lambda *args, **options: told.update(options) or set_timesteps(*args, **options)
+    draw(models.pipeline, PROMPTS[:1], steps=steps)
+    scheduler.set_timesteps = set_timesteps
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | ({"mu": told["mu"]} if scheduler.config.use_dynamic_shifting else {})
 
 
 @pytest.mark.long
@@ -159,7 +181,7 @@ def test_it_learns_a_picture(models):
     pixels, source = pixels_of(image), torch.Generator().manual_seed(0)
     with torch.no_grad():
         mean, _ = family.moments(models.vae, pixels)
-        alone = models.vae.decode(models.vae.encode(pixels).latent_dist.mode()).sample
+        alone = by_the_vae_alone(models.vae, pixels)
         told = db.rows_of(family.encode(models, ["a zwx dog"]), torch.zeros(8, dtype=torch.long), torch.device("cpu"))
     before = psnr(draw(pipeline, ["a zwx dog"], steps=12, output_type="np").images[0], alone)
     kind = family.noise(db.Settings("train"), pipeline, SIDE)

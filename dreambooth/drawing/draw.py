@@ -35,10 +35,11 @@ def draw_batches(pipeline, jobs, size, may_halve, scale, negative_prompt, look):
     import torch
 
     threads, family = threads_that_help(pipeline.device), family_of(pipeline)
+    negative = negative_prompt or family.usual_negative
     start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
-        told = family.call_options(scale, [negative_prompt] * len(prompts) if negative_prompt else None)
+        told = family.call_options(scale, [negative] * len(prompts) if negative else None)
         try:
             pictures = called(
                 pipeline, prompt=list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told, **look,
