@@ -1,6 +1,7 @@
 """Each family against its own pipeline in diffusers: what is told, sent and predicted; that pictures come back; that it learns."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -146,7 +147,8 @@ def drawn_exactly(pipeline, recorder, mean):
 # What a denoiser's forward returns for a true target [B, C, h, w].
 ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),),
            "QwenImagePipeline": lambda target: lambda *args, **options: (
-               QwenImagePipeline._pack_latents(target, *target.shape),)}
+               QwenImagePipeline._pack_latents(target, *target.shape),),
+           "StableDiffusion3Pipeline": lambda target: lambda *args, **options: (target,)}
 
 
 def test_levels_follow_the_models_own_shift(models):
@@ -167,7 +169,12 @@ def schedule_of(models, steps=8):
     scheduler, told = models.pipeline.scheduler, {}
     scheduler.register_to_config(shift_terminal=None)
     set_timesteps = scheduler.set_timesteps
-    scheduler.set_timesteps = lambda *args, **options: told.update(options) or set_timesteps(*args, **options)
+
+    @functools.wraps(set_timesteps)
+    def recorded(*args, **options):
+        told.update(options)
+        return set_timesteps(*args, **options)
+    scheduler.set_timesteps = recorded
     draw(models.pipeline, PROMPTS[:1], steps=steps)
     scheduler.set_timesteps = set_timesteps
     return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | ({"mu": told["mu"]} if scheduler.config.use_dynamic_shifting else {})

@@ -82,6 +82,9 @@ def qwen_image():
     tokenizer = qwen_tokenizer()
     vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
                                  latents_mean=[0.1, -0.2, 0.3, 0], latents_std=[0.5, 0.4, 0.6, 0.7])
+    with torch.no_grad():  # else what it makes of one picture and of another is nearly the same
+        for name, parameter in vae.named_parameters():
+            parameter *= 0 if name.endswith("bias") else 4 if name == "encoder.conv_out.weight" else 3 if name == "decoder.conv_out.weight" else 1
     text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=dict(vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=2, max_position_embeddings=2048,
@@ -94,7 +97,52 @@ def qwen_image():
     return QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=fill(transformer))
 
 
-TINY = {"z-image": z_image, "qwen-image": qwen_image}
+def t5_tokenizer():
+    """A unigram vocabulary like T5's: pieces of words that follow a space, the frequent first; rare words are its last tokens."""
+    from transformers import T5Tokenizer
+
+    words = list(dict.fromkeys(" ".join(COMMON).split()))
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [f"\u2581{word}" for word in words] + ["\u2581", *letters, *"<>_-.,\"0123456789"]
+    pieces += [f"\u2581{a}{b}" for a in letters for b in letters][:200] + [f"\u2581{word}" for word in RARE]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=special + [(piece, -3.0 - i / 100) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def clip(**options):
+    """(CLIP's tokenizer, a text encoder with a projection)."""
+    from conftest import REPOSITORY
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer")
+    return tokenizer, CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=16,
+        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **options))
+
+
+def stable_diffusion_3(with_t5=True, **options):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel
+
+    (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = clip(hidden_size=32), clip(hidden_size=24)
+    tokenizer_3 = t5_tokenizer() if with_t5 else None
+    text_encoder_3 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_3), d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+                                    ) if with_t5 else None
+    transformer = SD3Transformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
+        caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=32, **options)
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(latent_channels=4, shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3, transformer=fill(transformer))
+
+
+def stable_diffusion_35_without_t5():
+    return stable_diffusion_3(with_t5=False, dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+TINY = {"z-image": z_image, "qwen-image": qwen_image, "sd3": stable_diffusion_3, "sd3.5-without-t5": stable_diffusion_35_without_t5}
 
 
 def build(family, seed=0):

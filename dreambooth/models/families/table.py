@@ -3,12 +3,14 @@
 from dreambooth.base import default
 from dreambooth.models.families.qwen_image import QwenImage
 from dreambooth.models.families.stable_diffusion import SmallStableDiffusion, StableDiffusion, StableDiffusionXL
+from dreambooth.models.families.stable_diffusion_3 import StableDiffusion3, StableDiffusion35
 from dreambooth.models.families.z_image import SmallZImage, ZImage
 
 FAMILIES = (  # of those that fit, the first
     StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(),
     ZImage(), SmallZImage(),
     QwenImage(),
+    StableDiffusion3(), StableDiffusion35(),
 )
 PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES for kind in family.pipelines))
 
