@@ -2885,6 +2885,7 @@ class Family:
     guidance = 1.0
     class_guidance = 1.0
     takes_negatives = True  # negative prompts
+    usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
@@ -3308,6 +3309,9 @@ class Flux2Dev(Flux2Klein):
     kind = "FLUX.2 dev"
     base_of_distilled = "black-forest-labs/FLUX.2-dev"
 
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"]}
+
     def templated(self, pipeline, prompt):
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
@@ -3325,6 +3329,111 @@ def grid_places(counts, pictures):
 def text_channels(config):
     """How many channels a text encoder's layers have; Mistral's config has them beside those of its pictures. None if unsaid."""
     return (config.get("text_config") or config).get("hidden_size")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/qwen_image: Qwen-Image (Alibaba, Apache-2.0): two streams of tokens, told by Qwen2.5-VL's last layer under a template of its own.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' QwenImagePipeline.
+
+
+ATTENTION_OF_QWEN = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION_OF_QWEN = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD_OF_QWEN = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+class QwenImage(Family):
+    """Qwen-Image, 20 thousand million weights."""
+
+    name = "qwen-image"
+    pipelines = ("QwenImagePipeline",)
+    kind = "Qwen-Image"
+    guidance = class_guidance = 4.0
+    usual_negative = " "  # without a negative prompt it would not be guided; this is what its makers draw with
+    # The pictures' attention alone, as others train it; then the text's, too.
+    lora_targets = {"attention": [*ATTENTION_OF_QWEN],
+                    "attention+ff": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN],
+                    "all": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN, "img_mod.1", "txt_mod.1"]}
+    # diffusers' example trains a LoRA of 500 steps at 2e-4; the rate of full training is other trainers'. Neither was measured here.
+    recipes = {"lora": Recipe(500, 2e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "Qwen/Qwen-Image"
+
+    def misfit(self, index, configs):
+        transformer, vae, text = configs["transformer"], configs["vae"], configs["text_encoder"]
+        if transformer.get("guidance_embeds") or transformer.get("use_additional_t_cond"):
+            return "its transformer wants more than a prompt (a model that edits pictures or was distilled?); give Qwen/Qwen-Image"
+        takes, makes = transformer.get("in_channels", 64), 4 * vae.get("z_dim", 16)
+        if takes != makes:
+            return f"its transformer takes {takes} channels, its VAE makes {makes} of four latents; the parts are of different models"
+        takes, makes = transformer.get("joint_attention_dim", 3584), text_width(text)
+        if takes != makes:
+            return (f"its transformer attends to {takes} text channels, but its text encoder makes {makes}; the parts are of different "
+                    f"models")
+        return ""
+
+    def own_size(self, pipeline):
+        return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
+
+    def latent_shape(self, pipeline, side):
+        return (pipeline.vae.config.z_dim, *[side // self.latent_scale(pipeline)] * 2)
+
+    def moments(self, vae, pixels):
+        """Of a film of one picture, and each channel by its own mean and deviation."""
+        import torch
+
+        distribution = vae.encode(pixels.unsqueeze(2)).latent_dist
+        mean, deviation = (torch.tensor(numbers).view(1, -1, 1, 1).to(pixels) for numbers in (vae.config.latents_mean, vae.config.latents_std))
+        return (distribution.mean.squeeze(2) - mean) / deviation, distribution.std.squeeze(2) / deviation
+
+    def encode(self, models, prompts):
+        """{"hidden": a list of P tensors [tokens, channels]}: what the template puts before the prompt is dropped."""
+        device = next(models.text_encoders[0].parameters()).device
+        hidden, mask = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
+        counts = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
+        return {"hidden": [row[:count] for row, count in zip(hidden, counts)]}
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        height, width = (side // 2 for side in noisy.shape[-2:])
+        hidden, mask = padded(conditioning["hidden"])
+        predicted = models.denoiser(
+            hidden_states=packed(noisy), timestep=levels, encoder_hidden_states_mask=mask, encoder_hidden_states=hidden,
+            img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
+        return unpacked(predicted, height, width)
+
+    def book_options(self, told, against):
+        (hidden, mask), (other, other_mask) = padded(told["hidden"]), padded(against["hidden"])
+        return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": other,
+                "negative_prompt_embeds_mask": other_mask}
+
+    def call_options(self, scale, negatives):
+        guides = scale > 1 and negatives
+        return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
+
+
+def text_width(config):
+    """Channels of Qwen2.5-VL's text, which older configs have beside those of the pictures."""
+    return (config.get("text_config") or config).get("hidden_size")
+
+
+def packed(latents):
+    """Latents [B, C, 2h, 2w] as tokens [B, h w, 4C]: squares of four, channel by channel."""
+    return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens, height, width):
+    """The latents [B, C, 2h, 2w] that packed() made tokens of."""
+    return tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def padded(hidden):
+    """(Embeddings [B, tokens, channels] of a list, with zeros at their ends, mask [B, tokens] or None where all are of one length)."""
+    import torch
+
+    counts = [len(row) for row in hidden]
+    rows = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+    if len(set(counts)) == 1:
+        return rows, None
+    return rows, (torch.arange(rows.shape[1]) < torch.tensor(counts)[:, None]).long().to(rows.device)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3546,7 +3655,9 @@ class SmallStableDiffusion(StableDiffusion):
 
 
 def settle_clip(tokenizer, text_encoder):
-    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut."""
+    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut; where it is there yet."""
+    if text_encoder is None:
+        return
     # Without a config of its own a tokenizer would not know that, and the text encoder has no more places.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     # Older configs name another id, and then the highest one is taken for the end of the text: with words added to the
@@ -3890,12 +4001,151 @@ class Flux(Family):
             return_dict=False)[0]
         return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
 
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"]}
+
 
 def picture_places(height, width):
     """Numbers [tokens, 3] of the places in a picture: nothing, row, column."""
     import torch
 
     return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/stable_diffusion_3: Stable Diffusion 3 and 3.5 (Stability AI, gated): two streams of tokens, told by two CLIPs and, where it is there, T5.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' StableDiffusion3Pipeline.
+
+
+ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+                    "attn.to_add_out")
+FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+OTHERS_OF_SD3 = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "norm1.linear", "norm1_context.linear")
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3, 2 thousand million weights."""
+
+    name = "stable-diffusion-3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    kind = "Stable Diffusion 3"
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    word_encoders = ("text_encoder", "text_encoder_2")
+    trains_text = True
+    guidance = class_guidance = 7.0
+    lora_targets = {"attention": [*ATTENTION_OF_SD3], "attention+ff": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3],
+                    "all": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3, *OTHERS_OF_SD3]}
+    # diffusers' example trains a LoRA of 500 steps at 4e-4; the text's rate and the words' are those of Stable Diffusion XL, the rate of
+    # full training is other trainers'. None was measured here.
+    recipes = {"lora": Recipe(500, 4e-4, 4e-4, 5e-5), "full": Recipe(500, 1e-5, 1e-5, 1e-6),
+               "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 4e-4, 4e-4, 5e-5, 3e-4)}
+    prompt_tokens = 256  # that T5 reads
+    base_of_distilled = "stabilityai/stable-diffusion-3.5-large"
+
+    def fits(self, config):
+        return not config.get("qk_norm")
+
+    def misfit(self, index, configs):
+        transformer, latents = configs["transformer"], configs["vae"].get("latent_channels", 4)
+        if transformer.get("in_channels", 16) != latents:
+            return (f"its transformer takes {transformer.get('in_channels', 16)} channels, its VAE makes {latents}; give a text-to-image "
+                    f"model of one make")
+        clips = [configs[part] for part in self.word_encoders]
+        takes, makes = transformer.get("pooled_projection_dim", 2048), [clip.get("projection_dim", 512) for clip in clips]
+        if takes != sum(makes):
+            return (f"its transformer is told {takes} numbers of a whole prompt, but its text encoders make "
+                    f"{' + '.join(map(str, makes))}; the parts are of different models")
+        takes = transformer.get("joint_attention_dim", 4096)
+        if "text_encoder_3" in configs and (makes := configs["text_encoder_3"].get("d_model")) != takes:
+            return f"its transformer attends to {takes} text channels, but its T5 makes {makes}; the parts are of different models"
+        return ""
+
+    def check_flags(self, s):
+        super().check_flags(s)
+        if s.num_vectors > 1:
+            raise UserError(f"--num_vectors {s.num_vectors}: {self.kind}'s pipeline reads a new word as one vector; leave it out")
+
+    def check_side(self, pipeline, side, flag):
+        super().check_side(pipeline, side, flag)
+        largest = pipeline.transformer.config.pos_embed_max_size * self.multiple(pipeline)
+        if side > largest:
+            raise UserError(f"{flag} {side}: {pipeline.name_or_path} knows places in pictures of up to {largest} px; give less")
+
+    def make_ready(self, pipeline):
+        for part in self.word_encoders:
+            settle_clip(tokenizer_of(pipeline, part), pipeline.components.get(part))
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+
+    def own_size(self, pipeline):
+        return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
+
+    def multiple(self, pipeline):
+        return pipeline.patch_size * self.latent_scale(pipeline)
+
+    def moments(self, vae, pixels):
+        distribution, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
+        return (distribution.mean - (vae.config.shift_factor or 0)) * scale, distribution.std * scale
+
+    def encode(self, models, prompts):
+        """{"hidden": [P, tokens, channels], "pooled": [P, channels]}: both CLIPs' last but one layers beside each other, padded to the
+        width of T5's, which follow; zeros stand for a T5 that is not there."""
+        import torch
+
+        told = [clip_told(models.pipeline, tokenizer, clip, prompts) for tokenizer, clip in models.readers]
+        clips, pooled = (torch.cat(each, dim=-1) for each in zip(*told))
+        t5 = self.t5_told(models, prompts, clips)
+        return {"hidden": torch.cat([torch.nn.functional.pad(clips, (0, t5.shape[-1] - clips.shape[-1])), t5], dim=1), "pooled": pooled}
+
+    def t5_told(self, models, prompts, like):
+        """T5's last layer [P, tokens, channels]."""
+        if len(models.text_encoders) <= len(models.readers):
+            return like.new_zeros(len(like), self.prompt_tokens, models.denoiser.config.joint_attention_dim)
+        ids = models.tokenizers[-1](list(prompts), padding="max_length", max_length=self.prompt_tokens, truncation=True,
+                                    return_tensors="pt").input_ids
+        return models.text_encoders[-1](moved(ids, like.device))[0]
+
+    def summaries(self, models, prompts):
+        return self.encode(models, prompts)["pooled"]
+
+    def prompt_length(self, pipeline, prompt):
+        if pipeline.text_encoder_3 is not None:
+            return len(pipeline.tokenizer_3(prompt).input_ids), self.prompt_tokens
+        return len(pipeline.tokenizer(prompt).input_ids), pipeline.tokenizer_max_length
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        return models.denoiser(hidden_states=noisy, timestep=1000 * levels, encoder_hidden_states=conditioning["hidden"],
+                               pooled_projections=conditioning["pooled"], return_dict=False)[0]
+
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"], "pooled_prompt_embeds": told["pooled"],
+                "negative_pooled_prompt_embeds": against["pooled"]}
+
+    def text_parameters(self, models):
+        return [parameter for _, clip in models.readers for parameter in clip.parameters()]
+
+    def text_layers(self, models, text_encoder):
+        """All: the pooled embedding comes out of the last."""
+        return text_encoder.config.num_hidden_layers
+
+
+class StableDiffusion35(StableDiffusion3):
+    """Stable Diffusion 3.5 medium and large, 2.5 and 8 thousand million weights."""
+
+    name = "stable-diffusion-3.5"
+    kind = "Stable Diffusion 3.5"
+    guidance = class_guidance = 4.5
+
+    def fits(self, config):
+        return True
+
+
+def clip_told(pipeline, tokenizer, clip, prompts):
+    """(The last but one layer [P, tokens, channels], pooled [P, channels]) of one of the CLIPs."""
+    ids = tokenizer(list(prompts), padding="max_length", max_length=pipeline.tokenizer_max_length, truncation=True,
+                    return_tensors="pt").input_ids
+    out = clip(moved(ids, next(clip.parameters()).device), output_hidden_states=True)
+    return out.hidden_states[-2], out[0]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4143,6 +4393,8 @@ FAMILIES = (  # of those that fit, the first
     ZImage(), SmallZImage(),
     Flux2Klein(), Flux2Dev(),
     Flux(),
+    QwenImage(),
+    StableDiffusion3(), StableDiffusion35(),
 )
 PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES for kind in family.pipelines))
 
@@ -4523,8 +4775,9 @@ def load_folder(name, flag, dtypes, parts, variant=None):
               for part, variant in variants.items() if part not in parts}
     if variant is None:
         say_variants(name, variants)
+    absent = {part: None for part in PARTS if part in index and part not in parts_of(index)}  # such as Stable Diffusion 3's T5
     pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+        str(folder), **loaded, **parts, **absent, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
         local_files_only=True)
     pipeline.register_to_config(_name_or_path=name)
     return pipeline
@@ -4720,6 +4973,7 @@ class PromptBook:
         for part in self.shelf.texts:
             if models.pipeline.components.get(part) is None:
                 models.pipeline.register_modules(**{part: self.shelf.read(part, self.dtype)})
+        models.family.make_ready(models.pipeline)
         models.text_encoders[:] = text_encoders_of(models.pipeline).values()
         self.weights = sum(text_encoder.num_parameters() for text_encoder in models.text_encoders)
 
@@ -4813,7 +5067,7 @@ def full_denoiser(s, models, subjects, recipe):
 
 def full_text_encoder(s, models, subjects, recipe):
     """Every layer of the text encoders that the denoiser reads."""
-    return ParameterGroup("text_encoder", models.text_encoders, models.family.text_parameters(models),
+    return ParameterGroup("text_encoder", [text_encoder for _, text_encoder in models.readers], models.family.text_parameters(models),
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
@@ -4844,10 +5098,11 @@ def denoiser_lora(s, models, subjects, recipe):
 
 def text_encoder_lora(s, models, subjects, recipe):
     """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
-    parameters = [parameter for text_encoder in models.text_encoders for parameter in add_lora(
+    text_encoders = [text_encoder for _, text_encoder in models.readers]
+    parameters = [parameter for text_encoder in text_encoders for parameter in add_lora(
         s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
         layers_to_transform=list(range(models.family.text_layers(models, text_encoder))), layers_pattern="layers")]
-    return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
+    return ParameterGroup("text_encoder_lora", text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
@@ -5069,11 +5324,12 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
 def prompts_given(pipeline, models, scale, negative_prompt):
     """A function from prompts to what a pipeline's call is given of them and of the guidance."""
     family, book = family_of(pipeline), models and models.book
+    negative = negative_prompt or family.usual_negative
 
     def told(prompts):
-        negatives = [negative_prompt] * len(prompts)
+        negatives = [negative] * len(prompts)
         if not book:
-            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative_prompt else None)
+            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative else None)
         device = pipeline._execution_device
         rows = (book.rows(models, texts, device) for texts in (prompts, negatives))
         return family.call_options(scale, None) | family.book_options(*rows)
@@ -8910,7 +9166,7 @@ def prepare(s, name, concepts, plan, accelerator):
 
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     if late:
-        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects)}), plan.device)
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects), models.family.usual_negative}), plan.device)
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):

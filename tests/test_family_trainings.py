@@ -25,7 +25,7 @@ def teach(run, tiny_model, tmp_path):
 
     def call(family, *flags):
         return run("--train", "--model_name", tiny_model(family), "--instance_data_dir", "photo", *FLAGS, "--steps", 3, "--learning_rate",
-                   "1e-2", *flags)
+                   "5e-2", *flags)
 
     return call
 
@@ -55,7 +55,7 @@ def test_plain_diffusers_draws_what_was_trained_as_the_program_does(family, meth
     if method == "lora":
         pipeline.load_lora_weights("output")
     drawn = drawn_by_diffusers(pipeline, guided)
-    assert far_apart(drawn, by_program) <= 1 < far_apart(drawn, before)
+    assert far_apart(drawn, by_program) <= 2 < far_apart(drawn, before)
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -12,6 +12,7 @@ from training_runs import assert_same_weights, interrupt
 
 import dreambooth_implementation as db
 
+SMALL = ["--class_prompt", "a dog", "--resolution", 32, "--num_class_images", 2, "--num_inference_steps", 2]
 PROMPTS = ["a zwx dog on the moon", "a cat"]
 
 
@@ -84,8 +85,7 @@ def test_the_record_tells_the_weights_wherever_they_lie(request, model, tmp_path
 def test_an_output_is_whole_for_plain_diffusers(method, model, photos, run, tmp_path):
     from diffusers import DiffusionPipeline
 
-    status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, "--class_prompt", "a dog", "--steps", 2,
-                         "--num_class_images", 1, "--num_inference_steps", 2, "--method", method)
+    status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, *SMALL, "--steps", 2, "--method", method)
     assert status == 0, err
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "output" if method == "full" else model)
     if method == "lora":
@@ -96,8 +96,8 @@ def test_an_output_is_whole_for_plain_diffusers(method, model, photos, run, tmp_
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(model, photos, run, tmp_path, monkeypatch):
     """To the bit, on one thread."""
-    flags = ["--train", "--model_name", model, "--instance_data_dir", photos, "--class_prompt", "a dog", "--steps", 5, "--method", "lora",
-             "--num_class_images", 2, "--num_inference_steps", 2, "--learning_rate", "1e-2", "--random_flip"]
+    flags = ["--train", "--model_name", model, "--instance_data_dir", photos, *SMALL, "--steps", 5, "--method", "lora",
+             "--learning_rate", "1e-2", "--random_flip"]
     assert run(*flags, "--output_dir", "whole")[0] == 0
     undo = interrupt(monkeypatch, 2, signal.SIGTERM)
     assert run(*flags)[0] == 128 + signal.SIGTERM

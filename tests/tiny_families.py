@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 
 COMMON = ("a dog on the moon", "a photo of a cat in the snow", "the red house under a tree", "user assistant system think")
@@ -118,13 +119,15 @@ def flux2_dev():
 
 
 def t5_tokenizer():
-    """A tokenizer like sentencepiece's: words with their space, most frequent first, and letters."""
+    """A unigram vocabulary like T5's: pieces of words that follow a space, the frequent first; rare words are its last tokens."""
     from transformers import T5Tokenizer
 
-    words = dict.fromkeys([f"▁{word}" for text in (*COMMON, *RARE) for word in text.split()])
-    letters = dict.fromkeys(["▁", *"abcdefghijklmnopqrstuvwxyz,.<>[]*-_0123456789"])
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -9.0) for letter in letters), *((word, -4.0) for word in words)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0)
+    words = list(dict.fromkeys(" ".join(COMMON).split()))
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [f"\u2581{word}" for word in words] + ["\u2581", *letters, *"<>_-.,\"0123456789"]
+    pieces += [f"\u2581{a}{b}" for a in letters for b in letters][:200] + [f"\u2581{word}" for word in RARE]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=special + [(piece, -3.0 - i / 100) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
 def t5(tokenizer):
@@ -157,10 +160,86 @@ def flux():
                         tokenizer=tokenizer, text_encoder_2=t5(tokenizer_2), tokenizer_2=tokenizer_2, transformer=fill(transformer))
 
 
-TINY = {"z-image": z_image, "flux2-klein": flux2_klein, "flux2": flux2_dev, "flux": flux}
+def qwen_image():
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = qwen_tokenizer()
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+                                 latents_mean=[0.1, -0.2, 0.3, 0], latents_std=[0.5, 0.4, 0.6, 0.7])
+    with torch.no_grad():  # else what it makes of one picture and of another is nearly the same
+        for name, parameter in vae.named_parameters():
+            parameter *= 0 if name.endswith("bias") else 4 if name == "encoder.conv_out.weight" else 3 if name == "decoder.conv_out.weight" else 1
+    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=2, max_position_embeddings=2048,
+                         rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[0])))
+    transformer = QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+                                              joint_attention_dim=32, axes_dims_rope=[4, 6, 6])
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
+                                                shift_terminal=0.02)
+    return QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=fill(transformer))
+
+
+def clip_with_projection(**options):
+    """(CLIP's tokenizer, a text encoder with a projection)."""
+    from conftest import REPOSITORY
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer")
+    return tokenizer, CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=16,
+        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **options))
+
+
+def stable_diffusion_3(with_t5=True, **options):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel
+
+    (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = clip_with_projection(hidden_size=32), clip_with_projection(hidden_size=24)
+    tokenizer_3 = t5_tokenizer() if with_t5 else None
+    text_encoder_3 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_3), d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+                                    ) if with_t5 else None
+    transformer = SD3Transformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
+        caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=32, **options)
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(latent_channels=4, shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3, transformer=fill(transformer))
+
+
+def stable_diffusion_35_without_t5():
+    return stable_diffusion_3(with_t5=False, dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+TINY = {"z-image": z_image, "flux2-klein": flux2_klein, "flux2": flux2_dev, "flux": flux, "qwen-image": qwen_image,
+        "sd3": stable_diffusion_3, "sd3.5-without-t5": stable_diffusion_35_without_t5}
 
 
 def build(family, seed=0):
-    """A pipeline of this family, 32 px."""
+    """A pipeline of this family, 32 px, whose VAE's latents of a picture are as large as noise, as those of trained ones are."""
     torch.manual_seed(seed)
-    return TINY[family]()
+    pipeline = TINY[family]()
+    if type(pipeline.vae).__name__ != "AutoencoderKLQwenImage":
+        calibrate(pipeline.vae)
+    return pipeline
+
+
+def calibrate(vae):
+    """Have mean and deviation of a picture's latents be 0 and 1, by what the VAE has for that."""
+    from conftest import picture
+    from PIL import Image
+
+    image = picture(5, (32, 32)).resize((4, 4)).resize((32, 32), Image.Resampling.NEAREST)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mode()
+    if hasattr(vae, "bn"):
+        channels = torch.nn.functional.pixel_unshuffle(latents, 2)
+        vae.bn.running_mean.copy_(channels.mean((0, 2, 3)))
+        vae.bn.running_var.copy_(channels.var((0, 2, 3)))
+    else:
+        vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())

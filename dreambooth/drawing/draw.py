@@ -64,11 +64,12 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
 def prompts_given(pipeline, models, scale, negative_prompt):
     """A function from prompts to what a pipeline's call is given of them and of the guidance."""
     family, book = family_of(pipeline), models and models.book
+    negative = negative_prompt or family.usual_negative
 
     def told(prompts):
-        negatives = [negative_prompt] * len(prompts)
+        negatives = [negative] * len(prompts)
         if not book:
-            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative_prompt else None)
+            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative else None)
         device = pipeline._execution_device
         rows = (book.rows(models, texts, device) for texts in (prompts, negatives))
         return family.call_options(scale, None) | family.book_options(*rows)

@@ -24,10 +24,11 @@ def denoiser_lora(s, models, subjects, recipe):
 
 def text_encoder_lora(s, models, subjects, recipe):
     """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
-    parameters = [parameter for text_encoder in models.text_encoders for parameter in add_lora(
+    text_encoders = [text_encoder for _, text_encoder in models.readers]
+    parameters = [parameter for text_encoder in text_encoders for parameter in add_lora(
         s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
         layers_to_transform=list(range(models.family.text_layers(models, text_encoder))), layers_pattern="layers")]
-    return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
+    return ParameterGroup("text_encoder_lora", text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 

@@ -134,6 +134,7 @@ class PromptBook:
         for part in self.shelf.texts:
             if models.pipeline.components.get(part) is None:
                 models.pipeline.register_modules(**{part: self.shelf.read(part, self.dtype)})
+        models.family.make_ready(models.pipeline)
         models.text_encoders[:] = text_encoders_of(models.pipeline).values()
         self.weights = sum(text_encoder.num_parameters() for text_encoder in models.text_encoders)
 

@@ -16,7 +16,7 @@ from dreambooth.models.families.known import family_of
 from dreambooth.models.fits import check_fit, say_if_distilled
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import hub_folder
-from dreambooth.models.inventory import DENOISERS, WEIGHTS, check_folder, choose_variant, files_in, parts_of
+from dreambooth.models.inventory import DENOISERS, PARTS, WEIGHTS, check_folder, choose_variant, files_in, parts_of
 from dreambooth.models.parts import sample_weights, take_apart
 
 
@@ -61,8 +61,9 @@ def load_folder(name, flag, dtypes, parts, variant=None):
               for part, variant in variants.items() if part not in parts}
     if variant is None:
         say_variants(name, variants)
+    absent = {part: None for part in PARTS if part in index and part not in parts_of(index)}  # such as Stable Diffusion 3's T5
     pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+        str(folder), **loaded, **parts, **absent, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
         local_files_only=True)
     pipeline.register_to_config(_name_or_path=name)
     return pipeline

@@ -61,6 +61,7 @@ class Family:
     guidance = 1.0
     class_guidance = 1.0
     takes_negatives = True  # negative prompts
+    usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}

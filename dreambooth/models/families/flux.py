@@ -83,6 +83,9 @@ class Flux(Family):
             return_dict=False)[0]
         return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
 
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"]}
+
 
 def picture_places(height, width):
     """Numbers [tokens, 3] of the places in a picture: nothing, row, column."""

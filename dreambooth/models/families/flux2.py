@@ -112,6 +112,9 @@ class Flux2Dev(Flux2Klein):
     kind = "FLUX.2 dev"
     base_of_distilled = "black-forest-labs/FLUX.2-dev"
 
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"]}
+
     def templated(self, pipeline, prompt):
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 

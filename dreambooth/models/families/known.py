@@ -3,7 +3,9 @@
 from dreambooth.base import default
 from dreambooth.models.families.flux import Flux
 from dreambooth.models.families.flux2 import Flux2Dev, Flux2Klein
+from dreambooth.models.families.qwen_image import QwenImage
 from dreambooth.models.families.stable_diffusion import SmallStableDiffusion, StableDiffusion, StableDiffusionXL
+from dreambooth.models.families.stable_diffusion_3 import StableDiffusion3, StableDiffusion35
 from dreambooth.models.families.z_image import SmallZImage, ZImage
 
 FAMILIES = (  # of those that fit, the first
@@ -11,6 +13,8 @@ FAMILIES = (  # of those that fit, the first
     ZImage(), SmallZImage(),
     Flux2Klein(), Flux2Dev(),
     Flux(),
+    QwenImage(),
+    StableDiffusion3(), StableDiffusion35(),
 )
 PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES for kind in family.pipelines))
 

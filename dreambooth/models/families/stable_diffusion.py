@@ -223,7 +223,9 @@ class SmallStableDiffusion(StableDiffusion):
 
 
 def settle_clip(tokenizer, text_encoder):
-    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut."""
+    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut; where it is there yet."""
+    if text_encoder is None:
+        return
     # Without a config of its own a tokenizer would not know that, and the text encoder has no more places.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     # Older configs name another id, and then the highest one is taken for the end of the text: with words added to the
