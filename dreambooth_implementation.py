@@ -2783,8 +2783,9 @@ def text_encoders_of(pipeline):
 
 
 def tokenizer_of(pipeline, part):
-    """The tokenizer of the text encoder of this name."""
-    return pipeline.components[part.replace("text_encoder", "tokenizer")]
+    """The tokenizer of the text encoder of this name; of a processor of text and pictures, the one within."""
+    found = pipeline.components[part.replace("text_encoder", "tokenizer")]
+    return getattr(found, "tokenizer", found)
 
 
 def moments_of(vae, pixels):
@@ -2819,6 +2820,7 @@ class Family:
     recipes = {}  # {method: Recipe}
     guidance = 1.0
     class_guidance = 1.0
+    takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
@@ -2836,6 +2838,15 @@ class Family:
     def misfit(self, index, configs):
         """What does not fit between a pipeline's parts, with a remedy, as a phrase; "" if all does."""
         return ""
+
+    def distilled(self, index, config):
+        """Whether a model_index.json and the denoiser's config, each {} where it is not there yet, say that it was distilled."""
+        return False
+
+    def check_drawn(self, s):
+        """UserError for flags that have no meaning where this family draws."""
+        if s.negative_prompt and not self.takes_negatives:
+            raise UserError(f"--negative_prompt: {self.kind} takes none; leave it out, and say in --prompt what is to be seen instead")
 
     def check_flags(self, s):
         """UserError for flags that have no meaning in this family."""
@@ -2939,8 +2950,15 @@ class Family:
 
     def lora_misfit(self, pipeline, shapes):
         """Why a LoRA of tensors {name: shape} is not for this pipeline, as a phrase; "" if nothing is known against it."""
-        found = next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None)
-        return f"it is for a Stable Diffusion model with a UNet ({found})" if found else ""
+        if found := next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None):
+            return f"it is for a Stable Diffusion model with a UNet ({found})"
+        layers = dict(self.denoiser_of(pipeline).named_modules())
+        for name, shape in sorted(shapes.items()):
+            layer = layers.get(re.sub(rf"^(base_model\.model\.)?({self.denoiser}\.)?|\.{LORA_LAYER}", "", name))
+            takes = getattr(layer, "in_features", None)
+            if takes and re.search(LORA_LAYER, name) and shape[1] != takes:
+                return f"its {name} takes {shape[1]} channels, that layer here {takes}; it is for another model of this kind"
+        return ""
 
     # ---- the text encoders, where they train
 
@@ -3114,103 +3132,132 @@ def kind_of_folder(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/families/qwen_image: Qwen-Image (Alibaba, Apache-2.0): two streams of tokens, told by Qwen2.5-VL's last layer under a template of its own.
+# models/families/flux2: FLUX.2 (Black Forest Labs): klein, told by three layers of Qwen3, and dev, told by three of Mistral's.
 #
-# What is sent to the transformer, and with which sign, is as in diffusers' QwenImagePipeline.
+# What is sent to the transformer, and with which sign, is as in diffusers' Flux2KleinPipeline and Flux2Pipeline.
 
 
-ATTENTION_OF_QWEN = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT_ATTENTION_OF_QWEN = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-FEED_FORWARD_OF_QWEN = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+ATTENTION_OF_FLUX2 = r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out"
+REST_OF_FLUX2 = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
+SHARED_OF_FLUX2 = r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear"
 
 
-class QwenImage(Family):
-    """Qwen-Image, 20 thousand million weights."""
+class Flux2Klein(Family):
+    """FLUX.2 klein base, 4 and 9 thousand million weights."""
 
-    name = "qwen-image"
-    pipelines = ("QwenImagePipeline",)
-    kind = "Qwen-Image"
+    name = "flux2-klein"
+    pipelines = ("Flux2KleinPipeline",)
+    kind = "FLUX.2 klein"
     guidance = class_guidance = 4.0
-    usual_negative = " "  # without a negative prompt it would not be guided; this is what its makers draw with
-    # The pictures' attention alone, as others train it; then the text's, too.
-    lora_targets = {"attention": [*ATTENTION_OF_QWEN],
-                    "attention+ff": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN],
-                    "all": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN, "img_mod.1", "txt_mod.1"]}
-    # diffusers' example trains a LoRA of 500 steps at 2e-4; the rate of full training is other trainers'. Neither was measured here.
-    recipes = {"lora": Recipe(500, 2e-4), "full": Recipe(500, 1e-5)}
-    base_of_distilled = "Qwen/Qwen-Image"
+    takes_negatives = False
+    lora_targets = {"attention": ATTENTION_OF_FLUX2, "attention+ff": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}",
+                    "all": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}|{SHARED_OF_FLUX2}"}
+    # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
+    recipes = {"lora": Recipe(500, 1e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "black-forest-labs/FLUX.2-klein-base-4B or -9B"
+    usual_steps = 30  # of drawing; the shift depends on their number
+
+    def distilled(self, index, config):
+        return bool(index.get("is_distilled"))
 
     def misfit(self, index, configs):
-        transformer, vae, text = configs["transformer"], configs["vae"], configs["text_encoder"]
-        if transformer.get("guidance_embeds") or transformer.get("use_additional_t_cond"):
-            return "its transformer wants more than a prompt (a model that edits pictures or was distilled?); give Qwen/Qwen-Image"
-        takes, makes = transformer.get("in_channels", 64), 4 * vae.get("z_dim", 16)
-        if takes != makes:
-            return f"its transformer takes {takes} channels, its VAE makes {makes} of four latents; the parts are of different models"
-        takes, makes = transformer.get("joint_attention_dim", 3584), text_width(text)
-        if takes != makes:
-            return (f"its transformer attends to {takes} text channels, but its text encoder makes {makes}; the parts are of different "
-                    f"models")
+        transformer, latents = configs["transformer"], configs["vae"].get("latent_channels", 32)
+        if transformer.get("in_channels", 128) != 4 * latents:
+            return (f"its transformer takes {transformer.get('in_channels', 128)} channels, its VAE makes 4 x {latents}; the parts are of "
+                    f"different models")
+        takes, makes = transformer.get("joint_attention_dim", 15360), text_channels(configs["text_encoder"])
+        if makes and takes != 3 * makes:
+            return (f"its transformer attends to {takes} text channels, but three layers of its text encoder make 3 x {makes}; the parts "
+                    f"are of different models")
         return ""
 
-    def own_size(self, pipeline):
-        return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
+    def latent_scale(self, pipeline):
+        return 2 * pipeline.vae_scale_factor
 
-    def latent_shape(self, pipeline, side):
-        return (pipeline.vae.config.z_dim, *[side // self.latent_scale(pipeline)] * 2)
+    def multiple(self, pipeline):
+        return self.latent_scale(pipeline)
+
+    def usual_shift(self, pipeline, side):
+        """As the pipeline has it for so many tokens and steps."""
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        config = pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return super().usual_shift(pipeline, side)
+        return shift_of(config, compute_empirical_mu(self.tokens(pipeline, side), self.usual_steps))
 
     def moments(self, vae, pixels):
-        """Of a film of one picture, and each channel by its own mean and deviation."""
+        """Of 2 x 2 latents as channels, each by its own mean and deviation over many pictures (the VAE's BatchNorm)."""
         import torch
 
-        distribution = vae.encode(pixels.unsqueeze(2)).latent_dist
-        mean, deviation = (torch.tensor(numbers).view(1, -1, 1, 1).to(pixels) for numbers in (vae.config.latents_mean, vae.config.latents_std))
-        return (distribution.mean.squeeze(2) - mean) / deviation, distribution.std.squeeze(2) / deviation
+        mean = torch.nn.functional.pixel_unshuffle(vae.encode(pixels).latent_dist.mode(), 2)
+        of_many, squared = (numbers.view(1, -1, 1, 1).to(mean) for numbers in (vae.bn.running_mean, vae.bn.running_var))
+        mean = (mean - of_many) / (squared + vae.config.batch_norm_eps).sqrt()
+        return mean, mean.new_zeros(mean.shape)
 
     def encode(self, models, prompts):
-        """{"hidden": a list of P tensors [tokens, channels]}: what the template puts before the prompt is dropped."""
+        """{"hidden": [P, tokens, channels]}, of the template and with what fills it up."""
         device = next(models.text_encoders[0].parameters()).device
-        hidden, mask = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
-        counts = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
-        return {"hidden": [row[:count] for row, count in zip(hidden, counts)]}
+        hidden, _ = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
+        return {"hidden": hidden}
+
+    def summaries(self, models, prompts):
+        import torch
+
+        hidden, places = self.encode(models, prompts)["hidden"], [-1] * len(prompts)
+        if tokenizer_of(models.pipeline, "text_encoder").padding_side == "right":
+            places = [min(self.prompt_length(models.pipeline, prompt)) - 1 for prompt in prompts]
+        return hidden[torch.arange(len(prompts)), places]
+
+    def prompt_length(self, pipeline, prompt):
+        """With its template."""
+        return len(self.templated(pipeline, prompt)["input_ids"][0]), self.prompt_tokens
+
+    def templated(self, pipeline, prompt):
+        """What a tokenizer makes of a prompt in its template."""
+        return pipeline.tokenizer.apply_chat_template([[{"role": "user", "content": prompt}]], add_generation_prompt=True,
+                                                      enable_thinking=False, return_dict=True)
 
     def predict(self, models, noisy, levels, conditioning, sizes):
-        height, width = (side // 2 for side in noisy.shape[-2:])
-        hidden, mask = padded(conditioning["hidden"])
+        hidden, (height, width), device = conditioning["hidden"], noisy.shape[-2:], noisy.device
         predicted = models.denoiser(
-            hidden_states=packed(noisy), timestep=levels, encoder_hidden_states_mask=mask, encoder_hidden_states=hidden,
-            img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
-        return unpacked(predicted, height, width)
+            hidden_states=noisy.flatten(2).transpose(1, 2), timestep=levels, guidance=self.told_guidance(models, levels),
+            encoder_hidden_states=hidden, txt_ids=moved(grid_places((1, 1, 1, hidden.shape[1]), len(hidden)), device),
+            img_ids=moved(grid_places((1, height, width, 1), len(noisy)), device), return_dict=False)[0]
+        return predicted.transpose(1, 2).unflatten(2, (height, width))
 
-    def call_options(self, scale, negatives):
-        guides = scale > 1 and negatives
-        return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
+    def told_guidance(self, models, levels):
+        """[B]: none in training, where the model is to learn what the photos show; None where it takes no such number."""
+        import torch
 
-
-def text_width(config):
-    """Channels of Qwen2.5-VL's text, which older configs have beside those of the pictures."""
-    return (config.get("text_config") or config).get("hidden_size")
+        return torch.ones_like(levels) if models.pipeline.transformer.config.guidance_embeds else None
 
 
-def packed(latents):
-    """Latents [B, C, 2h, 2w] as tokens [B, h w, 4C]: squares of four, channel by channel."""
-    return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+class Flux2Dev(Flux2Klein):
+    """FLUX.2 dev, 32 thousand million weights, which is told by how much to be guided."""
+
+    name = "flux2"
+    pipelines = ("Flux2Pipeline",)
+    kind = "FLUX.2 dev"
+    base_of_distilled = "black-forest-labs/FLUX.2-dev"
+
+    def templated(self, pipeline, prompt):
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        return pipeline.tokenizer.apply_chat_template(format_input([prompt], pipeline.system_message), add_generation_prompt=False,
+                                                      tokenize=True, return_dict=True)
 
 
-def unpacked(tokens, height, width):
-    """The latents [B, C, 2h, 2w] that packed() made tokens of."""
-    return tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def padded(hidden):
-    """(Embeddings [B, tokens, channels] of a list, with zeros at their ends, mask [B, tokens] or None where all are of one length)."""
+def grid_places(counts, pictures):
+    """Numbers [pictures, tokens, axes] of the places in a grid of so many along each axis."""
     import torch
 
-    counts = [len(row) for row in hidden]
-    rows = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
-    if len(set(counts)) == 1:
-        return rows, None
-    return rows, (torch.arange(rows.shape[1]) < torch.tensor(counts)[:, None]).long().to(rows.device)
+    return torch.cartesian_prod(*map(torch.arange, counts)).expand(pictures, -1, -1)
+
+
+def text_channels(config):
+    """How many channels a text encoder's layers have; Mistral's config has them beside those of its pictures. None if unsaid."""
+    return (config.get("text_config") or config).get("hidden_size")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3695,6 +3742,182 @@ def hub_configs(name):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# models/families/qwen_image: Qwen-Image (Alibaba, Apache-2.0): two streams of tokens, told by Qwen2.5-VL's last layer under a template of its own.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' QwenImagePipeline.
+
+
+ATTENTION_OF_QWEN = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION_OF_QWEN = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD_OF_QWEN = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+class QwenImage(Family):
+    """Qwen-Image, 20 thousand million weights."""
+
+    name = "qwen-image"
+    pipelines = ("QwenImagePipeline",)
+    kind = "Qwen-Image"
+    guidance = class_guidance = 4.0
+    usual_negative = " "  # without a negative prompt it would not be guided; this is what its makers draw with
+    # The pictures' attention alone, as others train it; then the text's, too.
+    lora_targets = {"attention": [*ATTENTION_OF_QWEN],
+                    "attention+ff": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN],
+                    "all": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN, "img_mod.1", "txt_mod.1"]}
+    # diffusers' example trains a LoRA of 500 steps at 2e-4; the rate of full training is other trainers'. Neither was measured here.
+    recipes = {"lora": Recipe(500, 2e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "Qwen/Qwen-Image"
+
+    def misfit(self, index, configs):
+        transformer, vae, text = configs["transformer"], configs["vae"], configs["text_encoder"]
+        if transformer.get("guidance_embeds") or transformer.get("use_additional_t_cond"):
+            return "its transformer wants more than a prompt (a model that edits pictures or was distilled?); give Qwen/Qwen-Image"
+        takes, makes = transformer.get("in_channels", 64), 4 * vae.get("z_dim", 16)
+        if takes != makes:
+            return f"its transformer takes {takes} channels, its VAE makes {makes} of four latents; the parts are of different models"
+        takes, makes = transformer.get("joint_attention_dim", 3584), text_channels(text)
+        if takes != makes:
+            return (f"its transformer attends to {takes} text channels, but its text encoder makes {makes}; the parts are of different "
+                    f"models")
+        return ""
+
+    def own_size(self, pipeline):
+        return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
+
+    def latent_shape(self, pipeline, side):
+        return (pipeline.vae.config.z_dim, *[side // self.latent_scale(pipeline)] * 2)
+
+    def moments(self, vae, pixels):
+        """Of a film of one picture, and each channel by its own mean and deviation."""
+        import torch
+
+        distribution = vae.encode(pixels.unsqueeze(2)).latent_dist
+        mean, deviation = (torch.tensor(numbers).view(1, -1, 1, 1).to(pixels) for numbers in (vae.config.latents_mean, vae.config.latents_std))
+        return (distribution.mean.squeeze(2) - mean) / deviation, distribution.std.squeeze(2) / deviation
+
+    def encode(self, models, prompts):
+        """{"hidden": a list of P tensors [tokens, channels]}: what the template puts before the prompt is dropped."""
+        device = next(models.text_encoders[0].parameters()).device
+        hidden, mask = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
+        counts = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
+        return {"hidden": [row[:count] for row, count in zip(hidden, counts)]}
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        import torch
+
+        height, width = (side // 2 for side in noisy.shape[-2:])
+        hidden, mask = padded(conditioning["hidden"])
+        predicted = models.denoiser(
+            hidden_states=torch.nn.functional.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2), timestep=levels,
+            encoder_hidden_states_mask=mask, encoder_hidden_states=hidden, img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
+        return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
+
+    def call_options(self, scale, negatives):
+        guides = scale > 1 and negatives
+        return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
+
+
+def padded(hidden):
+    """(Embeddings [B, tokens, channels] of a list, with zeros at their ends, mask [B, tokens] or None where all are of one length)."""
+    import torch
+
+    counts = [len(row) for row in hidden]
+    rows = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+    if len(set(counts)) == 1:
+        return rows, None
+    return rows, (torch.arange(rows.shape[1]) < torch.tensor(counts)[:, None]).long().to(rows.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/flux: FLUX.1 (Black Forest Labs): two streams of tokens, told by T5 and by CLIP's pooled embedding.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' FluxPipeline.
+
+
+BLOCKS_OF_FLUX = r"(single_)?transformer_blocks\.\d+"
+ATTENTION_OF_FLUX = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+FEED_FORWARD_OF_FLUX = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+MODULATION_OF_FLUX = r"norm(1(_context)?)?\.linear"
+
+
+class Flux(Family):
+    """FLUX.1 dev, 12 thousand million weights, which is told by how much to be guided."""
+
+    name = "flux"
+    pipelines = ("FluxPipeline",)
+    kind = "FLUX.1 dev"
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    guidance = class_guidance = 3.5
+    takes_negatives = False
+    lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
+                    "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",
+                    "all": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX}|{MODULATION_OF_FLUX})"}
+    # diffusers' example trains a LoRA of 500 steps, other trainers at 1e-4; the rate of full training is theirs, too. Neither was
+    # measured here.
+    recipes = {"lora": Recipe(500, 1e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "black-forest-labs/FLUX.1-dev"
+
+    def distilled(self, index, config):
+        """As schnell, which takes no guidance."""
+        return bool(config) and not config.get("guidance_embeds")
+
+    def misfit(self, index, configs):
+        transformer, latents = configs["transformer"], configs["vae"].get("latent_channels", 4)
+        if transformer.get("in_channels", 64) != 4 * latents:
+            return (f"its transformer takes {transformer.get('in_channels', 64)} channels, its VAE makes 4 x {latents}; is it a model that "
+                    f"edits pictures? Give a text-to-image model")
+        for part, key, takes in (("text_encoder", "hidden_size", transformer.get("pooled_projection_dim", 768)),
+                                 ("text_encoder_2", "d_model", transformer.get("joint_attention_dim", 4096))):
+            if configs[part].get(key, takes) != takes:
+                return (f"its transformer takes {takes} channels of {part}, which makes {configs[part][key]}; the parts are of different "
+                        f"models")
+        return ""
+
+    def make_ready(self, pipeline):
+        settle_clip(pipeline.tokenizer, pipeline.text_encoder)
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+
+    def latent_shape(self, pipeline, side):
+        return (pipeline.transformer.config.in_channels // 4, *[side // self.latent_scale(pipeline)] * 2)
+
+    def moments(self, vae, pixels):
+        return moments_of(vae, pixels)
+
+    def encode(self, models, prompts):
+        """{"hidden": T5's [P, tokens, channels], with what fills it up; "pooled": CLIP's [P, channels]}."""
+        device = next(models.text_encoders[0].parameters()).device
+        hidden, pooled, _ = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
+        return {"hidden": hidden, "pooled": pooled}
+
+    def summaries(self, models, prompts):
+        return self.encode(models, prompts)["pooled"]
+
+    def prompt_length(self, pipeline, prompt):
+        """As T5 reads it; of CLIP only the sum counts."""
+        return len(pipeline.tokenizer_2(prompt).input_ids), self.prompt_tokens
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        import torch
+
+        height, width = (side // 2 for side in noisy.shape[-2:])
+        hidden, device = conditioning["hidden"], noisy.device
+        tells = models.pipeline.transformer.config.guidance_embeds  # none in training: the model is to learn what the photos show
+        predicted = models.denoiser(
+            hidden_states=torch.nn.functional.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2), timestep=levels,
+            guidance=torch.ones_like(levels) if tells else None, pooled_projections=conditioning["pooled"], encoder_hidden_states=hidden,
+            txt_ids=hidden.new_zeros(hidden.shape[1], 3), img_ids=moved(picture_places(height, width), device).to(hidden.dtype),
+            return_dict=False)[0]
+        return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
+
+
+def picture_places(height, width):
+    """Numbers [tokens, 3] of the places in a picture: nothing, row, column."""
+    import torch
+
+    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/families/stable_diffusion_3: Stable Diffusion 3 and 3.5 (Stability AI, gated): two streams of tokens, told by two CLIPs and, where it is there, T5.
 #
 # What is sent to the transformer, and with which sign, is as in diffusers' StableDiffusion3Pipeline.
@@ -4069,6 +4292,8 @@ def load_single_file(name, flag, dtypes, parts):
 FAMILIES = (  # of those that fit, the first
     StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(),
     ZImage(), SmallZImage(),
+    Flux2Klein(), Flux2Dev(),
+    Flux(),
     QwenImage(),
     StableDiffusion3(), StableDiffusion35(),
 )
@@ -4161,7 +4386,12 @@ def is_distilled(pipeline, name):
     denoiser = family_of(pipeline).denoiser_of(pipeline)
     is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
     return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(denoiser.config.get("time_cond_proj_dim"))
-            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
+            or is_distilled_name(name))
+
+
+def is_distilled_name(name):
+    """Whether the last part of a model's name says that it was distilled."""
+    return bool(re.search(DISTILLED_NAME, Path(name).name.lower()))
 
 
 def say_if_distilled(pipeline, name, trains):
@@ -4340,6 +4570,18 @@ def find_model(name, flag, revision=None):
 def family_at(name, flag):
     """A family of the pipeline that find_model() found; of those of its class, for questions that all answer alike."""
     return family_named(read_json(model_index(name, flag)).get("_class_name"))
+
+
+def check_undistilled(name, flag):
+    """UserError if a model to be trained was distilled for few steps, as far as its name and the configs that are there say.
+
+    Only of families whose models all that is learnt upsets: training is at other noise than the few steps that they know.
+    """
+    index, family = model_index(name, flag), family_at(name, flag)
+    config = read_json(index.parent / family.denoiser / CONFIGS[family.denoiser])
+    if family.base_of_distilled and (family.distilled(read_json(index), config) or is_distilled_name(name)):
+        raise UserError(f"{flag} {name}: it was distilled for few steps, which training would undo; train {family.base_of_distilled}, which "
+                        f"it was made of or is like")
 
 
 def with_revision(name, revision):
@@ -8382,6 +8624,7 @@ def infer(s):
     check_writable(s.image_dir, "--image_dir")
     trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
     base = find_base(s, trained)
+    family_at(base, "--model_path").check_drawn(s)
     record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
     if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
@@ -8395,6 +8638,8 @@ def infer(s):
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
+    for flag in ("width", "height"):  # some pipelines would draw smaller, and not say so
+        family_of(pipeline).check_side(pipeline, default(getattr(s, flag), 0), f"--{flag}")
     model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"
@@ -8520,6 +8765,7 @@ def settle_beforehand(s):
     check_publishing(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
+    check_undistilled(name, "--model_name")
     family_at(name, "--model_name").check_flags(s)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None

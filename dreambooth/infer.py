@@ -12,7 +12,8 @@ from dreambooth.drawing.pipeline import find_base, load_trained
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
-from dreambooth.models.families.table import own_size
+from dreambooth.models.families.table import family_of, own_size
+from dreambooth.models.find import family_at
 from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier
 
@@ -25,6 +26,7 @@ def infer(s):
     check_writable(s.image_dir, "--image_dir")
     trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
     base = find_base(s, trained)
+    family_at(base, "--model_path").check_drawn(s)
     record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
     if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
@@ -38,6 +40,8 @@ def infer(s):
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
+    for flag in ("width", "height"):  # some pipelines would draw smaller, and not say so
+        family_of(pipeline).check_side(pipeline, default(getattr(s, flag), 0), f"--{flag}")
     model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"

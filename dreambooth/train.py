@@ -18,7 +18,7 @@ from dreambooth.memory.plan import naming_next_plan, set_course
 from dreambooth.memory.plans import check_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
-from dreambooth.models.find import check_variant, default_model, family_at, find_model
+from dreambooth.models.find import check_undistilled, check_variant, default_model, family_at, find_model
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import take_apart
 from dreambooth.output.card import CARD
@@ -111,6 +111,7 @@ def settle_beforehand(s):
     check_publishing(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
+    check_undistilled(name, "--model_name")
     family_at(name, "--model_name").check_flags(s)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from diffusers import QwenImagePipeline
+from diffusers import FluxPipeline
 from tiny_families import TINY
 
 import dreambooth_implementation as db
@@ -65,8 +65,9 @@ def spatial(models, latents):
 
 
 # How a pipeline's latents become [B, C, h, w], where they are not.
-SPATIAL = {"QwenImagePipeline": lambda models, latents: models.pipeline._unpack_latents(
-    latents, SIDE, SIDE, models.pipeline.vae_scale_factor).squeeze(2)}
+SPATIAL = dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda models, latents: latents.transpose(1, 2).unflatten(2, (8, 8)))
+SPATIAL["FluxPipeline"] = lambda models, latents: models.pipeline._unpack_latents(latents, SIDE, SIDE, models.pipeline.vae_scale_factor)
+SPATIAL["QwenImagePipeline"] = lambda models, latents: SPATIAL["FluxPipeline"](models, latents).squeeze(2)
 
 
 def by_the_vae_alone(vae, pixels):
@@ -145,10 +146,11 @@ def drawn_exactly(pipeline, recorder, mean):
 
 
 # What a denoiser's forward returns for a true target [B, C, h, w].
-ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),),
-           "QwenImagePipeline": lambda target: lambda *args, **options: (
-               QwenImagePipeline._pack_latents(target, *target.shape),),
-           "StableDiffusion3Pipeline": lambda target: lambda *args, **options: (target,)}
+ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),)}
+ANSWERS |= dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda target: lambda *args, **options: (target.flatten(2).transpose(1, 2),))
+ANSWERS["FluxPipeline"] = lambda target: lambda *args, **options: (FluxPipeline._pack_latents(target, *target.shape),)
+ANSWERS["QwenImagePipeline"] = ANSWERS["FluxPipeline"]
+ANSWERS["StableDiffusion3Pipeline"] = lambda target: lambda *args, **options: (target,)
 
 
 def test_levels_follow_the_models_own_shift(models):
@@ -163,34 +165,30 @@ def test_levels_follow_the_models_own_shift(models):
     torch.testing.assert_close(levels, kind.shift * plain / (1 + (kind.shift - 1) * plain))
 
 
-def schedule_of(models, steps=8):
+def schedule_of(models, steps=30):
     """What a scheduler is given for so many steps: an even path, and mu where the pipeline tells it one. How far the path ends from
     0 is the sampler's own."""
     scheduler, told = models.pipeline.scheduler, {}
     scheduler.register_to_config(shift_terminal=None)
     set_timesteps = scheduler.set_timesteps
-
-    @functools.wraps(set_timesteps)
-    def recorded(*args, **options):
-        told.update(options)
-        return set_timesteps(*args, **options)
-    scheduler.set_timesteps = recorded
+    scheduler.set_timesteps = functools.wraps(set_timesteps)(lambda *args, **options: told.update(options) or set_timesteps(*args, **options))
     draw(models.pipeline, PROMPTS[:1], steps=steps)
     scheduler.set_timesteps = set_timesteps
     return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | ({"mu": told["mu"]} if scheduler.config.use_dynamic_shifting else {})
 
 
 @pytest.mark.long
-def test_it_learns_a_picture(models):
+def test_it_learns_a_picture(models, monkeypatch):
     """A tiny random model that is trained in full on one picture draws it with its own pipeline."""
-    family, pipeline = models.family, models.pipeline
+    family, pipeline, few = models.family, models.pipeline, dict(steps=12, output_type="np", max_sequence_length=64)
+    monkeypatch.setattr(type(family), "prompt_tokens", 64)
     image = picture(5, (SIDE, SIDE)).resize((4, 4)).resize((SIDE, SIDE), 0)
     pixels, source = pixels_of(image), torch.Generator().manual_seed(0)
     with torch.no_grad():
         mean, _ = family.moments(models.vae, pixels)
         alone = by_the_vae_alone(models.vae, pixels)
         told = db.rows_of(family.encode(models, ["a zwx dog"]), torch.zeros(8, dtype=torch.long), torch.device("cpu"))
-    before = psnr(draw(pipeline, ["a zwx dog"], steps=12, output_type="np").images[0], alone)
+    before = psnr(draw(pipeline, ["a zwx dog"], **few).images[0], alone)
     kind = family.noise(db.Settings("train"), pipeline, SIDE)
     models.denoiser.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(models.denoiser.parameters(), 5e-3)
@@ -203,7 +201,7 @@ def test_it_learns_a_picture(models):
         optimizer.step()
         optimizer.zero_grad()
     models.denoiser.eval()
-    after = psnr(draw(pipeline, ["a zwx dog"], steps=12, output_type="np").images[0], alone)
+    after = psnr(draw(pipeline, ["a zwx dog"], **few).images[0], alone)
     assert before < 16 and after > 22, (before, after)
 
 

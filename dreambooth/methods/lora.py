@@ -6,6 +6,7 @@ from dreambooth.base import default
 from dreambooth.methods.groups import ParameterGroup
 from dreambooth.models.families.family import text_encoders_of
 
+
 def add_lora(s, module, **options):
     """Give `module` a LoRA (Hu et al., arXiv 2106.09685) that changes nothing yet; returns its parameters."""
     from peft import LoraConfig

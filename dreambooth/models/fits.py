@@ -35,7 +35,12 @@ def is_distilled(pipeline, name):
     denoiser = family_of(pipeline).denoiser_of(pipeline)
     is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
     return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(denoiser.config.get("time_cond_proj_dim"))
-            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
+            or is_distilled_name(name))
+
+
+def is_distilled_name(name):
+    """Whether the last part of a model's name says that it was distilled."""
+    return bool(re.search(DISTILLED_NAME, Path(name).name.lower()))
 
 
 def say_if_distilled(pipeline, name, trains):

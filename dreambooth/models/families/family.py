@@ -22,8 +22,9 @@ def text_encoders_of(pipeline):
 
 
 def tokenizer_of(pipeline, part):
-    """The tokenizer of the text encoder of this name."""
-    return pipeline.components[part.replace("text_encoder", "tokenizer")]
+    """The tokenizer of the text encoder of this name; of a processor of text and pictures, the one within."""
+    found = pipeline.components[part.replace("text_encoder", "tokenizer")]
+    return getattr(found, "tokenizer", found)
 
 
 def moments_of(vae, pixels):
@@ -58,6 +59,7 @@ class Family:
     recipes = {}  # {method: Recipe}
     guidance = 1.0
     class_guidance = 1.0
+    takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
@@ -75,6 +77,15 @@ class Family:
     def misfit(self, index, configs):
         """What does not fit between a pipeline's parts, with a remedy, as a phrase; "" if all does."""
         return ""
+
+    def distilled(self, index, config):
+        """Whether a model_index.json and the denoiser's config, each {} where it is not there yet, say that it was distilled."""
+        return False
+
+    def check_drawn(self, s):
+        """UserError for flags that have no meaning where this family draws."""
+        if s.negative_prompt and not self.takes_negatives:
+            raise UserError(f"--negative_prompt: {self.kind} takes none; leave it out, and say in --prompt what is to be seen instead")
 
     def check_flags(self, s):
         """UserError for flags that have no meaning in this family."""
@@ -178,8 +189,15 @@ class Family:
 
     def lora_misfit(self, pipeline, shapes):
         """Why a LoRA of tensors {name: shape} is not for this pipeline, as a phrase; "" if nothing is known against it."""
-        found = next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None)
-        return f"it is for a Stable Diffusion model with a UNet ({found})" if found else ""
+        if found := next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None):
+            return f"it is for a Stable Diffusion model with a UNet ({found})"
+        layers = dict(self.denoiser_of(pipeline).named_modules())
+        for name, shape in sorted(shapes.items()):
+            layer = layers.get(re.sub(rf"^(base_model\.model\.)?({self.denoiser}\.)?|\.{LORA_LAYER}", "", name))
+            takes = getattr(layer, "in_features", None)
+            if takes and re.search(LORA_LAYER, name) and shape[1] != takes:
+                return f"its {name} takes {shape[1]} channels, that layer here {takes}; it is for another model of this kind"
+        return ""
 
     # ---- the text encoders, where they train
 

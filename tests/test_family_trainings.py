@@ -1,0 +1,189 @@
+"""Every family through the program: trained, drawn with, resumed; and what each refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from tiny_families import TINY
+from training_runs import assert_same_weights, far_apart, interrupt
+
+import dreambooth_implementation as db
+
+FLAGS = ["--class_prompt", "a dog", "--num_class_images", 1, "--identifier", "zwx", "--num_inference_steps", 2, "--resolution", 32,
+         "--validation_prompt", "a dog"]
+ALONE = ["--no-with_prior_preservation"]
+
+
+@pytest.fixture
+def teach(run, tiny_model, tmp_path):
+    """teach(family, *flags) -> what `run` returns of three steps on one photo."""
+    (tmp_path / "photo").mkdir()
+    picture(3, (32, 32)).save(tmp_path / "photo" / "0.png")
+
+    def call(family, *flags):
+        return run("--train", "--model_name", tiny_model(family), "--instance_data_dir", "photo", *FLAGS, "--steps", 3, "--learning_rate",
+                   "1e-2", *flags)
+
+    return call
+
+
+def drawn_by_diffusers(pipeline, guided, prompt="a zwx dog"):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompt=[prompt], num_inference_steps=2, height=32, width=32, generator=[torch.Generator().manual_seed(5)],
+                    **guided).images[0]
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_plain_diffusers_draws_what_was_trained_as_the_program_does(family, method, teach, run, tiny_model, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    status, out, err = teach(family, "--method", method, *(["--lora_target", "all"] if method == "lora" else []))
+    assert status == 0, err
+    status, out, err = run("--infer", "--model_path", "output", "--prompt", "a zwx dog", "--num_images", 1, "--seed", 5,
+                           "--num_inference_steps", 2, "--image_dir", "drawn", "--mixed_precision", "no")
+    assert status == 0, err
+    by_program = Image.open(next(path for path in (tmp_path / "drawn").glob("*.png") if not path.name.startswith("grid")))
+
+    pipeline = DiffusionPipeline.from_pretrained("output" if method == "full" else tiny_model(family))
+    known = db.family_of(pipeline)
+    guided = known.call_options(known.guidance, None)
+    before = drawn_by_diffusers(DiffusionPipeline.from_pretrained(tiny_model(family)), guided)
+    if method == "lora":
+        pipeline.load_lora_weights("output")
+    drawn = drawn_by_diffusers(pipeline, guided)
+    assert far_apart(drawn, by_program) <= 1 < far_apart(drawn, before)
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_family_trains_in_bf16_by_a_memory_plan(family, method, teach):
+    status, out, err = teach(family, "--method", method, "--mixed_precision", "bf16", "--max_vram", 1, *ALONE)
+    assert status == 0, err
+    assert "Memory plan: " in out and "cannot be told beforehand" not in out
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_family_interrupted_and_resumed_is_as_if_it_were_not(family, teach, monkeypatch, tmp_path):
+    flags = ["--method", "lora", "--checkpointing_steps", 2, *ALONE]
+    assert teach(family, *flags, "--output_dir", "whole")[0] == 0
+    undo = interrupt(monkeypatch, 2)
+    assert teach(family, *flags, "--resume")[0] == 130
+    undo()
+    status, out, err = teach(family, *flags, "--resume")
+    assert status == 0 and "after step 2" in out, err
+    assert_same_weights(tmp_path / "output", tmp_path / "whole")
+
+
+# ---- what is refused, in one line
+
+
+def changed(folder, source, file, **values):
+    """A copy of a model without its weights' being asked for, with other `values` in a config."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | values))
+    return folder
+
+
+@pytest.mark.parametrize("family, file, values, said", [
+    ("flux2-klein", "model_index.json", {"is_distilled": True}, "train black-forest-labs/FLUX.2-klein-base-4B"),
+    ("flux", "transformer/config.json", {"guidance_embeds": False}, "train black-forest-labs/FLUX.1-dev"),
+    ("flux2-klein", "transformer/config.json", {"joint_attention_dim": 96}, "attends to 96 text channels"),
+    ("flux2", "transformer/config.json", {"in_channels": 64}, "takes 64 channels, its VAE makes 4 x 4"),
+    ("flux", "transformer/config.json", {"pooled_projection_dim": 32}, "takes 32 channels of text_encoder, which makes 24"),
+    ("flux", "transformer/config.json", {"in_channels": 384}, "takes 384 channels"),
+])
+def test_a_model_that_cannot_be_trained_is_refused_by_its_configs(family, file, values, said, teach, tiny_model, tmp_path, monkeypatch):
+    folder = changed(tmp_path / "model", tiny_model(family), file, **values)
+    monkeypatch.setattr(db, "load_models", None)  # nothing is read
+    status, _, err = teach(family, "--model_name", folder)
+    assert status == 2 and said in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("name", ["Z-Image-Turbo", "flux.1-schnell", "klein-4B-distilled"])
+def test_a_name_of_a_distilled_model_is_refused(name, teach, tiny_model, tmp_path):
+    shutil.copytree(tiny_model("flux"), tmp_path / name)
+    status, _, err = teach("flux", "--model_name", tmp_path / name)
+    assert status == 2 and f"{name}: it was distilled for few steps" in err and len(err.splitlines()) == 1
+
+
+def test_a_distilled_model_still_draws(run, tiny_model, tmp_path):
+    folder = changed(tmp_path / "model", tiny_model("flux2-klein"), "model_index.json", is_distilled=True)
+    status, _, err = run("--infer", "--model_path", folder, "--prompt", "a dog", "--num_images", 1, "--num_inference_steps", 1)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("family, flags, said", [
+    ("flux2-klein", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for FLUX.2 klein"),
+    ("flux", ["--method", "pivotal"], "--method pivotal: not to be had for FLUX.1 dev"),
+    ("flux", ["--train_text_encoder"], "--train_text_encoder: the text encoder of FLUX.1 dev does not train"),
+    ("flux2", ["--snr_gamma", "5"], "--snr_gamma 5: for models that learnt diffusion"),
+])
+def test_a_flag_without_meaning_is_refused(family, flags, said, teach):
+    status, _, err = teach(family, *flags)
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", ["flux2-klein", "flux2", "flux"])
+def test_a_negative_prompt_is_refused_where_a_pipeline_takes_none(family, run, tiny_model):
+    status, _, err = run("--infer", "--model_path", tiny_model(family), "--prompt", "a dog", "--negative_prompt", "rain")
+    assert status == 2 and "--negative_prompt: FLUX" in err and len(err.splitlines()) == 1
+
+
+def test_a_lora_of_another_width_is_refused(tiny_model):
+    pipeline = db.load_pipeline(str(tiny_model("flux")), torch.float32)
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    misfit = db.family_of(pipeline).lora_misfit
+    assert "takes 3072 channels, that layer here 32" in misfit(pipeline, {name: (16, 3072)})
+    assert misfit(pipeline, {name: (16, 32)}) == ""
+    assert "with a UNet" in misfit(pipeline, {"unet.down_blocks.0.attn.lora_A.weight": (4, 320)})
+
+
+# ---- what is special
+
+
+@pytest.mark.parametrize("family, layers", [("flux2-klein", (9, 18, 27)), ("flux2", (10, 20, 30))])
+def test_three_layers_of_the_text_encoder_are_joined(family, layers, tiny_model):
+    models = db.load_models(str(tiny_model(family)), torch.float32)
+    language = getattr(models.text_encoders[0].model, "language_model", models.text_encoders[0].model)
+    seen = {}
+    for number in layers:  # the output of the layer before is what hidden_states counts as this number
+        language.layers[number - 1].register_forward_hook(
+            lambda module, args, output, number=number: seen.__setitem__(number, output[0] if isinstance(output, tuple) else output))
+    with torch.no_grad():
+        hidden = models.family.encode(models, ["a dog"])["hidden"]
+    assert hidden.shape == (1, 512, 3 * 16)
+    torch.testing.assert_close(hidden, torch.cat([seen[number] for number in layers], -1))
+
+
+@pytest.mark.parametrize("family", ["flux2-klein", "flux2"])
+def test_a_prompt_is_summed_up_where_it_ends(family, tiny_model):
+    """Not by what fills it up, which stands behind it or before it."""
+    models = db.load_models(str(tiny_model(family)), torch.float32)
+    with torch.no_grad():
+        hidden, sums = models.family.encode(models, ["a dog"])["hidden"], models.family.summaries(models, ["a dog"])
+    length, limit = models.family.prompt_length(models.pipeline, "a dog")
+    assert 2 < length < limit == 512
+    torch.testing.assert_close(sums, hidden[:, length - 1 if family == "flux2-klein" else -1])
+
+
+def test_the_tokenizer_within_a_processor_is_the_one_asked():
+    class Pipeline:
+        class processor:
+            tokenizer = "words"
+        components = {"tokenizer": processor, "tokenizer_2": "its own"}
+    assert db.tokenizer_of(Pipeline, "text_encoder") == "words" and db.tokenizer_of(Pipeline, "text_encoder_2") == "its own"
+
+
+@pytest.mark.parametrize("tokens, steps, mu", [(16, 12, 1.8845), (4096, 30, 2.1398), (4400, 50, 1.2014)])
+def test_the_shift_of_flux2_follows_tokens(tokens, steps, mu, tiny_model, monkeypatch):
+    """Values by the formula in FLUX.2's own sampling code."""
+    pipeline = db.load_pipeline(str(tiny_model("flux2-klein")), torch.float32)
+    family = db.family_of(pipeline)
+    monkeypatch.setattr(type(family), "usual_steps", steps)
+    monkeypatch.setattr(type(family), "tokens", lambda self, pipeline, side: tokens)
+    assert family.usual_shift(pipeline, 32) == pytest.approx(torch.tensor(mu).exp().item(), rel=1e-3)
