@@ -32,9 +32,9 @@ class QwenImage(Family):
         transformer, vae, text = configs["transformer"], configs["vae"], configs["text_encoder"]
         if transformer.get("guidance_embeds") or transformer.get("use_additional_t_cond"):
             return "its transformer wants more than a prompt (a model that edits pictures or was distilled?); give Qwen/Qwen-Image"
-        takes, makes = transformer.get("in_channels", 64), 4 * vae.get("z_dim", 16)
-        if takes != makes:
-            return f"its transformer takes {takes} channels, its VAE makes {makes} of four latents; the parts are of different models"
+        takes, makes = transformer.get("in_channels", 64), vae.get("z_dim", 16)
+        if takes != 4 * makes:
+            return f"its transformer takes {takes} channels, its VAE makes 4 x {makes}; the parts are of different models"
         takes, makes = transformer.get("joint_attention_dim", 3584), text_channels(text)
         if takes != makes:
             return (f"its transformer attends to {takes} text channels, but its text encoder makes {makes}; the parts are of different "
