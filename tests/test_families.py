@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from diffusers import FluxPipeline, QwenImagePipeline
+from diffusers import FluxPipeline
 from tiny_families import TINY
 
 import dreambooth_implementation as db
@@ -67,8 +67,7 @@ def spatial(models, latents):
 # How a pipeline's latents become [B, C, h, w], where they are not.
 SPATIAL = dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda models, latents: latents.transpose(1, 2).unflatten(2, (8, 8)))
 SPATIAL["FluxPipeline"] = lambda models, latents: models.pipeline._unpack_latents(latents, SIDE, SIDE, models.pipeline.vae_scale_factor)
-SPATIAL["QwenImagePipeline"] = lambda models, latents: models.pipeline._unpack_latents(
-    latents, SIDE, SIDE, models.pipeline.vae_scale_factor).squeeze(2)
+SPATIAL["QwenImagePipeline"] = lambda models, latents: SPATIAL["FluxPipeline"](models, latents).squeeze(2)
 
 
 def by_the_vae_alone(vae, pixels):
@@ -150,7 +149,7 @@ def drawn_exactly(pipeline, recorder, mean):
 ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),)}
 ANSWERS |= dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda target: lambda *args, **options: (target.flatten(2).transpose(1, 2),))
 ANSWERS["FluxPipeline"] = lambda target: lambda *args, **options: (FluxPipeline._pack_latents(target, *target.shape),)
-ANSWERS["QwenImagePipeline"] = lambda target: lambda *args, **options: (QwenImagePipeline._pack_latents(target, *target.shape),)
+ANSWERS["QwenImagePipeline"] = ANSWERS["FluxPipeline"]
 ANSWERS["StableDiffusion3Pipeline"] = lambda target: lambda *args, **options: (target,)
 
 

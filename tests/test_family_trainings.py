@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_families import TINY
 from training_runs import assert_same_weights, far_apart, interrupt
 
@@ -48,10 +49,11 @@ def test_plain_diffusers_draws_what_was_trained_as_the_program_does(family, meth
     assert status == 0, err
     by_program = Image.open(next(path for path in (tmp_path / "drawn").glob("*.png") if not path.name.startswith("grid")))
 
-    pipeline = DiffusionPipeline.from_pretrained("output" if method == "full" else tiny_model(family))
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if "without-t5" in family else {}  # diffusers wants that to be said
+    pipeline = DiffusionPipeline.from_pretrained("output" if method == "full" else tiny_model(family), **absent)
     known = db.family_of(pipeline)
-    guided = known.call_options(known.guidance, None)
-    before = drawn_by_diffusers(DiffusionPipeline.from_pretrained(tiny_model(family)), guided)
+    guided = known.call_options(known.guidance, [known.usual_negative] if known.usual_negative else None)
+    before = drawn_by_diffusers(DiffusionPipeline.from_pretrained(tiny_model(family), **absent), guided)
     if method == "lora":
         pipeline.load_lora_weights("output")
     drawn = drawn_by_diffusers(pipeline, guided)
@@ -96,6 +98,12 @@ def changed(folder, source, file, **values):
     ("flux2", "transformer/config.json", {"in_channels": 64}, "takes 64 channels, its VAE makes 4 x 4"),
     ("flux", "transformer/config.json", {"pooled_projection_dim": 32}, "takes 32 channels of text_encoder, which makes 24"),
     ("flux", "transformer/config.json", {"in_channels": 384}, "takes 384 channels"),
+    ("qwen-image", "transformer/config.json", {"in_channels": 64}, "takes 64 channels, its VAE makes 4 x 4"),
+    ("qwen-image", "transformer/config.json", {"joint_attention_dim": 3584}, "attends to 3584 text channels, but its text encoder makes 32"),
+    ("qwen-image", "transformer/config.json", {"use_additional_t_cond": True}, "give Qwen/Qwen-Image"),
+    ("sd3", "transformer/config.json", {"in_channels": 16}, "takes 16 channels, its VAE makes 4"),
+    ("sd3", "transformer/config.json", {"pooled_projection_dim": 2048}, "2048 numbers of a whole prompt, but its text encoders make 16 + 16"),
+    ("sd3", "transformer/config.json", {"joint_attention_dim": 4096}, "attends to 4096 text channels, but its T5 makes 64"),
 ])
 def test_a_model_that_cannot_be_trained_is_refused_by_its_configs(family, file, values, said, teach, tiny_model, tmp_path, monkeypatch):
     folder = changed(tmp_path / "model", tiny_model(family), file, **values)
@@ -104,7 +112,8 @@ def test_a_model_that_cannot_be_trained_is_refused_by_its_configs(family, file, 
     assert status == 2 and said in err and len(err.splitlines()) == 1, err
 
 
-@pytest.mark.parametrize("name", ["Z-Image-Turbo", "flux.1-schnell", "klein-4B-distilled"])
+@pytest.mark.parametrize("name", ["Z-Image-Turbo", "flux.1-schnell", "klein-4B-distilled", "Qwen-Image-Lightning-8steps",
+                                  "stable-diffusion-3.5-large-turbo"])
 def test_a_name_of_a_distilled_model_is_refused(name, teach, tiny_model, tmp_path):
     shutil.copytree(tiny_model("flux"), tmp_path / name)
     status, _, err = teach("flux", "--model_name", tmp_path / name)
@@ -122,6 +131,9 @@ def test_a_distilled_model_still_draws(run, tiny_model, tmp_path):
     ("flux", ["--method", "pivotal"], "--method pivotal: not to be had for FLUX.1 dev"),
     ("flux", ["--train_text_encoder"], "--train_text_encoder: the text encoder of FLUX.1 dev does not train"),
     ("flux2", ["--snr_gamma", "5"], "--snr_gamma 5: for models that learnt diffusion"),
+    ("qwen-image", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for Qwen-Image"),
+    ("sd3", ["--method", "pivotal", "--num_vectors", "2"], "--num_vectors 2: Stable Diffusion 3's pipeline reads a new word as one"),
+    ("sd3", ["--resolution", "1024"], "knows places in pictures of up to 128 px"),
 ])
 def test_a_flag_without_meaning_is_refused(family, flags, said, teach):
     status, _, err = teach(family, *flags)
@@ -187,3 +199,75 @@ def test_the_shift_of_flux2_follows_tokens(tokens, steps, mu, tiny_model, monkey
     monkeypatch.setattr(type(family), "usual_steps", steps)
     monkeypatch.setattr(type(family), "tokens", lambda self, pipeline, side: tokens)
     assert family.usual_shift(pipeline, 32) == pytest.approx(torch.tensor(mu).exp().item(), rel=1e-3)
+
+
+def test_qwen_reads_a_prompt_in_its_template(tiny_model):
+    """Whose first 34 tokens it drops again."""
+    models = db.load_models(str(tiny_model("qwen-image")), torch.float32)
+    seen, forward = [], models.text_encoders[0].forward
+
+    def recorded(*args, **options):
+        seen.append((options["input_ids"], forward(*args, **options)))
+        return seen[-1][1]
+    models.text_encoders[0].forward = recorded
+    with torch.no_grad():
+        hidden = models.family.encode(models, ["a zwx dog"])["hidden"]
+    (ids, out), = seen
+    text = models.tokenizers[0].decode(ids[0])
+    assert text.startswith("<|im_start|>system\nDescribe the image by detailing the color")
+    assert text.endswith("<|im_end|>\n<|im_start|>user\na zwx dog<|im_end|>\n<|im_start|>assistant\n")
+    torch.testing.assert_close(hidden[0], out.hidden_states[-1][0, 34:])
+
+
+def test_qwen_predicts_of_prompts_together_as_of_each_alone(tiny_model):
+    """The shorter one is filled up, and the mask says so."""
+    models = db.load_models(str(tiny_model("qwen-image")), torch.float32)
+    with torch.no_grad():
+        told = models.family.encode(models, ["a dog on the moon", "a cat"])
+        assert len({len(row) for row in told["hidden"]}) == 2
+        noisy, levels, sizes = torch.randn(2, *models.family.latent_shape(models.pipeline, 32)), torch.tensor([0.3, 0.8]), torch.zeros(2, 6)
+        together = models.family.predict(models, noisy, levels, told, sizes)
+        alone = [models.family.predict(models, noisy[i:i + 1], levels[i:i + 1], db.rows_of(told, torch.tensor([i]), torch.device("cpu")),
+                                       sizes[:1]) for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale, negative, passes", [(4, "", 4), (4, "rain", 4), (1, "rain", 2)])
+def test_qwen_is_guided_away_from_something_always(scale, negative, passes, tiny_model, monkeypatch):
+    pipeline = db.load_pipeline(str(tiny_model("qwen-image")), torch.float32)
+    calls, forward = [], pipeline.transformer.forward
+    monkeypatch.setattr(pipeline.transformer, "forward", lambda *args, **options: calls.append(1) or forward(*args, **options))
+    list(db.draw(pipeline, [("a dog", 0), ("a cat", 1)], steps=2, guidance_scale=scale, height=32, width=32, batch_size=2,
+                 negative_prompt=negative))
+    assert len(calls) == passes
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd3.5-without-t5"])
+@pytest.mark.parametrize("method", ["textual_inversion", "pivotal"])
+def test_both_clips_of_stable_diffusion_3_learn_a_new_word(family, method, teach, run, tmp_path):
+    status, out, err = teach(family, "--method", method, "--identifier", "<rex>", "--embedding_lr", "1e-1", "--mixed_precision", "bf16",
+                             "--max_vram", 1, *ALONE)
+    assert status == 0 and "cannot be told beforehand" not in out, err
+    learnt = load_file(tmp_path / "output" / "learned_embeds.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in learnt.items()} == {"clip_l": (1, 32), "clip_g": (1, 24)}
+    status, out, err = run("--infer", "--model_path", "output", "--prompt", "a <rex> on the moon", "--num_images", 1,
+                           "--num_inference_steps", 1)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("method, family", [("lora", "sd3"), ("full", "sd3.5-without-t5"), ("pivotal", "sd3")])
+def test_both_clips_of_stable_diffusion_3_train_and_t5_does_not(method, family, teach, tiny_model, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    rates = ["--learning_rate", "1e-3", "--text_encoder_lr", "1e-3"]
+    status, out, err = teach(family, "--method", method, "--train_text_encoder", *rates, "--max_vram", 1, "--mixed_precision", "bf16", *ALONE)
+    assert status == 0 and "cannot be told beforehand" not in out, err
+    if method == "full":
+        before, after = (load_file(folder / "text_encoder_2" / "model.safetensors") for folder in (tiny_model(family), tmp_path / "output"))
+        assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) // 2
+        return
+    parts = {name.split(".")[0] for name in load_file(tmp_path / "output" / "pytorch_lora_weights.safetensors")}
+    assert parts == {"transformer", "text_encoder", "text_encoder_2"}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_model(family))
+    pipeline.load_lora_weights(tmp_path / "output", weight_name="pytorch_lora_weights.safetensors")
+    assert all(pipeline.components[part].peft_config for part in parts)

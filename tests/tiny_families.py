@@ -130,27 +130,28 @@ def t5_tokenizer():
     return T5Tokenizer(vocab=special + [(piece, -3.0 - i / 100) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
-def t5(tokenizer):
+def t5(tokenizer, d_model=32):
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(T5Config(vocab_size=len(tokenizer) + 8, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=2))
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer) + 8, d_model=d_model, d_kv=8, d_ff=37, num_layers=2, num_heads=2))
 
 
-def clip():
-    """(CLIP's tokenizer, a text encoder)."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def clip(kind, hidden_size, **options):
+    """(CLIP's tokenizer, a text encoder of this class)."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "demo" / "model", subfolder="tokenizer")
-    return tokenizer, CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
+    return tokenizer, kind(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+        pad_token_id=tokenizer.pad_token_id, **options))
 
 
 def flux():
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
 
-    tokenizer, text_encoder = clip()
+    tokenizer, text_encoder = clip(CLIPTextModel, 24)
     tokenizer_2 = t5_tokenizer()
     transformer = FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
@@ -182,26 +183,14 @@ def qwen_image():
     return QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=fill(transformer))
 
 
-def clip_with_projection(**options):
-    """(CLIP's tokenizer, a text encoder with a projection)."""
-    from conftest import REPOSITORY
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer")
-    return tokenizer, CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=16,
-        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **options))
-
-
 def stable_diffusion_3(with_t5=True, **options):
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import T5Config, T5EncoderModel
+    from transformers import CLIPTextModelWithProjection
 
-    (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = clip_with_projection(hidden_size=32), clip_with_projection(hidden_size=24)
+    (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = (clip(CLIPTextModelWithProjection, hidden_size=width, projection_dim=16)
+                                                             for width in (32, 24))
     tokenizer_3 = t5_tokenizer() if with_t5 else None
-    text_encoder_3 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_3), d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
-                                    ) if with_t5 else None
+    text_encoder_3 = t5(tokenizer_3, d_model=64) if with_t5 else None
     transformer = SD3Transformer2DModel(
         sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
         caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=32, **options)
@@ -215,8 +204,8 @@ def stable_diffusion_35_without_t5():
     return stable_diffusion_3(with_t5=False, dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
-TINY = {"z-image": z_image, "flux2-klein": flux2_klein, "flux2": flux2_dev, "flux": flux, "qwen-image": qwen_image,
-        "sd3": stable_diffusion_3, "sd3.5-without-t5": stable_diffusion_35_without_t5}
+TINY = {"z-image": z_image, "flux2-klein": flux2_klein, "flux2": flux2_dev, "flux": flux,
+        "qwen-image": qwen_image, "sd3": stable_diffusion_3, "sd3.5-without-t5": stable_diffusion_35_without_t5}
 
 
 def build(family, seed=0):

@@ -4,6 +4,7 @@ What is sent to the transformer, and with which sign, is as in diffusers' QwenIm
 """
 
 from dreambooth.models.families.family import Family
+from dreambooth.models.families.flux2 import text_channels
 from dreambooth.models.recipes import Recipe
 
 ATTENTION_OF_QWEN = ("to_q", "to_k", "to_v", "to_out.0")
@@ -31,10 +32,10 @@ class QwenImage(Family):
         transformer, vae, text = configs["transformer"], configs["vae"], configs["text_encoder"]
         if transformer.get("guidance_embeds") or transformer.get("use_additional_t_cond"):
             return "its transformer wants more than a prompt (a model that edits pictures or was distilled?); give Qwen/Qwen-Image"
-        takes, makes = transformer.get("in_channels", 64), 4 * vae.get("z_dim", 16)
-        if takes != makes:
-            return f"its transformer takes {takes} channels, its VAE makes {makes} of four latents; the parts are of different models"
-        takes, makes = transformer.get("joint_attention_dim", 3584), text_width(text)
+        takes, makes = transformer.get("in_channels", 64), vae.get("z_dim", 16)
+        if takes != 4 * makes:
+            return f"its transformer takes {takes} channels, its VAE makes 4 x {makes}; the parts are of different models"
+        takes, makes = transformer.get("joint_attention_dim", 3584), text_channels(text)
         if takes != makes:
             return (f"its transformer attends to {takes} text channels, but its text encoder makes {makes}; the parts are of different "
                     f"models")
@@ -62,12 +63,14 @@ class QwenImage(Family):
         return {"hidden": [row[:count] for row, count in zip(hidden, counts)]}
 
     def predict(self, models, noisy, levels, conditioning, sizes):
+        import torch
+
         height, width = (side // 2 for side in noisy.shape[-2:])
         hidden, mask = padded(conditioning["hidden"])
         predicted = models.denoiser(
-            hidden_states=packed(noisy), timestep=levels, encoder_hidden_states_mask=mask, encoder_hidden_states=hidden,
-            img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
-        return unpacked(predicted, height, width)
+            hidden_states=torch.nn.functional.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2), timestep=levels,
+            encoder_hidden_states_mask=mask, encoder_hidden_states=hidden, img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
+        return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
 
     def book_options(self, told, against):
         (hidden, mask), (other, other_mask) = padded(told["hidden"]), padded(against["hidden"])
@@ -77,21 +80,6 @@ class QwenImage(Family):
     def call_options(self, scale, negatives):
         guides = scale > 1 and negatives
         return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
-
-
-def text_width(config):
-    """Channels of Qwen2.5-VL's text, which older configs have beside those of the pictures."""
-    return (config.get("text_config") or config).get("hidden_size")
-
-
-def packed(latents):
-    """Latents [B, C, 2h, 2w] as tokens [B, h w, 4C]: squares of four, channel by channel."""
-    return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpacked(tokens, height, width):
-    """The latents [B, C, 2h, 2w] that packed() made tokens of."""
-    return tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def padded(hidden):
