@@ -6880,8 +6880,13 @@ def compute_as_precision_says(s, family, levers, precision, denoiser):
     """Have a denoiser compute in bf16 from end to end where it may; elsewhere autocast sees to each operation."""
     if is_bf16_throughout(s, family, levers, precision):
         compute_in_bf16(denoiser, family.last_layers(denoiser))
-    elif family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter:
+    elif is_as_weights_are(s, family, precision):
         compute_as_weights_are(denoiser)
+
+
+def is_as_weights_are(s, family, precision):
+    """Whether the denoiser computes as compute_as_weights_are() has it."""
+    return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
 
 
 def compute_as_weights_are(denoiser):
@@ -8123,7 +8128,8 @@ def hollow_models(s, models, plan, levers):
     if METHODS[s.method].is_adapter:
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        under_autocast = [] if is_bf16_throughout(s, models.family, levers, plan.precision) else [hollow.denoiser]
+        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, plan.precision)
+        under_autocast = [] if without else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 

@@ -37,6 +37,13 @@ def kl(channels):
 TEXT = "text_encoder", "tokenizer"
 FLOWS = {
     "z-image": Arch("ZImagePipeline", ("ZImageTransformer2DModel", {}), kl(16), lambda: {"hidden": [torch.randn(TOKENS, 2560)]}, TEXT),
+    "klein-4b": Arch("Flux2KleinPipeline", ("Flux2Transformer2DModel", KLEIN), ("AutoencoderKLFlux2", {}),
+                     lambda: {"hidden": torch.randn(1, 512, 7680)}, TEXT),
+    "qwen-image": Arch("QwenImagePipeline", ("QwenImageTransformer2DModel", {}), ("AutoencoderKLQwenImage", {}),
+                       lambda: {"hidden": [torch.randn(TOKENS, 3584)]}, TEXT),
+    "flux1": Arch("FluxPipeline", ("FluxTransformer2DModel", dict(guidance_embeds=True)), kl(16),
+                  lambda: {"hidden": torch.randn(1, 512, 4096), "pooled": torch.randn(1, 768)},
+                  (*TEXT, "text_encoder_2", "tokenizer_2")),
 }
 
 

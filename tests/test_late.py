@@ -8,7 +8,7 @@ import torch
 from conftest import build_pipeline
 from test_families import draw
 from tiny_families import TINY
-from training_runs import assert_same_weights, interrupt
+from training_runs import assert_same_weights, far_apart, interrupt
 
 import dreambooth_implementation as db
 
@@ -57,7 +57,7 @@ def test_it_draws_from_the_book_as_from_prompts(model):
     look = dict(steps=2, guidance_scale=models.family.guidance, height=32, width=32, batch_size=2)
     jobs = [(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     own, told = (list(db.draw(each.pipeline, jobs, **look, models=each)) for each in (whole, models))
-    assert [a.tobytes() for a in own] == [b.tobytes() for b in told]
+    assert all(far_apart(a, b) <= 1 for a, b in zip(own, told, strict=True))
 
 
 def test_a_prompt_that_is_not_in_the_book_is_encoded_and_the_text_encoders_go_again(model):
@@ -87,7 +87,8 @@ def test_an_output_is_whole_for_plain_diffusers(method, model, photos, run, tmp_
 
     status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, *SMALL, "--steps", 2, "--method", method)
     assert status == 0, err
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "output" if method == "full" else model)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if "without-t5" in model else {}  # diffusers wants that to be said
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "output" if method == "full" else model, **absent)
     if method == "lora":
         pipeline.load_lora_weights(tmp_path / "output")
     pipeline.set_progress_bar_config(disable=True)

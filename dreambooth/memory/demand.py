@@ -10,7 +10,7 @@ from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import rows_of
 from dreambooth.models.quantized import BASES, in_fewer_bits
 from dreambooth.training.course import check_rates
-from dreambooth.training.precision import compute_as_precision_says, is_bf16_throughout
+from dreambooth.training.precision import compute_as_precision_says, is_as_weights_are, is_bf16_throughout
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def hollow_models(s, models, plan, levers):
     if METHODS[s.method].is_adapter:
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        under_autocast = [] if is_bf16_throughout(s, models.family, levers, plan.precision) else [hollow.denoiser]
+        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, plan.precision)
+        under_autocast = [] if without else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 

@@ -19,8 +19,13 @@ def compute_as_precision_says(s, family, levers, precision, denoiser):
     """Have a denoiser compute in bf16 from end to end where it may; elsewhere autocast sees to each operation."""
     if is_bf16_throughout(s, family, levers, precision):
         compute_in_bf16(denoiser, family.last_layers(denoiser))
-    elif family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter:
+    elif is_as_weights_are(s, family, precision):
         compute_as_weights_are(denoiser)
+
+
+def is_as_weights_are(s, family, precision):
+    """Whether the denoiser computes as compute_as_weights_are() has it."""
+    return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
 
 
 def compute_as_weights_are(denoiser):
