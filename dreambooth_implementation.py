@@ -665,6 +665,106 @@ def white_of(path, image, values, tags):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# profiles: Colour profiles of files that have their colours in numbers alone: a PNG's gAMA and cHRM, and ITU-T H.273's code points in PNG,
+# HEIC and AVIF.
+#
+# Knows nothing of what is done with a profile.
+
+
+SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
+PRIMARIES = {1: SRGB, 9: (*SRGB[:2], 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),  # H.273's numbers: BT.709, BT.2020, Display P3
+             12: (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)}
+CURVES = {1: None, 2: None, 6: None, 13: None, 14: None, 15: None, 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
+BRIGHTER = {16: "PQ", 18: "HLG"}  # than any screen's white
+D50 = (0.9642, 1, 0.8249)
+
+
+def profile_in_numbers(path, image):
+    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's."""
+    chunks = short_chunks(path) if image.format == "PNG" else {}
+    if codes := code_points(path, image, chunks):
+        if name := BRIGHTER.get(codes[1]):
+            say_once(f"Note: {path} is HDR ({name}), which looks dull here; save it as a usual JPEG to have its colours right.")
+        known = codes[0] in PRIMARIES and codes[1] in CURVES
+        return written(PRIMARIES[codes[0]], CURVES[codes[1]]) if known else None
+    if "sRGB" in chunks:
+        return None
+    places, gamma = chunks.get("cHRM", b""), int.from_bytes(chunks.get("gAMA", b""), "big") / 100000
+    places = tuple(number / 100000 for number in struct.unpack(">8I", places)) if len(places) == 32 else SRGB
+    return written(places, None if not gamma or abs(1 / gamma - 2.2) < 0.05 else 1 / gamma)
+
+
+def short_chunks(path):
+    """{kind: content} of the chunks of up to 32 bytes before a PNG's pixels."""
+    chunks = {}
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            length = int.from_bytes(head[:4], "big")
+            content = file.read(length) if length <= 32 else None
+            if content is not None:
+                chunks.setdefault(head[4:].decode("latin-1"), content)
+            file.seek(4 if content is not None else length + 4, 1)
+    return chunks
+
+
+def code_points(path, image, chunks):
+    """(primaries, transfer) by H.273's numbers, where a file has them; else None."""
+    if image.format == "PNG":
+        return tuple(chunks["cICP"][:2]) if len(chunks.get("cICP", b"")) == 4 else None
+    if image.format == "AVIF":
+        with open(path, "rb") as file:
+            box = file.read(2**16).partition(b"colrnclx")[2][:4]
+        return struct.unpack(">HH", box) if len(box) == 4 else None
+    codes = image.info.get("nclx_profile") or {}
+    return (codes["color_primaries"], codes["transfer_characteristics"]) if codes else None
+
+
+def written(places, gamma):
+    """The ICC profile of colours whose white, red, green and blue have these x and y. None for sRGB's, and for impossible ones."""
+    if gamma is None and max(abs(one - other) for one, other in zip(places, SRGB)) < 0.002:
+        return None
+    with contextlib.suppress(ArithmeticError, ValueError, struct.error):  # numbers that no light has
+        return icc(primaries_at_d50(places), gamma)
+
+
+def primaries_at_d50(places):
+    """XYZ of red, green and blue under the white that profiles have, adapted as Bradford's."""
+    import numpy as np
+
+    def xyz(x, y):
+        return np.array([x / y, 1, (1 - x - y) / y])
+    white, *lights = (xyz(*places[i:i + 2]) for i in range(0, 8, 2))
+    lights = np.stack(lights, 1)
+    try:
+        lights = lights * np.linalg.solve(lights, white)
+    except np.linalg.LinAlgError:
+        raise ValueError("these lights mix to no white") from None
+    eye = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    adapted = np.linalg.inv(eye) @ np.diag(eye @ D50 / (eye @ white)) @ eye
+    return (adapted @ lights).T.tolist()
+
+
+def icc(primaries, gamma):
+    """An ICC profile, version 4, of three primaries and one curve."""
+    def fixed(*numbers):
+        return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+    curve = b"para\0\0\0\0" + (struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045) if gamma is None
+                               else struct.pack(">HH", 0, 0) + fixed(gamma))
+    text = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 2, 28) + "x".encode("utf-16-be") + b"\0\0"
+    tags = {b"desc": text, b"cprt": text, b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50)}
+    tags |= {kind: b"XYZ \0\0\0\0" + fixed(*light) for kind, light in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries)}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for kind, content in tags.items():
+        table += kind + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x04200000, b"mntr", b"RGB ", b"XYZ ")
+    head += struct.pack(">6H4s", 2024, 1, 1, 0, 0, 0, b"acsp") + b"\0" * 28 + fixed(*D50) + b"\0" * 48
+    return head + table + body
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # decode: Picture files decoded as every viewer shows them, whatever camera, phone or editor wrote them.
 #
 # Knows nothing of what the pictures are for.
@@ -833,7 +933,7 @@ def as_seen(path, image):
     if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
         say_once(f"{path} has {image.n_frames} frames; the first is used.")
     image.load()
-    turn, profile = turn_of(path, image), image.info.get("icc_profile")
+    turn, profile = turn_of(path, image), image.info.get("icc_profile") or profile_in_numbers(path, image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(path, image)
     if image.mode == "La":
@@ -1124,7 +1224,8 @@ def all_threads():
 
 DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
 MODES = {  # which commands know a flag; --help lists the flags in this order
-    "all": ("train", "infer", "evaluate"), "train+evaluate": ("train", "evaluate"), "train": ("train",),
+    "all": ("train", "infer", "evaluate"), "all+export": ("train", "infer", "evaluate", "export"),
+    "train+evaluate": ("train", "evaluate"), "train": ("train",),
     "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"), "infer": ("infer",),
     "infer+evaluate": ("infer", "evaluate"), "evaluate": ("evaluate",)}
 SAMPLE_PHOTOS = "./instance_images"
@@ -1159,7 +1260,7 @@ class Settings:
                                                  "the same", shown="main")
     variant: str | None = _field("train", None, "which of a model's weights to read, such as fp16: those named *.fp16.safetensors",
                                  shown="those without such a word")
-    cache_dir: str | None = _field("all", None, "folder where models from the hub are kept",
+    cache_dir: str | None = _field("all+export", None, "folder where models from the hub are kept",
                                    shown="the hub client's own, which HF_HOME moves")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
@@ -2573,6 +2674,12 @@ def sample_weights(pipeline):
     return sample
 
 
+def is_part_sample(found):
+    """Whether something that was read is what sample_weights() has of one part."""
+    precision, text = found if isinstance(found, list) and len(found) == 2 else (None, None)
+    return precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str) and bool([float(x) for x in text.split()])
+
+
 def is_same_sample(one, other):
     """Whether two results of sample_weights() are of the same weights, in whatever precision each was loaded."""
     import torch
@@ -3721,6 +3828,10 @@ def make_ready(pipeline, name, flag):
         # Older configs name another id, and then the highest one is taken for the end of the text: with words added to
         # the vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
         text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
+    tokenizers = [getattr(pipeline, part.replace("text_encoder", "tokenizer")) for part in text_encoders_of(pipeline)]
+    if len(lengths := {tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; one of "
+                        f"them is damaged, copy or download the model again")
 
 
 def load_models(name, arithmetic, freezes_unet=False, variant=None):
@@ -3993,7 +4104,8 @@ def saves_of(s):
 
 
 PEFT = "base_model.model."
-PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
 LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
 # What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
@@ -4011,8 +4123,22 @@ def is_lora(names):
     return any("lora" in name or any(re.search(sign, name) for sign, _ in LYCORIS) for name in names)
 
 
+def lora_files(path):
+    """The files of a LoRA: itself, or, in a folder with one of PEFT's folders for each part of a model, one for each."""
+    return [file for part in LORA_PARTS if (file := path / part / PEFT_FILE).is_file()] if path.is_dir() else [path]
+
+
+def is_split(folder):
+    """Whether a folder holds a LoRA in one of PEFT's folders for each part. UserError if they have only what is not opened."""
+    if pickles := [file for part in LORA_PARTS if (file := folder / part / PEFT_FILE.replace("safetensors", "bin")).is_file()]:
+        if not lora_files(folder):
+            raise UserError(f"--adapter {folder}: {pickles[0]} is not opened, since such a file can run any code on this machine; "
+                            f"give its .safetensors form")
+    return bool(lora_files(folder))
+
+
 def check_lora(path, pipeline, flag):
-    """UserError if a LoRA is of a kind that is not supported, or for another kind of model than the pipeline's."""
+    """UserError if a LoRA's file is of a kind that is not supported, or for another kind of model than the pipeline's."""
     shapes, _ = read_header(path, flag)
     for sign, kind in LYCORIS:
         if found := next((name for name in shapes if re.search(sign, name)), None):
@@ -4034,11 +4160,16 @@ def check_lora(path, pipeline, flag):
 
 def lora_weights(path):
     """What load_lora_weights() takes for a LoRA: its folder and file, or tensors under other names, scaled by alpha / rank."""
+    files = lora_files(path)
+    if files == [path] and not any(name.startswith(PEFT) for name in read_header(path, "--adapter")[0]):
+        return path.parent, {"weight_name": path.name}
+    return {name: tensor for file in files for name, tensor in peft_weights(file).items()}, {}
+
+
+def peft_weights(path):
+    """{name as diffusers has it: tensor} of a file of PEFT's. In a folder that is called as a part of the model, it is of that."""
     from safetensors.torch import load_file
 
-    names = list(read_header(path, "--adapter")[0])
-    if not any(name.startswith(PEFT) for name in names):
-        return path.parent, {"weight_name": path.name}
     config = read_json(path.with_name(PEFT_CONFIG))
     if not config:
         say_once(f"Note: {path} has no {PEFT_CONFIG} beside it that tells its alpha; it is taken to be the rank.")
@@ -4046,13 +4177,15 @@ def lora_weights(path):
     for name, tensor in tensors.items():
         if name.endswith("lora_B.weight"):
             tensor = tensor * peft_scale(config, name, tensor.shape[1])
-        weights[peft_name(name)] = tensor
-    return weights, {}
+        weights[peft_name(name, path.parent.name)] = tensor
+    return weights
 
 
-def peft_name(name):
+def peft_name(name, folder=""):
     """A tensor's name in PEFT's file as diffusers has it: "base_model.model.down_blocks..." is "unet.down_blocks..."."""
     name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(PEFT))
+    if folder in LORA_PARTS and not name.startswith(f"{folder}."):
+        return f"{folder}.{name}"
     return next((part + name for sign, part in PEFT_PARTS if re.match(sign, name)), name)
 
 
@@ -4065,8 +4198,8 @@ def peft_scale(config, name, rank):
 
 
 def layers_in(path):
-    """How many layers a LoRA's file changes."""
-    return sum(bool(re.search(LORA_LAYER, name)) for name in read_header(path, "--adapter")[0])
+    """How many layers a LoRA changes."""
+    return sum(bool(re.search(LORA_LAYER, name)) for file in lora_files(path) for name in read_header(file, "--adapter")[0])
 
 
 def layers_taken(parts, adapter):
@@ -4080,7 +4213,7 @@ def only_adapter(folder, files, flag):
     UserError if there are several, or only such as are not opened.
     """
     tensors = sorted(file for file in files if file.lower().endswith(".safetensors") and "/" not in file)
-    usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in tensors]
+    usual = [file for file in ("pytorch_lora_weights.safetensors", PEFT_FILE) if file in tensors]
     if usual or len(tensors) == 1:
         chosen = (usual or tensors)[0]
         if others := [file for file in tensors if file not in (chosen, "kohya_lora.safetensors")]:
@@ -4288,7 +4421,8 @@ def add_words(pipeline, trained, flag):
 
 def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
-    check_lora(trained.lora, pipeline, flag)
+    for file in lora_files(trained.lora):
+        check_lora(file, pipeline, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
@@ -4355,11 +4489,21 @@ def read_record(model):
         texts = [value for subject in subjects for value in dataclasses.astuple(subject)]
         whole = method in METHODS and subjects and all(isinstance(text, str) for text in (*texts, record.get("base_model", "")))
         whole = whole and all(re.fullmatch(r"[\w-]*", subject.name) for subject in subjects)  # it becomes part of a file's name
+        whole = whole and is_sound(record)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{path}: cannot be read; it is damaged, train the model again")
     return record
+
+
+def is_sound(record):
+    """Whether whatever is looked up in a record later on is of its kind, if it is there. Raises AttributeError if it is far from it."""
+    resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
+    places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
+    return (all(isinstance(place, (str, type(None))) for place in places)
+            and (resolution is None or isinstance(resolution, int) and resolution > 0 and resolution % 8 == 0)
+            and all(is_part_sample(part) for part in sample.values()))
 
 
 @dataclass(frozen=True)
@@ -4369,7 +4513,7 @@ class Trained:
     source: str
     record: dict  # dreambooth.json, or {}
     subjects: list
-    lora: Path | None
+    lora: Path | None  # a file, or a folder that lora_files() knows
     words: dict  # {word: file}
 
     @property
@@ -4412,6 +4556,9 @@ def fetched(source, file, flag):
 def find_unrecorded(source, flag):
     """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
     files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
+    is_bare = Path(source).is_dir() and "model_index.json" not in files
+    if is_bare and not any(file.endswith(".safetensors") for file in files) and is_split(Path(source)):
+        return Trained(source, {}, [], Path(source), {})
     if "model_index.json" in files or not files:
         return Trained(source, {}, [], None, {})
     file = only_adapter(source, files, flag)
@@ -4783,48 +4930,6 @@ def harmonic_mean(dino, clip_t):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
 
 
@@ -4967,6 +5072,48 @@ def load_lpips(device):
             f"measure.")
         return None
     return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -7633,7 +7780,7 @@ def kohya_file(trained):
         path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
-    if path is None or not path.is_file():
+    if path is None or trained.lora.is_dir() or not path.is_file():
         raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
     return path
 
@@ -7896,7 +8043,12 @@ def main(argv=None):
 def run_command(argv):
     """Parse the flags and do what they say."""
     say_once.cache_clear()  # in a notebook, another command may have been before
-    settings = parse_settings(argv)
+    with own_environment():
+        follow(parse_settings(argv))
+
+
+def follow(settings):
+    """Do what settings say."""
     try:
         os.getcwd()
     except OSError:
@@ -7907,9 +8059,23 @@ def run_command(argv):
         {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
 
 
+@contextlib.contextmanager
+def own_environment():
+    """What flags put into the environment is there within the block alone: the next command of a notebook has its own."""
+    names = [foreign.environment for foreign in DIFFUSERS_FLAGS.values() if foreign.environment]
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
 def refusal(problem):
     """Say in one line what is wrong; returns the exit status."""
-    print("error:", " ".join(str(problem).splitlines()), file=sys.stderr)
+    line = re.sub(r"(\S{150})\S{200,}(\S{50})", r"\1...\2", " ".join(str(problem).splitlines()))  # no remedy is seen behind a wall
+    print("error:", line, file=sys.stderr)
     return 2
 
 

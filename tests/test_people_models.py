@@ -1032,6 +1032,42 @@ def test_pefts_own_files(names, config, scale, draw, made, tiny_model, tmp_path,
     assert ("no adapter_config.json" in capsys.readouterr().out) == (config is None)
 
 
+def split(file, folder, alpha):
+    """A LoRA as PEFT's own DreamBooth example leaves it: a folder for each part, without the part's name in the tensors' names."""
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if any(name.startswith(f"{part}.") for name in load_file(file)):
+            (folder / part).mkdir(parents=True)
+            pick(file, lambda name: name.startswith(f"{part}."), folder / part / "adapter_model.safetensors",
+                 lambda name: f"base_model.model.{name.removeprefix(f'{part}.')}")
+            (folder / part / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_pefts_folders_of_each_part(family, draw, made, tiny_model, tmp_path, capsys):
+    own = made(family, alpha=4) / db.LORA_FILE  # its scale: 1
+    folder = split(own, tmp_path / "peft", alpha=8)
+    expected = picture_of(plain(tiny_model, family, (own, 2.0)))
+    assert np.abs(picture_of(draw("peft", family=family)) - expected).max() < 1e-5
+    assert np.abs(picture_of(draw("peft=0.5", family=family)) - picture_of(plain(tiny_model, family, (own, 1.0)))).max() < 1e-5
+    assert np.abs(picture_of(draw(path="peft", name=tiny_model(family))) - expected).max() < 1e-5
+    alone = pick(own, lambda name: name.startswith("text_encoder."), tmp_path / "text.safetensors")
+    assert np.abs(picture_of(draw("peft/text_encoder", family=family)) - picture_of(plain(tiny_model, family, (alone, 2.0)))).max() < 1e-5
+    assert capsys.readouterr().out == ""
+    s = db.parse_settings(["--export", "o.safetensors", "--model_path", "peft"])
+    refused(lambda: db.export(s), "--model_path peft", "give an output of --train")
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    refused(lambda: draw("peft", family=family), "--adapter peft", "adapter_model.bin is not opened")
+
+
+def test_two_tokenizers_that_end_prompts_at_different_places(copy_of):
+    folder = copy_of("sdxl")
+    config = folder / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 3}))
+    refused(lambda: load(folder), f"--model_name {folder}", "end prompts after 3 and 77 words", "download the model again")
+
+
 def test_a_folder_or_hub_id_with_nothing_but_the_lora(draw, made, tiny_model, tmp_path, run, cache):
     Path("D").mkdir()
     shutil.copy(made() / db.LORA_FILE, "D")

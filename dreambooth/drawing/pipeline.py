@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 from dreambooth.base import HERE, UserError, say, say_once
-from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_weights
+from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_files, lora_weights
 from dreambooth.files import load_tensors
 from dreambooth.models.find import find_model
 from dreambooth.models.fits import say_if_distilled
@@ -74,7 +74,8 @@ def add_words(pipeline, trained, flag):
 
 def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
-    check_lora(trained.lora, pipeline, flag)
+    for file in lora_files(trained.lora):
+        check_lora(file, pipeline, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below

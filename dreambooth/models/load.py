@@ -118,6 +118,10 @@ def make_ready(pipeline, name, flag):
         # Older configs name another id, and then the highest one is taken for the end of the text: with words added to
         # the vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
         text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
+    tokenizers = [getattr(pipeline, part.replace("text_encoder", "tokenizer")) for part in text_encoders_of(pipeline)]
+    if len(lengths := {tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; one of "
+                        f"them is damaged, copy or download the model again")
 
 
 def load_models(name, arithmetic, freezes_unet=False, variant=None):
