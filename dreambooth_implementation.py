@@ -1832,18 +1832,19 @@ class Parts:
 
 MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
     painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
-    thumbnail""".split()
+    thumbnail polaroid mugshot still doodle caricature wallpaper""".split()
 RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
 AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
 OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
 OWNERS = "my your his her its our their".split()
-DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
+DETERMINERS = ["an?", "one", "the", *OWNERS, "some", "this", "that", "these", "those"]
 # "my sister's dog" and "Anna's dog", but not "a dog's bowl".
 POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[^\W\d_a-z])\w*)['’]s? "
 COUNTS = "two three four five six several many".split()
 WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
                    re.IGNORECASE | re.DOTALL)
-EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
+PRONOUNS = "me myself him himself herself them us you yourself it".split()  # of whom the model knows nothing
+EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS + PRONOUNS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
 CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$", re.DOTALL)
 ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()
@@ -2743,6 +2744,7 @@ def text_encoder_parameters(models):
 
 # What files begin with that have the name of a .safetensors file and are none.
 IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the file: run `git lfs pull` in its repository",
+             b"../": "it is a text in place of a link, as copies of the hub's cache may be: copy it with its links followed (cp -rL)",
              b"<": "it is a web page, not the file; download it again",
              b"PK\x03\x04": "it is a pickle under another name, which can run any code, and is not opened",
              b"\x80\x02": "it is a pickle under another name, which can run any code, and is not opened",
@@ -3131,6 +3133,7 @@ def kind_of_folder(folder):
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 DISTILLED_NAME = r"turbo|lightning|hyper-?sd|(?<![a-z])(lcm|dmd2?|schnell|distilled)(?![a-z])"
 
@@ -3154,7 +3157,11 @@ def check_fit(folder, name, flag):
     if lost := [part for part in wanted if part not in configs]:
         raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}"
                         + (" (an SDXL refiner?)" if is_xl and "text_encoder_2" in configs else "") + "; give a whole text-to-image model")
-    if trouble := misfit(configs, is_xl):
+    try:
+        trouble = misfit(configs, is_xl)
+    except TypeError:
+        trouble = "one of its configs has something else where a number belongs; copy or download it again"
+    if trouble:
         raise UserError(f"{flag} {name}: {trouble}")
 
 
@@ -3195,6 +3202,13 @@ def check_trainable(pipeline, name, flag="--model_name"):
     if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
         raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
                         f"VAE has a scaling_factor alone")
+    scale, is_xl = vae.get("scaling_factor"), pipeline.components.get("text_encoder_2") is not None
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json (Stable "
+                        f"Diffusion's is 0.18215, SDXL's 0.13025)")
+    if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
+        say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that one's VAE, "
+            f"what is learnt is spoilt.")
     for part in ("text_encoder", "text_encoder_2"):
         kind = type(pipeline.components.get(part)).__name__
         if kind not in (*TEXT_ENCODERS, "NoneType"):
@@ -3743,7 +3757,8 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, 
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of older schedulers' configs, which it has put right
+            pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
             raise
@@ -4248,10 +4263,21 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
+        if is_flat(picture):
+            check_weights(pipeline)
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
                             f"--mixed_precision no")
         yield picture
+
+
+def check_weights(pipeline):
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        module = pipeline.components.get(part)
+        if module is not None and not all(parameter.float().isfinite().all() for parameter in module.parameters()):
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws nothing; "
+                            f"give another copy of the model, or another model")
 
 
 def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
@@ -4404,10 +4430,19 @@ def check_base(s, base, sample, trained, flag):
     say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
 
 
+def check_numbers(path, flag):
+    """UserError if a file holds what is no number, as a training that overflowed leaves it: pictures would be black."""
+    broken = [name for name, tensor in load_tensors(path, flag).items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
+    if broken:
+        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; its training "
+                        f"failed, give another")
+
+
 def add_words(pipeline, trained, flag):
     """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
     models = take_apart(trained.source, pipeline)
     for word, path in trained.words.items():
+        check_numbers(path, flag)
         try:
             vectors = embedding_vectors(models, load_tensors(path, flag))
         except ValueError as problem:
@@ -4423,6 +4458,7 @@ def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
     for file in lora_files(trained.lora):
         check_lora(file, pipeline, flag)
+        check_numbers(file, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
@@ -7804,6 +7840,7 @@ def infer(s):
     prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
     tell_prompts([*prompts, s.negative_prompt], [*trained.subjects, *others])
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
+    tell_unspoken([trained, *(adapter for adapter, _ in adapters)], [*prompts, s.negative_prompt])
 
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
@@ -7825,6 +7862,14 @@ def infer(s):
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
                          (default(s.width, width), default(s.height, height)))
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
+
+
+def tell_unspoken(trained, prompts):
+    """Say which embeddings change nothing, since no prompt has their word."""
+    spoken = " ".join(prompts).casefold()
+    for each in trained:
+        if each.words and not each.lora and not any(word.casefold() in spoken for word in each.words):
+            say(f'Note: no prompt has the word of {each.source}, "{next(iter(each.words))}", without which it changes nothing.')
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

@@ -1061,11 +1061,71 @@ def test_pefts_folders_of_each_part(family, draw, made, tiny_model, tmp_path, ca
     refused(lambda: draw("peft", family=family), "--adapter peft", "adapter_model.bin is not opened")
 
 
+@pytest.mark.parametrize("part, values", [("text_encoder_2", {"hidden_size": "32"}), ("unet", {"in_channels": [4]}),
+                                          ("text_encoder", {"hidden_size": [32]}), ("vae", {"latent_channels": {}})])
+def test_configs_with_something_else_where_a_number_belongs(part, values, copy_of):
+    refused(lambda: load(copy_of("sdxl", **{part: values})), "--model_name model", "copy or download it again" if part != "vae" else "UNet")
+
+
+def test_a_copy_of_the_cache_with_texts_in_place_of_links(copy_of):
+    folder = copy_of()
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_text("../../../blobs/abc")
+    refused(lambda: load(folder), "unet/diffusion_pytorch_model.safetensors", "a text in place of a link", "cp -rL")
+
+
+def test_weights_that_are_no_numbers_are_refused(draw, made, tiny_model, tmp_path):
+    own = load_file(made() / db.LORA_FILE)
+    save_file({**own, max(own): torch.full_like(own[max(own)], float("nan"))}, tmp_path / "lora.safetensors")
+    refused(lambda: draw("lora.safetensors"), "--adapter lora.safetensors", f"1 of its tensors hold no numbers (NaN or infinite), such as {max(own)}")
+    save_file({"emb_params": torch.tensor([[1.0, float("inf")] * 16])}, tmp_path / "gronk.safetensors")
+    refused(lambda: draw("gronk.safetensors"), "--adapter gronk.safetensors", "emb_params")
+
+
+def test_a_model_of_no_numbers_draws_nothing(copy_of, run):
+    file = copy_of() / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "conv_in.bias": torch.full_like(weights["conv_in.bias"], float("nan"))}, file, {"format": "pt"})
+    status, _, err = run("--infer", *DRAW, "--model_path", "model", "--prompt", "a dog")
+    assert status == 2 and "error: model: weights of its unet are no numbers" in err
+    assert not list(Path("images").glob("*.png"))
+
+
+@pytest.mark.parametrize("scale", [0, -1, None, "0.18"])
+def test_a_vae_that_scales_to_nothing_is_refused(scale, copy_of):
+    pipeline = load(copy_of())
+    pipeline.vae.register_to_config(scaling_factor=scale)
+    refused(lambda: db.check_trainable(pipeline, "model"), "--model_name model", "the scaling_factor of its VAE is", "0.18215")
+
+
+@pytest.mark.parametrize("family, scale, whose", [("sd1", 0.13025, "SDXL"), ("sdxl", 0.18215, "Stable Diffusion"), ("sd1", 0.18215, ""),
+                                                  ("sdxl", 0.13025, "")])
+def test_a_vae_of_the_other_kind_is_said(family, scale, whose, tiny_model, capsys):
+    pipeline = load(tiny_model(family))
+    pipeline.vae.register_to_config(scaling_factor=scale)
+    db.check_trainable(pipeline, "model")
+    out = capsys.readouterr().out
+    assert (f"Note: model: its VAE has the scaling_factor of {whose}, {scale}" in out) if whose else out == ""
+
+
+def test_an_embedding_that_no_prompt_names_is_said(run, tiny_model, tmp_path):
+    save_file({"emb_params": torch.zeros(1, 32)}, "gronk.safetensors")
+    flags = ["--infer", "--num_images", 1, "--num_inference_steps", 1, "--model_path", tiny_model("sd1"), "--adapter", "gronk.safetensors"]
+    for more, is_said in ((["--prompt", "a dog"], True), (["--prompt", "a Gronk dog"], False),
+                          (["--prompt", "a dog", "--negative_prompt", "gronk"], False)):
+        status, out, err = run(*flags, *more)
+        assert status == 0 and ('no prompt has the word of gronk.safetensors, "gronk"' in out) == is_said, err
+
+
+def test_schedulers_of_older_configs_are_put_right_quietly(copy_of, recwarn):
+    pipeline = load(copy_of(scheduler={"steps_offset": 0, "clip_sample": True}))
+    assert pipeline.scheduler.config.steps_offset == 1 and not [w for w in recwarn if w.category is FutureWarning]
+
+
 def test_two_tokenizers_that_end_prompts_at_different_places(copy_of):
     folder = copy_of("sdxl")
     config = folder / "tokenizer_2" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 3}))
-    refused(lambda: load(folder), f"--model_name {folder}", "end prompts after 3 and 77 words", "download the model again")
+    refused(lambda: load(folder), f"--model_name {folder}", "end prompts after 3 and 32 words", "download the model again")
 
 
 def test_a_folder_or_hub_id_with_nothing_but_the_lora(draw, made, tiny_model, tmp_path, run, cache):

@@ -656,7 +656,9 @@ def test_captions_that_name_another_subject_are_refused_at_once(photos):
     ("an image of the dog", "an image of a [identifier] dog"), ("photo of dog", "photo of a [identifier] dog"),
     ("a black and white photo of a dog", "a black and white photo of a [identifier] dog"),
     ("a photo of a painting of a dog", "a photo of a painting of a [identifier] dog"),
-    ("photo: a dog", "photo: a [identifier] dog"),
+    ("photo: a dog", "photo: a [identifier] dog"), ("polaroid of a dog", "polaroid of a [identifier] dog"),
+    ("a mugshot of a man", "a mugshot of a [identifier] man"), ("film still of a woman", "film still of a [identifier] woman"),
+    ("a photo of one dog", "a photo of a [identifier] dog"), ("a still life", "a [identifier] still life"),
     ("a picture of two dogs", "a picture of two [identifier] dogs"), ("my dog", "a [identifier] dog"),
     ("Anna's dog", "a [identifier] dog"),
     ("a photo of my sister\u2019s dog", "a photo of a [identifier] dog"), ("the dog's bowl", "a [identifier] dog's bowl"),
@@ -693,7 +695,7 @@ def test_class_prompts_lose_what_writing_adds(given, tidy, photos):
     assert db.find_photos(concept(photos, given))[1] == tidy
 
 
-@pytest.mark.parametrize("given", ["a", "the", "...", "an image of the", "a photo of", "of", '""', "a photo of ."])
+@pytest.mark.parametrize("given", ["a", "the", "...", "an image of the", "a photo of", "of", '""', "a photo of .", "a photo of me", "Her"])
 def test_class_prompts_that_name_nothing(given, photos):
     line = refusal(db.find_photos, concept(photos, given))
     assert line.startswith("--class_prompt") and "what kind of thing" in line

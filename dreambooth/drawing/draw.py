@@ -24,10 +24,21 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
+        if is_flat(picture):
+            check_weights(pipeline)
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
                             f"--mixed_precision no")
         yield picture
+
+
+def check_weights(pipeline):
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        module = pipeline.components.get(part)
+        if module is not None and not all(parameter.float().isfinite().all() for parameter in module.parameters()):
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws nothing; "
+                            f"give another copy of the model, or another model")
 
 
 def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):

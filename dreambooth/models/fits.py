@@ -4,6 +4,7 @@ A model that draws well may still be one that must not be trained here, since it
 2006.11239) or its latents are shifted: it would learn from made-up noise, without a sign of it.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dreambooth.models.inventory import CONFIGS, parts_of
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 DISTILLED_NAME = r"turbo|lightning|hyper-?sd|(?<![a-z])(lcm|dmd2?|schnell|distilled)(?![a-z])"
 
@@ -37,7 +39,11 @@ def check_fit(folder, name, flag):
     if lost := [part for part in wanted if part not in configs]:
         raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}"
                         + (" (an SDXL refiner?)" if is_xl and "text_encoder_2" in configs else "") + "; give a whole text-to-image model")
-    if trouble := misfit(configs, is_xl):
+    try:
+        trouble = misfit(configs, is_xl)
+    except TypeError:
+        trouble = "one of its configs has something else where a number belongs; copy or download it again"
+    if trouble:
         raise UserError(f"{flag} {name}: {trouble}")
 
 
@@ -78,6 +84,13 @@ def check_trainable(pipeline, name, flag="--model_name"):
     if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
         raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
                         f"VAE has a scaling_factor alone")
+    scale, is_xl = vae.get("scaling_factor"), pipeline.components.get("text_encoder_2") is not None
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json (Stable "
+                        f"Diffusion's is 0.18215, SDXL's 0.13025)")
+    if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
+        say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that one's VAE, "
+            f"what is learnt is spoilt.")
     for part in ("text_encoder", "text_encoder_2"):
         kind = type(pipeline.components.get(part)).__name__
         if kind not in (*TEXT_ENCODERS, "NoneType"):

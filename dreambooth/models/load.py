@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 from dreambooth.base import UserError, default, say_once
@@ -33,7 +34,8 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, 
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of older schedulers' configs, which it has put right
+            pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
             raise
