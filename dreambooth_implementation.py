@@ -665,8 +665,7 @@ def white_of(path, image, values, tags):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# profiles: Colour profiles of files that have their colours in numbers alone: a PNG's gAMA and cHRM, and ITU-T H.273's code points in PNG,
-# HEIC and AVIF.
+# profiles: Colour profiles of files that say their colours in numbers alone: a PNG's gAMA and cHRM, ITU-T H.273's code points in others.
 #
 # Knows nothing of what is done with a profile.
 
@@ -2416,7 +2415,7 @@ def check_own(folder, count, concepts):
     if images[count:]:
         say(f"Note: {folder} holds {len(images)} class images, of which the first {count} are used; --num_class_images "
             f"{len(images)} would use all.")
-    if any(path.with_suffix(".txt").exists() for path in used):
+    if any(path.with_suffix(".txt").exists() for path in used) or any((path.parent / CAPTION_LISTS[0]).exists() for path in used[:1]):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:
@@ -2678,7 +2677,8 @@ def sample_weights(pipeline):
 def is_part_sample(found):
     """Whether something that was read is what sample_weights() has of one part."""
     precision, text = found if isinstance(found, list) and len(found) == 2 else (None, None)
-    return precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str) and bool([float(x) for x in text.split()])
+    is_text = precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str)
+    return is_text and bool([float(number) for number in text.split()])
 
 
 def is_same_sample(one, other):
@@ -2744,7 +2744,7 @@ def text_encoder_parameters(models):
 
 # What files begin with that have the name of a .safetensors file and are none.
 IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the file: run `git lfs pull` in its repository",
-             b"../": "it is a text in place of a link, as copies of the hub's cache may be: copy it with its links followed (cp -rL)",
+             b"../": "it is a text in place of a link, as in a copy of the hub's cache: copy that with links followed (cp -rL)",
              b"<": "it is a web page, not the file; download it again",
              b"PK\x03\x04": "it is a pickle under another name, which can run any code, and is not opened",
              b"\x80\x02": "it is a pickle under another name, which can run any code, and is not opened",
@@ -3204,11 +3204,11 @@ def check_trainable(pipeline, name, flag="--model_name"):
                         f"VAE has a scaling_factor alone")
     scale, is_xl = vae.get("scaling_factor"), pipeline.components.get("text_encoder_2") is not None
     if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json (Stable "
-                        f"Diffusion's is 0.18215, SDXL's 0.13025)")
+        raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json "
+                        f"(Stable Diffusion's is 0.18215, SDXL's 0.13025)")
     if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
-        say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that one's VAE, "
-            f"what is learnt is spoilt.")
+        say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that "
+            f"one's VAE, what is learnt is spoilt.")
     for part in ("text_encoder", "text_encoder_2"):
         kind = type(pipeline.components.get(part)).__name__
         if kind not in (*TEXT_ENCODERS, "NoneType"):
@@ -3757,7 +3757,7 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, 
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of older schedulers' configs, which it has put right
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
             pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
@@ -3845,8 +3845,8 @@ def make_ready(pipeline, name, flag):
         text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
     tokenizers = [getattr(pipeline, part.replace("text_encoder", "tokenizer")) for part in text_encoders_of(pipeline)]
     if len(lengths := {tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
-        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; one of "
-                        f"them is damaged, copy or download the model again")
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; "
+                        f"one of them is damaged, copy or download the model again")
 
 
 def load_models(name, arithmetic, freezes_unet=False, variant=None):
@@ -4276,8 +4276,8 @@ def check_weights(pipeline):
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         module = pipeline.components.get(part)
         if module is not None and not all(parameter.float().isfinite().all() for parameter in module.parameters()):
-            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws nothing; "
-                            f"give another copy of the model, or another model")
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
+                            f"nothing; give another copy of the model, or another model")
 
 
 def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
@@ -4432,10 +4432,10 @@ def check_base(s, base, sample, trained, flag):
 
 def check_numbers(path, flag):
     """UserError if a file holds what is no number, as a training that overflowed leaves it: pictures would be black."""
-    broken = [name for name, tensor in load_tensors(path, flag).items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
+    broken = [name for name, tensor in load_tensors(path, flag).items() if not tensor.float().isfinite().all()]
     if broken:
-        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; its training "
-                        f"failed, give another")
+        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; "
+                        f"its training failed, give another")
 
 
 def add_words(pipeline, trained, flag):
@@ -4534,7 +4534,7 @@ def read_record(model):
 
 
 def is_sound(record):
-    """Whether whatever is looked up in a record later on is of its kind, if it is there. Raises AttributeError if it is far from it."""
+    """Whether what is looked up in a record later on is of its kind, where it is there. AttributeError if it is far from it."""
     resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
     places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
     return (all(isinstance(place, (str, type(None))) for place in places)
@@ -5916,7 +5916,12 @@ LAST_POLYNOMIAL_RATE = 1e-7  # where diffusers' polynomial schedule ends
 
 
 def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small."""
+    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small.
+
+    Says what a rate of 0 leaves as it was.
+    """
+    if idle := [group.name for group in groups if group.lr == 0]:
+        say(f"Note: a learning rate of 0 teaches nothing: {' and '.join(idle)} as before.")
     if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
         raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
                         + ", ".join(f"{group.name} {group.lr:g}" for group in groups))

@@ -1,5 +1,4 @@
-"""Colour profiles of files that have their colours in numbers alone: a PNG's gAMA and cHRM, and ITU-T H.273's code points in PNG,
-HEIC and AVIF.
+"""Colour profiles of files that say their colours in numbers alone: a PNG's gAMA and cHRM, ITU-T H.273's code points in others.
 
 Knows nothing of what is done with a profile.
 """

@@ -1052,7 +1052,8 @@ def test_pefts_folders_of_each_part(family, draw, made, tiny_model, tmp_path, ca
     assert np.abs(picture_of(draw("peft=0.5", family=family)) - picture_of(plain(tiny_model, family, (own, 1.0)))).max() < 1e-5
     assert np.abs(picture_of(draw(path="peft", name=tiny_model(family))) - expected).max() < 1e-5
     alone = pick(own, lambda name: name.startswith("text_encoder."), tmp_path / "text.safetensors")
-    assert np.abs(picture_of(draw("peft/text_encoder", family=family)) - picture_of(plain(tiny_model, family, (alone, 2.0)))).max() < 1e-5
+    expected = picture_of(plain(tiny_model, family, (alone, 2.0)))
+    assert np.abs(picture_of(draw("peft/text_encoder", family=family)) - expected).max() < 1e-5
     assert capsys.readouterr().out == ""
     s = db.parse_settings(["--export", "o.safetensors", "--model_path", "peft"])
     refused(lambda: db.export(s), "--model_path peft", "give an output of --train")
@@ -1064,7 +1065,8 @@ def test_pefts_folders_of_each_part(family, draw, made, tiny_model, tmp_path, ca
 @pytest.mark.parametrize("part, values", [("text_encoder_2", {"hidden_size": "32"}), ("unet", {"in_channels": [4]}),
                                           ("text_encoder", {"hidden_size": [32]}), ("vae", {"latent_channels": {}})])
 def test_configs_with_something_else_where_a_number_belongs(part, values, copy_of):
-    refused(lambda: load(copy_of("sdxl", **{part: values})), "--model_name model", "copy or download it again" if part != "vae" else "UNet")
+    said = "UNet takes 4 channels" if part == "vae" else "copy or download it again"
+    refused(lambda: load(copy_of("sdxl", **{part: values})), "--model_name model", said)
 
 
 def test_a_copy_of_the_cache_with_texts_in_place_of_links(copy_of):
@@ -1076,7 +1078,8 @@ def test_a_copy_of_the_cache_with_texts_in_place_of_links(copy_of):
 def test_weights_that_are_no_numbers_are_refused(draw, made, tiny_model, tmp_path):
     own = load_file(made() / db.LORA_FILE)
     save_file({**own, max(own): torch.full_like(own[max(own)], float("nan"))}, tmp_path / "lora.safetensors")
-    refused(lambda: draw("lora.safetensors"), "--adapter lora.safetensors", f"1 of its tensors hold no numbers (NaN or infinite), such as {max(own)}")
+    refused(lambda: draw("lora.safetensors"), "--adapter lora.safetensors",
+            f"1 of its tensors hold no numbers (NaN or infinite), such as {max(own)}")
     save_file({"emb_params": torch.tensor([[1.0, float("inf")] * 16])}, tmp_path / "gronk.safetensors")
     refused(lambda: draw("gronk.safetensors"), "--adapter gronk.safetensors", "emb_params")
 
@@ -1097,8 +1100,8 @@ def test_a_vae_that_scales_to_nothing_is_refused(scale, copy_of):
     refused(lambda: db.check_trainable(pipeline, "model"), "--model_name model", "the scaling_factor of its VAE is", "0.18215")
 
 
-@pytest.mark.parametrize("family, scale, whose", [("sd1", 0.13025, "SDXL"), ("sdxl", 0.18215, "Stable Diffusion"), ("sd1", 0.18215, ""),
-                                                  ("sdxl", 0.13025, "")])
+@pytest.mark.parametrize("family, scale, whose", [("sd1", 0.13025, "SDXL"), ("sdxl", 0.18215, "Stable Diffusion"),
+                                                  ("sd1", 0.18215, ""), ("sdxl", 0.13025, "")])
 def test_a_vae_of_the_other_kind_is_said(family, scale, whose, tiny_model, capsys):
     pipeline = load(tiny_model(family))
     pipeline.vae.register_to_config(scaling_factor=scale)
@@ -1109,7 +1112,7 @@ def test_a_vae_of_the_other_kind_is_said(family, scale, whose, tiny_model, capsy
 
 def test_an_embedding_that_no_prompt_names_is_said(run, tiny_model, tmp_path):
     save_file({"emb_params": torch.zeros(1, 32)}, "gronk.safetensors")
-    flags = ["--infer", "--num_images", 1, "--num_inference_steps", 1, "--model_path", tiny_model("sd1"), "--adapter", "gronk.safetensors"]
+    flags = ["--infer", *DRAW, "--model_path", tiny_model("sd1"), "--adapter", "gronk.safetensors"]
     for more, is_said in ((["--prompt", "a dog"], True), (["--prompt", "a Gronk dog"], False),
                           (["--prompt", "a dog", "--negative_prompt", "gronk"], False)):
         status, out, err = run(*flags, *more)

@@ -193,8 +193,9 @@ def chrm(green, white=D65, red=RED, blue=BLUE):
 
 
 @pytest.mark.parametrize("chunks, expected", [
-    ([gama(1)], shown(gamma=1)), ([gama(0.55556)], shown(gamma=1.8)), ([gama(0.45455)], GREEN), ([gama(1), (b"sRGB", b"\0")], GREEN),
-    ([gama(0.45455), chrm((0.21, 0.71))], shown(ADOBE_RGB)), ([chrm((0.3, 0.6))], GREEN), ([(b"cICP", bytes([12, 13, 0, 1]))], shown(P3)),
+    ([gama(1)], shown(gamma=1)), ([gama(0.55556)], shown(gamma=1.8)), ([gama(0.45455)], GREEN),
+    ([gama(1), (b"sRGB", b"\0")], GREEN), ([gama(0.45455), chrm((0.21, 0.71))], shown(ADOBE_RGB)), ([chrm((0.3, 0.6))], GREEN),
+    ([(b"cICP", bytes([12, 13, 0, 1]))], shown(P3)),
     ([(b"cICP", bytes([9, 8, 0, 1])), gama(0.5)], shown(BT_2020, 1)), ([(b"cICP", bytes([1, 13, 0, 1])), gama(1)], GREEN),
     ([gama(0)], GREEN), ([chrm((0, 0))], GREEN), ([chrm(RED, D65, RED, RED)], GREEN), ([(b"gAMA", b"\1")], GREEN),
     ([(b"cICP", b"\x0c")], GREEN), ([(b"cICP", bytes([200, 200, 0, 1]))], GREEN), ([(b"cHRM", b"\xff" * 32)], GREEN)])
@@ -695,7 +696,8 @@ def test_class_prompts_lose_what_writing_adds(given, tidy, photos):
     assert db.find_photos(concept(photos, given))[1] == tidy
 
 
-@pytest.mark.parametrize("given", ["a", "the", "...", "an image of the", "a photo of", "of", '""', "a photo of .", "a photo of me", "Her"])
+@pytest.mark.parametrize("given", ["a", "the", "...", "an image of the", "a photo of", "of", '""', "a photo of .",
+                                   "a photo of me", "Her"])
 def test_class_prompts_that_name_nothing(given, photos):
     line = refusal(db.find_photos, concept(photos, given))
     assert line.startswith("--class_prompt") and "what kind of thing" in line
@@ -1030,3 +1032,19 @@ def test_drawing_says_what_it_does_not_know(training, run, tmp_path):
     assert status == 0 and f'Drawing "a {word} dog <lora:x:1>"' in out, err
     assert '"<lora:x:1>" is read as plain words' in out
     assert f'"sks" is not the word of this model\'s subject; that is "{word}"' in out
+
+
+def test_a_list_of_captions_of_class_images_is_said_to_be_unused(tmp_path, capsys):
+    (tmp_path / "reg").mkdir()
+    picture(9).save(tmp_path / "reg" / "0.png")
+    (tmp_path / "reg" / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a cat"}))
+    db.check_own(tmp_path / "reg", 1, [])
+    assert "captions in" in capsys.readouterr().out
+
+
+def test_a_learning_rate_of_nothing_is_said(capsys):
+    groups = [db.ParameterGroup("unet", [], [], 1e-4), db.ParameterGroup("text_encoder", [], [], 0)]
+    db.check_rates(db.Settings("train"), groups)
+    assert capsys.readouterr().out == "Note: a learning rate of 0 teaches nothing: text_encoder as before.\n"
+    db.check_rates(db.Settings("train"), groups[:1])
+    assert capsys.readouterr().out == ""

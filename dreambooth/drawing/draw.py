@@ -37,8 +37,8 @@ def check_weights(pipeline):
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         module = pipeline.components.get(part)
         if module is not None and not all(parameter.float().isfinite().all() for parameter in module.parameters()):
-            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws nothing; "
-                            f"give another copy of the model, or another model")
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
+                            f"nothing; give another copy of the model, or another model")
 
 
 def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):

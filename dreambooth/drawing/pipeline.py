@@ -59,10 +59,10 @@ def check_base(s, base, sample, trained, flag):
 
 def check_numbers(path, flag):
     """UserError if a file holds what is no number, as a training that overflowed leaves it: pictures would be black."""
-    broken = [name for name, tensor in load_tensors(path, flag).items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
+    broken = [name for name, tensor in load_tensors(path, flag).items() if not tensor.float().isfinite().all()]
     if broken:
-        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; its training "
-                        f"failed, give another")
+        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; "
+                        f"its training failed, give another")
 
 
 def add_words(pipeline, trained, flag):

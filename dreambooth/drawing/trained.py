@@ -52,7 +52,7 @@ def read_record(model):
 
 
 def is_sound(record):
-    """Whether whatever is looked up in a record later on is of its kind, if it is there. Raises AttributeError if it is far from it."""
+    """Whether what is looked up in a record later on is of its kind, where it is there. AttributeError if it is far from it."""
     resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
     places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
     return (all(isinstance(place, (str, type(None))) for place in places)

@@ -86,11 +86,11 @@ def check_trainable(pipeline, name, flag="--model_name"):
                         f"VAE has a scaling_factor alone")
     scale, is_xl = vae.get("scaling_factor"), pipeline.components.get("text_encoder_2") is not None
     if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json (Stable "
-                        f"Diffusion's is 0.18215, SDXL's 0.13025)")
+        raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json "
+                        f"(Stable Diffusion's is 0.18215, SDXL's 0.13025)")
     if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
-        say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that one's VAE, "
-            f"what is learnt is spoilt.")
+        say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that "
+            f"one's VAE, what is learnt is spoilt.")
     for part in ("text_encoder", "text_encoder_2"):
         kind = type(pipeline.components.get(part)).__name__
         if kind not in (*TEXT_ENCODERS, "NoneType"):

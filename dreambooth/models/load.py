@@ -34,7 +34,7 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, 
     dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of older schedulers' configs, which it has put right
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
             pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
@@ -122,8 +122,8 @@ def make_ready(pipeline, name, flag):
         text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
     tokenizers = [getattr(pipeline, part.replace("text_encoder", "tokenizer")) for part in text_encoders_of(pipeline)]
     if len(lengths := {tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
-        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; one of "
-                        f"them is damaged, copy or download the model again")
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; "
+                        f"one of them is damaged, copy or download the model again")
 
 
 def load_models(name, arithmetic, freezes_unet=False, variant=None):

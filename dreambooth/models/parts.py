@@ -83,7 +83,8 @@ def sample_weights(pipeline):
 def is_part_sample(found):
     """Whether something that was read is what sample_weights() has of one part."""
     precision, text = found if isinstance(found, list) and len(found) == 2 else (None, None)
-    return precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str) and bool([float(x) for x in text.split()])
+    is_text = precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str)
+    return is_text and bool([float(number) for number in text.split()])
 
 
 def is_same_sample(one, other):

@@ -4,6 +4,7 @@ import os
 
 from dreambooth.base import UserError, say
 from dreambooth.decode import load_image
+from dreambooth.subjects.captions import CAPTION_LISTS
 from dreambooth.subjects.photos import check_photos, entries_of, holds_pictures, is_picture, list_images, pixels_digest
 
 MADE_HERE = ("settings.json", "MANIFEST.sha256")  # are in each folder of class images that the program drew
@@ -40,7 +41,7 @@ def check_own(folder, count, concepts):
     if images[count:]:
         say(f"Note: {folder} holds {len(images)} class images, of which the first {count} are used; --num_class_images "
             f"{len(images)} would use all.")
-    if any(path.with_suffix(".txt").exists() for path in used):
+    if any(path.with_suffix(".txt").exists() for path in used) or any((path.parent / CAPTION_LISTS[0]).exists() for path in used[:1]):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:
