@@ -665,7 +665,7 @@ def white_of(path, image, values, tags):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# profiles: Colour profiles of files that say their colours in numbers alone: a PNG's gAMA and cHRM, ITU-T H.273's code points in others.
+# profiles: Colour profiles of files that say their colours in numbers alone: gAMA and cHRM in PNG, ITU-T H.273's code points.
 #
 # Knows nothing of what is done with a profile.
 
@@ -2415,7 +2415,8 @@ def check_own(folder, count, concepts):
     if images[count:]:
         say(f"Note: {folder} holds {len(images)} class images, of which the first {count} are used; --num_class_images "
             f"{len(images)} would use all.")
-    if any(path.with_suffix(".txt").exists() for path in used) or any((path.parent / CAPTION_LISTS[0]).exists() for path in used[:1]):
+    texts = [path.with_suffix(".txt") for path in used] + [Path(folder) / name for name in CAPTION_LISTS]
+    if any(path.exists() for path in texts):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:

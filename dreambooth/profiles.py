@@ -1,4 +1,4 @@
-"""Colour profiles of files that say their colours in numbers alone: a PNG's gAMA and cHRM, ITU-T H.273's code points in others.
+"""Colour profiles of files that say their colours in numbers alone: gAMA and cHRM in PNG, ITU-T H.273's code points.
 
 Knows nothing of what is done with a profile.
 """
