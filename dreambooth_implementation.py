@@ -665,6 +665,105 @@ def white_of(path, image, values, tags):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# profiles: Colour profiles of files that say their colours in numbers alone: gAMA and cHRM in PNG, ITU-T H.273's code points.
+#
+# Knows nothing of what is done with a profile.
+
+
+SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
+PRIMARIES = {1: SRGB, 9: (*SRGB[:2], 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),  # H.273's numbers: BT.709, BT.2020, Display P3
+             12: (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)}
+CURVES = {1: None, 2: None, 6: None, 13: None, 14: None, 15: None, 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
+BRIGHTER = {16: "PQ", 18: "HLG"}  # than any screen's white
+D50 = (0.9642, 1, 0.8249)
+
+
+def profile_in_numbers(path, image):
+    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's."""
+    chunks = short_chunks(path) if image.format == "PNG" else {}
+    if codes := code_points(path, image, chunks):
+        if name := BRIGHTER.get(codes[1]):
+            say_once(f"Note: {path} is HDR ({name}), which looks dull here; save it as a usual JPEG to have its colours right.")
+        known = codes[0] in PRIMARIES and codes[1] in CURVES
+        return written(PRIMARIES[codes[0]], CURVES[codes[1]]) if known else None
+    if "sRGB" in chunks:
+        return None
+    places, gamma = chunks.get("cHRM", b""), int.from_bytes(chunks.get("gAMA", b""), "big") / 100000
+    places = tuple(number / 100000 for number in struct.unpack(">8I", places)) if len(places) == 32 else SRGB
+    return written(places, None if not gamma or abs(1 / gamma - 2.2) < 0.05 else 1 / gamma)
+
+
+def short_chunks(path):
+    """{kind: content} of the chunks of up to 32 bytes before a PNG's pixels."""
+    chunks = {}
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            length = int.from_bytes(head[:4], "big")
+            content = file.read(length) if length <= 32 else None
+            if content is not None:
+                chunks.setdefault(head[4:].decode("latin-1"), content)
+            file.seek(4 if content is not None else length + 4, 1)
+    return chunks
+
+
+def code_points(path, image, chunks):
+    """(primaries, transfer) by H.273's numbers, where a file has them; else None."""
+    if image.format == "PNG":
+        return tuple(chunks["cICP"][:2]) if len(chunks.get("cICP", b"")) == 4 else None
+    if image.format == "AVIF":
+        with open(path, "rb") as file:
+            box = file.read(2**16).partition(b"colrnclx")[2][:4]
+        return struct.unpack(">HH", box) if len(box) == 4 else None
+    codes = image.info.get("nclx_profile") or {}
+    return (codes["color_primaries"], codes["transfer_characteristics"]) if codes else None
+
+
+def written(places, gamma):
+    """The ICC profile of colours whose white, red, green and blue have these x and y. None for sRGB's, and for impossible ones."""
+    if gamma is None and max(abs(one - other) for one, other in zip(places, SRGB)) < 0.002:
+        return None
+    with contextlib.suppress(ArithmeticError, ValueError, struct.error):  # numbers that no light has
+        return icc(primaries_at_d50(places), gamma)
+
+
+def primaries_at_d50(places):
+    """XYZ of red, green and blue under the white that profiles have, adapted as Bradford's."""
+    import numpy as np
+
+    def xyz(x, y):
+        return np.array([x / y, 1, (1 - x - y) / y])
+    white, *lights = (xyz(*places[i:i + 2]) for i in range(0, 8, 2))
+    lights = np.stack(lights, 1)
+    try:
+        lights = lights * np.linalg.solve(lights, white)
+    except np.linalg.LinAlgError:
+        raise ValueError("these lights mix to no white") from None
+    eye = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    adapted = np.linalg.inv(eye) @ np.diag(eye @ D50 / (eye @ white)) @ eye
+    return (adapted @ lights).T.tolist()
+
+
+def icc(primaries, gamma):
+    """An ICC profile, version 4, of three primaries and one curve."""
+    def fixed(*numbers):
+        return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+    curve = b"para\0\0\0\0" + (struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045) if gamma is None
+                               else struct.pack(">HH", 0, 0) + fixed(gamma))
+    text = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 2, 28) + "x".encode("utf-16-be") + b"\0\0"
+    tags = {b"desc": text, b"cprt": text, b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50)}
+    tags |= {kind: b"XYZ \0\0\0\0" + fixed(*light) for kind, light in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries)}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for kind, content in tags.items():
+        table += kind + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x04200000, b"mntr", b"RGB ", b"XYZ ")
+    head += struct.pack(">6H4s", 2024, 1, 1, 0, 0, 0, b"acsp") + b"\0" * 28 + fixed(*D50) + b"\0" * 48
+    return head + table + body
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # decode: Picture files decoded as every viewer shows them, whatever camera, phone or editor wrote them.
 #
 # Knows nothing of what the pictures are for.
@@ -833,7 +932,7 @@ def as_seen(path, image):
     if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
         say_once(f"{path} has {image.n_frames} frames; the first is used.")
     image.load()
-    turn, profile = turn_of(path, image), image.info.get("icc_profile")
+    turn, profile = turn_of(path, image), image.info.get("icc_profile") or profile_in_numbers(path, image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(path, image)
     if image.mode == "La":
@@ -1124,7 +1223,8 @@ def all_threads():
 
 DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
 MODES = {  # which commands know a flag; --help lists the flags in this order
-    "all": ("train", "infer", "evaluate"), "train+evaluate": ("train", "evaluate"), "train": ("train",),
+    "all": ("train", "infer", "evaluate"), "all+export": ("train", "infer", "evaluate", "export"),
+    "train+evaluate": ("train", "evaluate"), "train": ("train",),
     "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"), "infer": ("infer",),
     "infer+evaluate": ("infer", "evaluate"), "evaluate": ("evaluate",)}
 SAMPLE_PHOTOS = "./instance_images"
@@ -1159,7 +1259,7 @@ class Settings:
                                                  "the same", shown="main")
     variant: str | None = _field("train", None, "which of a model's weights to read, such as fp16: those named *.fp16.safetensors",
                                  shown="those without such a word")
-    cache_dir: str | None = _field("all", None, "folder where models from the hub are kept",
+    cache_dir: str | None = _field("all+export", None, "folder where models from the hub are kept",
                                    shown="the hub client's own, which HF_HOME moves")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
@@ -1737,18 +1837,19 @@ class Parts:
 
 MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
     painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
-    thumbnail""".split()
+    thumbnail polaroid mugshot still doodle caricature wallpaper""".split()
 RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
 AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
 OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
 OWNERS = "my your his her its our their".split()
-DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
+DETERMINERS = ["an?", "one", "the", *OWNERS, "some", "this", "that", "these", "those"]
 # "my sister's dog" and "Anna's dog", but not "a dog's bowl".
 POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[^\W\d_a-z])\w*)['’]s? "
 COUNTS = "two three four five six several many".split()
 WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
                    re.IGNORECASE | re.DOTALL)
-EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
+PRONOUNS = "me myself him himself herself them us you yourself it".split()  # of whom the model knows nothing
+EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS + PRONOUNS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
 CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$", re.DOTALL)
 ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()
@@ -2345,7 +2446,8 @@ def check_own(folder, count, concepts):
     if images[count:]:
         say(f"Note: {folder} holds {len(images)} class images, of which the first {count} are used; --num_class_images "
             f"{len(images)} would use all.")
-    if any(path.with_suffix(".txt").exists() for path in used):
+    texts = [path.with_suffix(".txt") for path in used] + [Path(folder) / name for name in CAPTION_LISTS]
+    if any(path.exists() for path in texts):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:
@@ -2712,6 +2814,7 @@ ADAPTER_RECIPES = {"lora": Recipe(800, 1e-4, 1e-4, 5e-5), "textual_inversion": R
 
 # What files begin with that have the name of a .safetensors file and are none.
 IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the file: run `git lfs pull` in its repository",
+             b"../": "it is a text in place of a link, as in a copy of the hub's cache: copy that with links followed (cp -rL)",
              b"<": "it is a web page, not the file; download it again",
              b"PK\x03\x04": "it is a pickle under another name, which can run any code, and is not opened",
              b"\x80\x02": "it is a pickle under another name, which can run any code, and is not opened",
@@ -3343,6 +3446,7 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -3426,6 +3530,13 @@ class StableDiffusion(Family):
         if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
             raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
                             f"VAE has a scaling_factor alone")
+        scale, is_xl = vae.get("scaling_factor"), len(self.word_encoders) > 1
+        if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json "
+                            f"(Stable Diffusion's is 0.18215, SDXL's 0.13025)")
+        if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
+            say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that "
+                f"one's VAE, what is learnt is spoilt.")
         for part in ("text_encoder", "text_encoder_2"):
             kind = type(pipeline.components.get(part)).__name__
             if kind not in (*TEXT_ENCODERS, "NoneType"):
@@ -4466,7 +4577,11 @@ def check_fit(folder, name, flag):
     if lost := [part for part in family.parts if part not in configs]:
         refiner = " (an SDXL refiner?)" if "text_encoder" not in configs and "text_encoder_2" in configs else ""
         raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}{refiner}; give a whole text-to-image model")
-    if trouble := family.misfit(index, configs):
+    try:
+        trouble = family.misfit(index, configs)
+    except TypeError:
+        trouble = "one of its configs has something else where a number belongs; copy or download it again"
+    if trouble:
         raise UserError(f"{flag} {name}: {trouble}")
 
 
@@ -4564,6 +4679,13 @@ def sample_of(module):
     chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
     numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
     return [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+
+
+def is_part_sample(found):
+    """Whether something that was read is what sample_weights() has of one part."""
+    precision, text = found if isinstance(found, list) and len(found) == 2 else (None, None)
+    is_text = precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str)
+    return is_text and bool([float(number) for number in text.split()])
 
 
 def is_same_sample(one, other):
@@ -4740,7 +4862,8 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
     dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        pipeline = load(name, flag, dtypes, parts or {})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
+            pipeline = load(name, flag, dtypes, parts or {})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
             raise
@@ -4815,6 +4938,9 @@ def make_ready(pipeline, name, flag):
         pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the denoiser's
     check_tokenizers(pipeline, name, flag)
     family.make_ready(pipeline)
+    if len(lengths := {tokenizer_of(pipeline, part).model_max_length for part in family.word_encoders}) > 1:
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; "
+                        f"one of them is damaged, copy or download the model again")
 
 
 def check_tokenizers(pipeline, name, flag):
@@ -5276,10 +5402,22 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
+        if is_flat(picture):
+            check_weights(pipeline)
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
                             f"--mixed_precision no")
         yield picture
+
+
+def check_weights(pipeline):
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    import torch
+
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and not all(p.float().isfinite().all() for p in module.parameters()):
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
+                            f"nothing; give another copy of the model, or another model")
 
 
 def draw_batches(pipeline, jobs, size, may_halve, told, look):
@@ -5414,7 +5552,8 @@ def sampling_settings(s, pipeline):
 
 
 PEFT = "base_model.model."
-PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+LORA_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
            (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
@@ -5429,8 +5568,22 @@ def is_lora(names):
     return any("lora" in name or any(re.search(sign, name) for sign, _ in LYCORIS) for name in names)
 
 
+def lora_files(path):
+    """The files of a LoRA: itself, or, in a folder with one of PEFT's folders for each part of a model, one for each."""
+    return [file for part in LORA_PARTS if (file := path / part / PEFT_FILE).is_file()] if path.is_dir() else [path]
+
+
+def is_split(folder):
+    """Whether a folder holds a LoRA in one of PEFT's folders for each part. UserError if they have only what is not opened."""
+    if pickles := [file for part in LORA_PARTS if (file := folder / part / PEFT_FILE.replace("safetensors", "bin")).is_file()]:
+        if not lora_files(folder):
+            raise UserError(f"--adapter {folder}: {pickles[0]} is not opened, since such a file can run any code on this machine; "
+                            f"give its .safetensors form")
+    return bool(lora_files(folder))
+
+
 def check_lora(path, pipeline, flag):
-    """UserError if a LoRA is of a kind that is not supported, or for another kind of model than the pipeline's."""
+    """UserError if a LoRA's file is of a kind that is not supported, or for another kind of model than the pipeline's."""
     shapes, _ = read_header(path, flag)
     for sign, kind in LYCORIS:
         if found := next((name for name in shapes if re.search(sign, name)), None):
@@ -5444,11 +5597,16 @@ def check_lora(path, pipeline, flag):
 
 def lora_weights(path):
     """What load_lora_weights() takes for a LoRA: its folder and file, or tensors under other names, scaled by alpha / rank."""
+    files = lora_files(path)
+    if files == [path] and not any(name.startswith(PEFT) for name in read_header(path, "--adapter")[0]):
+        return path.parent, {"weight_name": path.name}
+    return {name: tensor for file in files for name, tensor in peft_weights(file).items()}, {}
+
+
+def peft_weights(path):
+    """{name as diffusers has it: tensor} of a file of PEFT's. In a folder that is called as a part of the model, it is of that."""
     from safetensors.torch import load_file
 
-    names = list(read_header(path, "--adapter")[0])
-    if not any(name.startswith(PEFT) for name in names):
-        return path.parent, {"weight_name": path.name}
     config = read_json(path.with_name(PEFT_CONFIG))
     if not config:
         say_once(f"Note: {path} has no {PEFT_CONFIG} beside it that tells its alpha; it is taken to be the rank.")
@@ -5456,13 +5614,15 @@ def lora_weights(path):
     for name, tensor in tensors.items():
         if name.endswith("lora_B.weight"):
             tensor = tensor * peft_scale(config, name, tensor.shape[1])
-        weights[peft_name(name)] = tensor
-    return weights, {}
+        weights[peft_name(name, path.parent.name)] = tensor
+    return weights
 
 
-def peft_name(name):
+def peft_name(name, folder=""):
     """A tensor's name in PEFT's file as diffusers has it: "base_model.model.down_blocks..." is "unet.down_blocks..."."""
     name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(PEFT))
+    if folder in LORA_PARTS and not name.startswith(f"{folder}."):
+        return f"{folder}.{name}"
     return next((part + name for sign, part in PEFT_PARTS if re.match(sign, name)), name)
 
 
@@ -5475,8 +5635,8 @@ def peft_scale(config, name, rank):
 
 
 def layers_in(path):
-    """How many layers a LoRA's file changes."""
-    return sum(bool(re.search(LORA_LAYER, name)) for name in read_header(path, "--adapter")[0])
+    """How many layers a LoRA changes."""
+    return sum(bool(re.search(LORA_LAYER, name)) for file in lora_files(path) for name in read_header(file, "--adapter")[0])
 
 
 def layers_taken(parts, adapter):
@@ -5490,7 +5650,7 @@ def only_adapter(folder, files, flag):
     UserError if there are several, or only such as are not opened.
     """
     tensors = sorted(file for file in files if file.lower().endswith(".safetensors") and "/" not in file)
-    usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in tensors]
+    usual = [file for file in ("pytorch_lora_weights.safetensors", PEFT_FILE) if file in tensors]
     if usual or len(tensors) == 1:
         chosen = (usual or tensors)[0]
         if others := [file for file in tensors if file not in (chosen, "kohya_lora.safetensors")]:
@@ -5531,11 +5691,21 @@ def read_record(model):
         texts = [value for subject in subjects for value in dataclasses.astuple(subject)]
         whole = method in METHODS and subjects and all(isinstance(text, str) for text in (*texts, record.get("base_model", "")))
         whole = whole and all(re.fullmatch(r"[\w-]*", subject.name) for subject in subjects)  # it becomes part of a file's name
+        whole = whole and is_sound(record)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{path}: cannot be read; it is damaged, train the model again")
     return record
+
+
+def is_sound(record):
+    """Whether what is looked up in a record later on is of its kind, where it is there. AttributeError if it is far from it."""
+    resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
+    places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
+    return (all(isinstance(place, (str, type(None))) for place in places)
+            and (resolution is None or isinstance(resolution, int) and resolution > 0 and resolution % 8 == 0)
+            and all(is_part_sample(part) for part in sample.values()))
 
 
 @dataclass(frozen=True)
@@ -5545,7 +5715,7 @@ class Trained:
     source: str
     record: dict  # dreambooth.json, or {}
     subjects: list
-    lora: Path | None
+    lora: Path | None  # a file, or a folder that lora_files() knows
     words: dict  # {word: file}
 
     @property
@@ -5588,6 +5758,9 @@ def fetched(source, file, flag):
 def find_unrecorded(source, flag):
     """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
     files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
+    is_bare = Path(source).is_dir() and "model_index.json" not in files
+    if is_bare and not any(file.endswith(".safetensors") for file in files) and is_split(Path(source)):
+        return Trained(source, {}, [], Path(source), {})
     if "model_index.json" in files or not files:
         return Trained(source, {}, [], None, {})
     file = only_adapter(source, files, flag)
@@ -5714,10 +5887,19 @@ def check_base(s, base, sample, trained, flag):
     say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
 
 
+def check_numbers(path, flag):
+    """UserError if a file holds what is no number, as a training that overflowed leaves it: pictures would be black."""
+    broken = [name for name, tensor in load_tensors(path, flag).items() if not tensor.float().isfinite().all()]
+    if broken:
+        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; "
+                        f"its training failed, give another")
+
+
 def add_words(pipeline, trained, flag):
     """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
     models = take_apart(trained.source, pipeline)
     for word, path in trained.words.items():
+        check_numbers(path, flag)
         try:
             vectors = embedding_vectors(models, load_tensors(path, flag))
         except ValueError as problem:
@@ -5731,7 +5913,9 @@ def add_words(pipeline, trained, flag):
 
 def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
-    check_lora(trained.lora, pipeline, flag)
+    for file in lora_files(trained.lora):
+        check_lora(file, pipeline, flag)
+        check_numbers(file, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
@@ -6058,48 +6242,6 @@ def harmonic_mean(dino, clip_t):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
 
 
@@ -6242,6 +6384,48 @@ def load_lpips(device):
             f"measure.")
         return None
     return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6846,7 +7030,12 @@ LAST_POLYNOMIAL_RATE = 1e-7  # where diffusers' polynomial schedule ends
 
 
 def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small."""
+    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small.
+
+    Says what a rate of 0 leaves as it was.
+    """
+    if idle := [group.name for group in groups if group.lr == 0]:
+        say(f"Note: a learning rate of 0 teaches nothing: {' and '.join(idle)} as before.")
     if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
         raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
                         + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
@@ -8976,7 +9165,7 @@ def kohya_file(trained):
         path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
-    if path is None or not path.is_file():
+    if path is None or trained.lora.is_dir() or not path.is_file():
         raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
     return path
 
@@ -9001,6 +9190,7 @@ def infer(s):
     prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
     tell_prompts([*prompts, s.negative_prompt], [*trained.subjects, *others])
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
+    tell_unspoken([trained, *(adapter for adapter, _ in adapters)], [*prompts, s.negative_prompt])
 
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
@@ -9024,6 +9214,14 @@ def infer(s):
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
                          (default(s.width, width), default(s.height, height)))
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
+
+
+def tell_unspoken(trained, prompts):
+    """Say which embeddings change nothing, since no prompt has their word."""
+    spoken = " ".join(prompts).casefold()
+    for each in trained:
+        if each.words and not each.lora and not any(word.casefold() in spoken for word in each.words):
+            say(f'Note: no prompt has the word of {each.source}, "{next(iter(each.words))}", without which it changes nothing.')
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -9248,7 +9446,12 @@ def main(argv=None):
 def run_command(argv):
     """Parse the flags and do what they say."""
     say_once.cache_clear()  # in a notebook, another command may have been before
-    settings = parse_settings(argv)
+    with own_environment():
+        follow(parse_settings(argv))
+
+
+def follow(settings):
+    """Do what settings say."""
     try:
         os.getcwd()
     except OSError:
@@ -9259,9 +9462,23 @@ def run_command(argv):
         {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
 
 
+@contextlib.contextmanager
+def own_environment():
+    """What flags put into the environment is there within the block alone: the next command of a notebook has its own."""
+    names = [foreign.environment for foreign in DIFFUSERS_FLAGS.values() if foreign.environment]
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
 def refusal(problem):
     """Say in one line what is wrong; returns the exit status."""
-    print("error:", " ".join(str(problem).splitlines()), file=sys.stderr)
+    line = re.sub(r"(\S{150})\S{200,}(\S{50})", r"\1...\2", " ".join(str(problem).splitlines()))  # no remedy is seen behind a wall
+    print("error:", line, file=sys.stderr)
     return 2
 
 

@@ -85,6 +85,6 @@ def kohya_file(trained):
         path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
-    if path is None or not path.is_file():
+    if path is None or trained.lora.is_dir() or not path.is_file():
         raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
     return path

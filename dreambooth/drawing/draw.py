@@ -25,10 +25,22 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
+        if is_flat(picture):
+            check_weights(pipeline)
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
                             f"--mixed_precision no")
         yield picture
+
+
+def check_weights(pipeline):
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    import torch
+
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and not all(p.float().isfinite().all() for p in module.parameters()):
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
+                            f"nothing; give another copy of the model, or another model")
 
 
 def draw_batches(pipeline, jobs, size, may_halve, told, look):

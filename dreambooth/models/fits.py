@@ -25,7 +25,11 @@ def check_fit(folder, name, flag):
     if lost := [part for part in family.parts if part not in configs]:
         refiner = " (an SDXL refiner?)" if "text_encoder" not in configs and "text_encoder_2" in configs else ""
         raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}{refiner}; give a whole text-to-image model")
-    if trouble := family.misfit(index, configs):
+    try:
+        trouble = family.misfit(index, configs)
+    except TypeError:
+        trouble = "one of its configs has something else where a number belongs; copy or download it again"
+    if trouble:
         raise UserError(f"{flag} {name}: {trouble}")
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 from dreambooth.base import UserError, default, say_once
@@ -35,7 +36,8 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
     dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        pipeline = load(name, flag, dtypes, parts or {})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
+            pipeline = load(name, flag, dtypes, parts or {})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
             raise
@@ -110,6 +112,9 @@ def make_ready(pipeline, name, flag):
         pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the denoiser's
     check_tokenizers(pipeline, name, flag)
     family.make_ready(pipeline)
+    if len(lengths := {tokenizer_of(pipeline, part).model_max_length for part in family.word_encoders}) > 1:
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; "
+                        f"one of them is damaged, copy or download the model again")
 
 
 def check_tokenizers(pipeline, name, flag):

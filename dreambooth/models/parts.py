@@ -80,6 +80,13 @@ def sample_of(module):
     return [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
 
 
+def is_part_sample(found):
+    """Whether something that was read is what sample_weights() has of one part."""
+    precision, text = found if isinstance(found, list) and len(found) == 2 else (None, None)
+    is_text = precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str)
+    return is_text and bool([float(number) for number in text.split()])
+
+
 def is_same_sample(one, other):
     """Whether two results of sample_weights() are of the same weights, in whatever precision each was loaded."""
     import torch

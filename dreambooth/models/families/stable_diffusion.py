@@ -1,8 +1,9 @@
 """Stable Diffusion 1.x, 2.x and XL, and small models of their kind: a UNet that learnt diffusion, told by CLIP's text encoders."""
 
+import math
 import re
 
-from dreambooth.base import UserError
+from dreambooth.base import UserError, say
 from dreambooth.device import moved
 from dreambooth.models.families.family import LORA_LAYER, OF_TRANSFORMERS, Family, tokenizer_of
 from dreambooth.models.noise import Diffusion
@@ -12,6 +13,7 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -95,6 +97,13 @@ class StableDiffusion(Family):
         if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
             raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
                             f"VAE has a scaling_factor alone")
+        scale, is_xl = vae.get("scaling_factor"), len(self.word_encoders) > 1
+        if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json "
+                            f"(Stable Diffusion's is 0.18215, SDXL's 0.13025)")
+        if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
+            say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that "
+                f"one's VAE, what is learnt is spoilt.")
         for part in ("text_encoder", "text_encoder_2"):
             kind = type(pipeline.components.get(part)).__name__
             if kind not in (*TEXT_ENCODERS, "NoneType"):
