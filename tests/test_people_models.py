@@ -1102,7 +1102,7 @@ def test_a_model_of_no_numbers_draws_nothing(copy_of, run):
 def test_a_vae_that_scales_to_nothing_is_refused(scale, copy_of):
     pipeline = load(copy_of())
     pipeline.vae.register_to_config(scaling_factor=scale)
-    refused(lambda: db.check_trainable(pipeline, "model"), "--model_name model", "the scaling_factor of its VAE is", "0.18215")
+    refused(lambda: db.family_of(pipeline).check_trainable(pipeline, "model", "--model_name"), "--model_name model", "the scaling_factor of its VAE is", "0.18215")
 
 
 @pytest.mark.parametrize("family, scale, whose", [("sd1", 0.13025, "SDXL"), ("sdxl", 0.18215, "Stable Diffusion"),
@@ -1110,7 +1110,7 @@ def test_a_vae_that_scales_to_nothing_is_refused(scale, copy_of):
 def test_a_vae_of_the_other_kind_is_said(family, scale, whose, tiny_model, capsys):
     pipeline = load(tiny_model(family))
     pipeline.vae.register_to_config(scaling_factor=scale)
-    db.check_trainable(pipeline, "model")
+    db.family_of(pipeline).check_trainable(pipeline, "model", "--model_name")
     out = capsys.readouterr().out
     assert (f"Note: model: its VAE has the scaling_factor of {whose}, {scale}" in out) if whose else out == ""
 
