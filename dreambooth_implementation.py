@@ -1269,6 +1269,9 @@ class Settings:
     weights: str | None = _field("train", None, "precision of the trained weights; bf16 is rounded stochastically, and needs "
                                  "--optimizer adamw8bit or --fused_backward", choices=["fp32", "bf16"], methods=("full",),
                                  shown="fp32, or as --max_vram needs")
+    base_precision: str | None = _field("train", None, "precision of the frozen transformer that a LoRA stands on: int8 and fp8 need torchao, "
+                                        "nf4 needs bitsandbytes and a CUDA GPU; bf16: that of the arithmetic", methods=("lora", "pivotal"),
+                                        choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
                                             "--fused_backward and takes time", shown="as --max_vram needs")
     compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
@@ -2005,6 +2008,12 @@ def mentions(prompt, identifier):
     return bool(PLACE.search(prompt) or re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, re.IGNORECASE))
 
 
+def usual_prompts_of(subjects):
+    """What is drawn of subjects where nothing else is asked for: each, each on the moon, and its class; and "" to guide against."""
+    drawn = [prompt for x in subjects for prompt in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if prompt]
+    return [*dict.fromkeys(drawn), ""]
+
+
 def fill_identifier(prompt, subjects, source, others=()):
     """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`, [class] by its noun.
 
@@ -2519,6 +2528,60 @@ def captioned(concept, subject):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# models/quantized: The frozen weights that a LoRA stands on, in fewer bits: by torchao or bitsandbytes, through diffusers' own configs.
+#
+# The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314).
+
+
+def int8_config(dtype):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+
+
+def fp8_config(dtype):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return TorchAoConfig(Float8WeightOnlyConfig(version=2))
+
+
+def nf4_config(dtype):
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A precision of the frozen base."""
+
+    bytes_per_weight: float | None = None  # of a linear layer, with its scales; None: as they are
+    package: str | None = None  # what to install for it
+    config: typing.Callable | None = None  # dtype of the arithmetic -> diffusers' config
+
+
+BASES = {"bf16": Base(), "int8": Base(1.002, "torchao", int8_config), "fp8": Base(1.002, "torchao", fp8_config),
+         "nf4": Base(0.5 + 4 / 64, "bitsandbytes", nf4_config)}  # one float32 scale for 64 weights
+
+
+def quantization(base_precision, dtype):
+    """Options of diffusers' from_pretrained() that read a part in so many bits; {} for the precision of the arithmetic."""
+    config = BASES[base_precision].config
+    return {"quantization_config": config(dtype)} if config else {}
+
+
+def in_fewer_bits(module, base_precision):
+    """The weights of a module that are in fewer bits with this precision: those of its linear layers."""
+    import torch
+
+    if base_precision == "bf16":
+        return set()
+    return {part.weight for part in module.modules() if isinstance(part, torch.nn.Linear)}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/noise: How pictures are noised, and what a model is to predict of it: diffusion, or rectified flow.
 #
 # Knows no family and no model. A level is what a batch's pictures are noised by, [B]: a timestep, or a sigma in (0, 1].
@@ -2770,7 +2833,7 @@ def embedding_vectors(models, tensors):
 # ------------------------------------------------------------------------------------------------------------------------------
 # models/families/family: What a family of models answers: all that training, drawing, evaluation and the memory plan have to know of it.
 #
-# They ask this object and know no names. A family is one file beside this one and a row in table.py.
+# They ask this object and know no names. A family is one file beside this one and a row in known.py.
 
 
 LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
@@ -2820,6 +2883,7 @@ class Family:
     parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
+    comes_late = True  # whether it may be read part by part (see late.py)
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
@@ -2963,6 +3027,10 @@ class Family:
             if takes and re.search(LORA_LAYER, name) and shape[1] != takes:
                 return f"its {name} takes {shape[1]} channels, that layer here {takes}; it is for another model of this kind"
         return ""
+
+    def book_options(self, told, against):
+        """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
+        return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"]}
 
     # ---- the text encoders, where they train
 
@@ -3290,6 +3358,7 @@ class StableDiffusion(Family):
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
     trains_text = bf16_throughout = True
+    comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
     # do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
@@ -3820,6 +3889,11 @@ class QwenImage(Family):
         guides = scale > 1 and negatives
         return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
 
+    def book_options(self, told, against):
+        (hidden, mask), (against, against_mask) = padded(told["hidden"]), padded(against["hidden"])
+        return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": against,
+                "negative_prompt_embeds_mask": against_mask}
+
 
 def padded(hidden):
     """(Embeddings [B, tokens, channels] of a list, with zeros at their ends, mask [B, tokens] or None where all are of one length)."""
@@ -3927,6 +4001,7 @@ def picture_places(height, width):
 # What is sent to the transformer, and with which sign, is as in diffusers' StableDiffusion3Pipeline.
 
 
+CLIP_TOKENS = 77
 ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
                     "attn.to_add_out")
 FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -3983,8 +4058,9 @@ class StableDiffusion3(Family):
 
     def make_ready(self, pipeline):
         for part in self.word_encoders:
-            settle_clip(tokenizer_of(pipeline, part), pipeline.components[part])
-        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+            if pipeline.components[part] is not None:  # those of a late model come later, and take no new words
+                settle_clip(tokenizer_of(pipeline, part), pipeline.components[part])
+        pipeline.tokenizer_max_length = min(pipeline.tokenizer.model_max_length, CLIP_TOKENS)
 
     def own_size(self, pipeline):
         return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
@@ -4025,6 +4101,10 @@ class StableDiffusion3(Family):
     def predict(self, models, noisy, levels, conditioning, sizes):
         return models.denoiser(hidden_states=noisy, timestep=1000 * levels, encoder_hidden_states=conditioning["hidden"],
                                pooled_projections=conditioning["pooled"], return_dict=False)[0]
+
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"], "negative_prompt_embeds": against["hidden"],
+                "negative_pooled_prompt_embeds": against["pooled"]}
 
     def text_parameters(self, models):
         return [parameter for _, clip in models.readers for parameter in clip.parameters()]
@@ -4290,7 +4370,7 @@ def load_single_file(name, flag, dtypes, parts):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/families/table: The families that this program knows, and which of them a model is of.
+# models/families/known: The families that this program knows, and which of them a model is of.
 
 
 FAMILIES = (  # of those that fit, the first
@@ -4425,6 +4505,8 @@ class Models:
     denoiser: typing.Any
     arithmetic: typing.Any = None  # the torch.dtype that the denoiser will compute in; None: that of its weights
     sample: dict | None = None  # sample_weights() of the weights as they were loaded
+    digest: str | None = None  # the fingerprint, where it was made of the files
+    book: typing.Any = None  # the PromptBook of a late model, whose text encoders come and go
 
     @property
     def resolution(self):
@@ -4435,7 +4517,8 @@ class Models:
     def readers(self):
         """[(tokenizer, text encoder)] of those that take new words."""
         parts = list(text_encoders_of(self.pipeline))
-        return [(self.tokenizers[parts.index(part)], self.text_encoders[parts.index(part)]) for part in self.family.word_encoders]
+        return [(self.tokenizers[parts.index(part)], self.text_encoders[parts.index(part)]) for part in self.family.word_encoders
+                if part in parts]
 
     @functools.cached_property
     def fingerprint(self):
@@ -4445,6 +4528,8 @@ class Models:
         """
         import torch
 
+        if self.digest:
+            return self.digest
         digest = hashlib.sha256()
         for module in (self.denoiser, self.vae, *self.text_encoders):
             for name, tensor in module.state_dict().items():
@@ -4457,20 +4542,22 @@ SAMPLE_TENSORS, SAMPLE_PLACES = 24, (0, 3, 17)  # of each part so many tensors, 
 
 
 def sample_weights(pipeline):
-    """Some numbers of every part of a pipeline, which tell one model from another and are short enough for a record.
+    """Some numbers of every part of a pipeline that is there, which tell one model from another and are short enough for a record.
 
     {part: [precision of its weights, the numbers as text]}. A hash would differ between precisions; these are compared.
     """
     family = family_of(pipeline)
     parts = {family.denoiser: family.denoiser_of(pipeline), **text_encoders_of(pipeline)}
-    sample = {}
-    for part, module in parts.items():
-        weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
-        tensors = [weights[name] for name in sorted(weights)]
-        chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
-        numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
-        sample[part] = [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
-    return sample
+    return {part: sample_of(module) for part, module in parts.items()}
+
+
+def sample_of(module):
+    """[precision, numbers as text] of a module's weights."""
+    weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    tensors = [weights[name] for name in sorted(weights)]
+    chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
+    numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
+    return [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
 
 
 def is_same_sample(one, other):
@@ -4681,7 +4768,7 @@ def load_folder(name, flag, dtypes, parts, variant=None):
     return pipeline
 
 
-def load_part(folder, part, kind, variant, dtype):
+def load_part(folder, part, kind, variant, dtype, **options):
     """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
     library, class_name = kind
     if library not in ("diffusers", "transformers"):
@@ -4689,7 +4776,7 @@ def load_part(folder, part, kind, variant, dtype):
     try:
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
-            output_loading_info=True, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
+            output_loading_info=True, **options, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
     except Exception as problem:
         if is_of_machine(problem):
             raise
@@ -4720,6 +4807,12 @@ def make_ready(pipeline, name, flag):
                         f"give a model with its own scheduler")
     with contextlib.suppress(NotImplementedError, AttributeError):  # not every VAE can
         pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the denoiser's
+    check_tokenizers(pipeline, name, flag)
+    family.make_ready(pipeline)
+
+
+def check_tokenizers(pipeline, name, flag):
+    """UserError where a tokenizer is not that of its text encoder."""
     for part, text_encoder in text_encoders_of(pipeline).items():
         words, rows = len(tokenizer_of(pipeline, part)), len(text_encoder.get_input_embeddings().weight)
         if words < rows // 2:  # transformers makes up a tokenizer of two words where its files are damaged
@@ -4727,7 +4820,6 @@ def make_ready(pipeline, name, flag):
                             f"and {rows} in {part})")
         if words > rows:
             raise UserError(f"{flag} {name}: its tokenizer has {words} words, its {part} only {rows}; the two are of different models")
-    family.make_ready(pipeline)
 
 
 def load_models(name, arithmetic, freezes_denoiser=False, variant=None):
@@ -4744,6 +4836,178 @@ def load_models(name, arithmetic, freezes_denoiser=False, variant=None):
     for module in (models.denoiser, models.vae, *models.text_encoders):
         module.requires_grad_(False).eval()
     return models
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/late: Large models part by part: the text encoders are read, asked and dropped before the denoiser is read.
+#
+# So never more than the largest part is in the CPU's memory, where none of them but the denoiser trains.
+
+
+SMALL_TEXT = 4e9  # bytes of text encoders' files that may be read as float32
+SAMPLED_ROWS = 0, 0.5  # of each tensor, as fractions of its length
+
+
+class Shelf:
+    """The folder of a late model: its parts are read from it when they are needed."""
+
+    def __init__(self, name, flag, variant):
+        """`name` is a folder or hub id."""
+        self.folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag, variant)
+        self.index, self.files, self.variant = read_json(self.folder / "model_index.json"), files_in(self.folder), variant
+        self.denoiser = denoiser_of_index(self.index)
+        self.texts = [part for part in parts_of(self.index) if part.startswith("text_encoder")]
+
+    def weights_of(self, part):
+        """Paths of the files with a part's weights."""
+        files = variants_of(self.files, part)[choose_variant(self.files, part, self.variant)]
+        return [self.folder / file for file in files if file.endswith(".safetensors")]
+
+    def read(self, part, dtype, **options):
+        """A part, read now."""
+        variant = choose_variant(self.files, part, self.variant)
+        return load_part(self.folder, part, self.index[part], variant, dtype, **options).requires_grad_(False).eval()
+
+    def hollow(self, dtype):
+        """The denoiser as its config has it, without memory."""
+        import torch
+
+        library, kind = self.index[self.denoiser]
+        made = getattr(importlib.import_module(library), kind)
+        with torch.device("meta"):
+            return made.from_config(made.load_config(str(self.folder / self.denoiser))).to(dtype).requires_grad_(False).eval()
+
+    def text_dtype(self, arithmetic):
+        """The precision of the text encoders: bf16, but for small ones where all computes in float32."""
+        import torch
+
+        size = sum(path.stat().st_size for part in self.texts for path in self.weights_of(part))
+        return torch.float32 if arithmetic == torch.float32 and size < SMALL_TEXT else torch.bfloat16
+
+    def digest(self):
+        """A hex digest of names, shapes and some rows of all tensors: tells one model from another wherever it lies."""
+        found = hashlib.sha256()
+        for part in (part for part in parts_of(self.index) if part in WEIGHTS):
+            for path in self.weights_of(part):
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():
+                        found.update(f"{part} {name} {rows_in(file, name)}".encode())
+        return found.hexdigest()
+
+    def numbers(self, places, count):
+        """The denoiser's entry of sample_weights(), from its files."""
+        owners = {}
+        for path in self.weights_of(self.denoiser):
+            with safe_open(path, "pt") as file:
+                owners |= {name: path for name in file.keys() if file.get_slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")}
+        names = sorted(owners)
+        chosen, numbers = names[::max(1, len(names) // count)], []
+        for name in chosen:
+            with safe_open(owners[name], "pt") as file:
+                tensor = leading(file, name, max(places) + 1)
+                numbers += [tensor[place % tensor.numel()].item() for place in places]
+                dtype = tensor.dtype
+        return [str(dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+
+
+def rows_in(file, name):
+    """Shape, precision and some rows of a tensor in a file, as text."""
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    if not shape:
+        return f"{part.get_dtype()} {file.get_tensor(name).item()}"
+    rows = [part[row:row + 1].float().sum().item() for row in sorted({int(at * shape[0]) for at in SAMPLED_ROWS}) if row < shape[0]]
+    return f"{shape} {part.get_dtype()} {rows}"
+
+
+def leading(file, name, count):
+    """The first numbers of a tensor in a file, flat: `count` of them, or all if it has fewer."""
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    if len(shape) < 2 or math.prod(shape) <= count:
+        return file.get_tensor(name).reshape(-1)[:max(count, 1) if math.prod(shape) > count else None]
+    rows = -(-count // math.prod(shape[1:]))
+    return part[:rows].reshape(-1)[:count]
+
+
+class PromptBook:
+    """Conditioning of prompts by text encoders that do not train, kept on the CPU. For one that it lacks they are read again."""
+
+    def __init__(self, shelf, arithmetic):
+        self.shelf, self.dtype, self.told, self.weights = shelf, shelf.text_dtype(arithmetic), {}, 0
+
+    def learn(self, models, prompts, device):
+        """Encode those of the prompts that are not in the book yet, on the device."""
+        import torch
+
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.told]
+        if not missing:
+            return
+        self.bring(models)
+        for text_encoder in models.text_encoders:
+            text_encoder.to(device)
+        with torch.no_grad():
+            for prompt in missing:
+                told = models.family.encode(models, [prompt])
+                self.told[prompt] = {name: [value[0].cpu()] if isinstance(value, list) else value.cpu() for name, value in told.items()}
+        for text_encoder in models.text_encoders:
+            text_encoder.to("cpu")
+
+    def bring(self, models):
+        """Have the text encoders in the models, and in their pipeline."""
+        for part in self.shelf.texts:
+            if models.pipeline.components.get(part) is None:
+                models.pipeline.register_modules(**{part: self.shelf.read(part, self.dtype)})
+        models.text_encoders[:] = text_encoders_of(models.pipeline).values()
+        self.weights = sum(text_encoder.num_parameters() for text_encoder in models.text_encoders)
+
+    def drop(self, models):
+        """Have them no longer: their memory is free."""
+        models.pipeline.register_modules(**dict.fromkeys(self.shelf.texts))
+        models.text_encoders.clear()
+
+    def rows(self, models, prompts, device):
+        """The conditioning of P prompts on the device, in the denoiser's precision."""
+        import torch
+
+        if any(prompt not in self.told for prompt in prompts):
+            self.learn(models, prompts, device)
+            self.drop(models)
+        kept, dtype = [self.told[prompt] for prompt in prompts], models.denoiser.dtype
+
+        def there(tensor):
+            return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        return {name: [there(tensor) for one in kept for tensor in one[name]] if isinstance(value, list) else
+                torch.cat([there(one[name]) for one in kept]) for name, value in kept[0].items()}
+
+
+def load_late(name, arithmetic, variant=None, flag="--model_name"):
+    """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet."""
+    import torch
+
+    shelf = Shelf(name, flag, variant)
+    book, parts = PromptBook(shelf, arithmetic), {shelf.denoiser: shelf.hollow(arithmetic)}
+    texts = dict.fromkeys(shelf.texts)
+    pipeline = load_pipeline(name, torch.float32, flag, parts={**parts, **texts}, variant=variant)
+    models = take_apart(name, pipeline)
+    models.family.check_trainable(pipeline, name, flag)
+    say_if_distilled(pipeline, name, trains=True)
+    models.vae.requires_grad_(False).eval()
+    models = dataclasses.replace(models, arithmetic=arithmetic, digest=shelf.digest(), book=book,
+                                 tokenizers=[tokenizer_of(pipeline, part) for part in shelf.texts])
+    book.bring(models)
+    check_tokenizers(pipeline, name, flag)
+    texts = {part: sample_of(module) for part, module in text_encoders_of(pipeline).items()}
+    return dataclasses.replace(models, sample={shelf.denoiser: shelf.numbers(SAMPLE_PLACES, SAMPLE_TENSORS), **texts})
+
+
+def with_denoiser(models, dtype, base_precision):
+    """Late models with their denoiser, read now in `dtype`, or in fewer bits (see quantized.py); the text encoders are dropped."""
+    shelf = models.book.shelf
+    models.book.drop(models)
+    denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
+    models.pipeline.register_modules(**{shelf.denoiser: denoiser})
+    return dataclasses.replace(models, denoiser=denoiser)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4792,6 +5056,8 @@ def full_text_encoder(s, models, subjects, recipe):
 
 
 def save_pipeline(folder, models, subjects):
+    if models.book:
+        models.book.bring(models)
     models.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
@@ -4989,9 +5255,10 @@ def saves_of(s):
 # Knows nothing of subjects or training.
 
 
-def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing", models=None):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
+    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there.
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
     Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
@@ -4999,7 +5266,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, guidance_scale, negative_prompt, look)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
         if is_flat(picture) and pipeline.dtype != torch.float32:
@@ -5008,19 +5275,17 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
         yield picture
 
 
-def draw_batches(pipeline, jobs, size, may_halve, scale, negative_prompt, look):
+def draw_batches(pipeline, jobs, size, may_halve, told, look):
     """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
     import torch
 
-    threads, family = threads_that_help(pipeline.device), family_of(pipeline)
-    negative = negative_prompt or family.usual_negative
+    threads = threads_that_help(pipeline.device)
     start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while start < len(jobs):
         prompts, seeds = zip(*jobs[start:start + size])
-        told = family.call_options(scale, [negative] * len(prompts) if negative else None)
         try:
             pictures = called(
-                pipeline, prompt=list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told, **look,
+                pipeline, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told(prompts), **look,
                 **counting(threads, len(prompts))).images
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
@@ -5038,6 +5303,20 @@ def draw_batches(pipeline, jobs, size, may_halve, scale, negative_prompt, look):
         else:
             take_turns(pipeline, pipeline.device)
             all_there = False
+
+
+def prompts_given(pipeline, models, scale, negative_prompt):
+    """A function from prompts to what a pipeline's call is given of them and of the guidance."""
+    family, book = family_of(pipeline), models and models.book
+
+    def told(prompts):
+        negatives = [negative_prompt or family.usual_negative] * len(prompts)
+        if not book:
+            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negatives[0] else None)
+        device = pipeline._execution_device
+        rows = (book.rows(models, texts, device) for texts in (prompts, negatives))
+        return family.call_options(scale, None) | family.book_options(*rows)
+    return told
 
 
 def called(pipeline, **options):
@@ -5068,6 +5347,16 @@ def counting(threads, pictures):
     return {"callback_on_step_end": count}
 
 
+def in_precision(pipeline, dtype):
+    """`pipeline` with its parts in this precision, but for those in fewer bits, which stay as they are."""
+    import torch
+
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and not getattr(part, "is_quantized", False):
+            part.to(dtype)
+    return pipeline
+
+
 def placed(pipeline, device):
     """`pipeline` with all its parts on the device; where memory is too small for that, they are to take turns there."""
     import torch
@@ -5086,7 +5375,7 @@ def take_turns(pipeline, device):
     pipeline.enable_model_cpu_offload(device=device)
 
 
-def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
+def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None):
     """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
 
     `model` is what the pictures' text chunks say of the model, `size` is (width, height).
@@ -5096,7 +5385,7 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
     guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline)
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
-                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt)
+                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt, models=models)
     for picture, (prompt, seed) in zip(drawn, jobs):
         settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
         lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
@@ -5681,11 +5970,12 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     pipeline, shares = models.pipeline, models.denoiser.dtype == plan.dtype
     if plan.precision != "no" or not shares:
         parts = {models.family.denoiser: models.denoiser.to(plan.device)} if shares else {}
+        parts |= dict.fromkeys(models.book.shelf.texts) if models.book else {}
         pipeline = load_pipeline(models.name, plan.dtype, parts=parts, variant=s.variant)
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = models.family.class_scheduler(own_scheduler)
     placed(pipeline, plan.device)
-    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
                 height=settings["resolution"], width=settings["resolution"])
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
@@ -6297,11 +6587,12 @@ class Levers:
     split_batch: bool = False
     fused_backward: bool = False
     offload_optimizer: bool = False
+    base_precision: str = "bf16"
 
 
 def levers_by_hand(s):
     """{flag: value} of those levers that the user has set."""
-    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
+    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) not in (None, "auto")}
 
 
 def flags_of(levers):
@@ -7109,6 +7400,8 @@ def encode_for_good(models, prompts, device):
     """Conditioning by text encoders that do not train: they leave the GPU again."""
     import torch
 
+    if models.book:
+        return models.book.rows(models, prompts, device)
     for text_encoder in models.text_encoders:
         text_encoder.to(device)
     with torch.no_grad():
@@ -7362,8 +7655,7 @@ def make_viewer(run, concepts, subjects, metric_names):
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
         tell_prompts(own, subjects)
-        usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
-        return Viewer(tuple(dict.fromkeys(own or usual)), side, every, pictures=count)
+        return Viewer(tuple(dict.fromkeys(own or usual_prompts_of(subjects)[:-1])), side, every, pictures=count)
     templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
     tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
@@ -7428,7 +7720,7 @@ def draw_view(run, folder, viewer, writer):
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size,
-                             title=f"samples of step {done}"))
+                             title=f"samples of step {done}", models=run.models))
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):
@@ -7600,9 +7892,10 @@ def estimate(demand, levers):
 # memory/plans: The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is.
 
 
-def objection(s, levers, precision):
+def objection(s, family, levers, precision):
     """Why these levers cannot be used together, or None."""
     optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    is_quantized = levers.base_precision != "bf16"
     means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
         (fused and s.gradient_accumulation_steps > 1,
@@ -7618,6 +7911,11 @@ def objection(s, levers, precision):
          "either of which rounds stochastically"),
         (levers.offload_optimizer and not fused,
          "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
+        (is_quantized and not is_late(s, family),
+         f"--base_precision {levers.base_precision}: for a LoRA of a transformer whose text encoders do not train; leave it out"),
+        (is_quantized and s.use_dora, f"--base_precision {levers.base_precision}: DoRA needs the weights themselves; leave one out"),
+        (is_quantized and precision == "fp16",
+         f"--base_precision {levers.base_precision}: give --mixed_precision bf16"),
         (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
@@ -7631,29 +7929,43 @@ def objection(s, levers, precision):
     ) if wrong), None)
 
 
-def check_levers(s, plan):
+def is_late(s, family):
+    """Whether a model of this family is read part by part in this training."""
+    return family.comes_late and not s.train_text_encoder and not METHODS[s.method].adds_words
+
+
+def check_levers(s, family, plan):
     """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
     levers = Levers(**levers_by_hand(s))
-    if wrong := objection(s, levers, plan.precision):
+    if wrong := objection(s, family, levers, plan.precision):
         raise UserError(wrong)
     check_package(levers)
+    if levers.base_precision == "nf4" and plan.device.type != "cuda":
+        raise UserError("--base_precision nf4 needs a CUDA GPU and this machine has none; give int8")
     if s.compile and (lacking := missing_compiler(plan.device)):
         raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
     memory_limit(s, plan)
 
 
+def packages_of(levers):
+    """{flag with its value: package that it needs}."""
+    needed = {f"--optimizer {levers.optimizer}": OPTIMIZERS[levers.optimizer].package,
+              f"--base_precision {levers.base_precision}": BASES[levers.base_precision].package}
+    return {flag: package for flag, package in needed.items() if package}
+
+
 def missing_package(levers):
-    """The optimizer's library if it is not installed, else None."""
-    package = OPTIMIZERS[levers.optimizer].package
-    return package if package and importlib.util.find_spec(package) is None else None
+    """A library that these levers need if it is not installed, else None."""
+    return next((package for package in packages_of(levers).values() if importlib.util.find_spec(package) is None), None)
 
 
 def check_package(levers):
-    """UserError if the optimizer's library is not installed, or broken."""
-    if package := missing_package(levers):
-        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
-    if package := OPTIMIZERS[levers.optimizer].package:
-        check_import(package, f"--optimizer {levers.optimizer}")
+    """UserError if a library that these levers need is not installed, or broken."""
+    missing = missing_package(levers)
+    for flag, package in packages_of(levers).items():
+        if package == missing:
+            raise UserError(f"{flag} needs {package}: pip install {package}")
+        check_import(package, flag)
 
 
 PLANS = (  # from the fastest to the most frugal
@@ -7661,6 +7973,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers(split_batch=True),
     Levers(gradient_checkpointing=True),
     Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="int8"),
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="nf4"),
     Levers(gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
     Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
@@ -7671,10 +7985,10 @@ PLANS = (  # from the fastest to the most frugal
 )
 
 
-def plans(s, precision):
+def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, row, precision)]
+    return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")]
 
 
 AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
@@ -7725,6 +8039,8 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if told:
+        models = dataclasses.replace(models, tokenizers=[], text_encoders=[])
     halves = 2 if preserves_prior(s) else 1
     pictures = s.train_batch_size * (1 if levers.split_batch else halves)
     passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
@@ -7738,19 +8054,20 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
-        copied = set()
+        copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
             copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
             compute_in_bf16(hollow.denoiser, models.family.last_layers(hollow.denoiser))
         latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
-              listening(parts, trained, copied) as events):
+              listening(parts, trained, copied, fewer) as events):
             with torch.set_grad_enabled(trains_text):
                 conditioning = told or hollow.family.encode(hollow, prompts)
             hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
+    frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
@@ -7801,16 +8118,18 @@ def fake_weights(parts, trained):
 
 
 @contextlib.contextmanager
-def listening(parts, trained, copied):
+def listening(parts, trained, copied, unpacked=frozenset()):
     """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
 
-    Those of `trained` that are `copied` get their gradients in bf16 first.
+    Those of `trained` that are `copied` get their gradients in bf16 first. Weights that are `unpacked` from fewer bits for each use
+    are kept as an activation is.
     """
     import torch
 
     events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
     for part in parts:
-        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())
+                 if tensor not in unpacked}
     owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
 
     def keep(tensor, number):
@@ -7851,16 +8170,16 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
 
     Those that need a library which is not installed are passed over, and that is said.
     """
-    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf, None
+    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
         from accelerate.utils import gather_object
 
         limit = min(gather_object([limit]))
-    told = frozen_conditioning(models, subjects)
+    told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, models.family, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, levers.base_precision, is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
@@ -7885,14 +8204,18 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
                     "flags that rule plans out")
 
 
-def frozen_conditioning(models, subjects):
+def frozen_conditioning(models, subjects, device):
     """The conditioning of a prompt by text encoders that never train; None where they may."""
     import torch
 
+    prompts = [subjects[0].instance_prompt]
+    if models.book:
+        models.book.learn(models, prompts, device)
+        return models.book.told[prompts[0]]
     if models.family.trains_text:
         return None
     with torch.no_grad():
-        return models.family.encode(models, [subjects[0].instance_prompt])
+        return models.family.encode(models, prompts)
 
 
 def say_plan(levers, parts, limit, uninstalled):
@@ -7905,7 +8228,7 @@ def say_plan(levers, parts, limit, uninstalled):
 
 
 @contextlib.contextmanager
-def naming_next_plan(s, levers, plan, folder):
+def naming_next_plan(s, family, levers, plan, folder):
     """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
     import torch
 
@@ -7917,7 +8240,7 @@ def naming_next_plan(s, levers, plan, folder):
     except RuntimeError as problem:
         if "out of memory" not in str(problem):
             raise
-        rows = plans(s, plan.precision)
+        rows = plans(s, family, plan)
         more = rows[rows.index(levers) + 1:]
         saved = next(reversed(checkpoints_in(folder)), None)
         remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"
@@ -8418,6 +8741,7 @@ def disk_sizes(s, course, models, groups):
     shapes = [parameter.shape for group in groups for parameter in group.parameters]
     weights = sum(map(math.prod, shapes))
     frozen = sum(module.num_parameters() for module in (models.denoiser, models.vae, *models.text_encoders)) - weights
+    frozen += models.book.weights if models.book and not models.text_encoders else 0
     trained = BYTES[course.levers.weights] * weights
     output = 2 * trained if METHODS[s.method].is_adapter else trained
     output += 4 * frozen if save_pipeline in saves_of(s) else 0
@@ -8527,9 +8851,9 @@ def write_output(folder, run, models, subjects, seconds, given):
 def draw_samples(s, models, subjects, viewer, plan):
     """The sample grid of a finished training. The model is safe by then: whatever goes wrong here is only said."""
     try:
-        placed(models.pipeline.to(plan.dtype), plan.device)
+        placed(in_precision(models.pipeline, plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
-                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side))
+                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side), models)
         base = read_record(s.output_dir)["base_model"]
         save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")
@@ -8736,11 +9060,11 @@ def train(s):
             clear(folder, checkpoint, s.overwrite, logs_in(s))
             save_photo_sheet(folder, s, concepts, run.course.resolution)
         prepared = time.monotonic()
-        with naming_next_plan(s, run.course.levers, plan, folder):
+        with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):
             optimize(run, folder, viewer)
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
-        models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
+        models = dataclasses.replace(take_apart(run.models.name, run.models.pipeline), book=run.models.book)  # without their wrappers
         if accelerator.is_main_process:
             save_output(folder, run, models, subjects, seconds, given)
     report_training(s, subjects, run.history, seconds)
@@ -8774,7 +9098,7 @@ def settle_beforehand(s):
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
-    check_levers(s, plan)
+    check_levers(s, family_at(name, "--model_name"), plan)
     if preserves_prior(s):
         class_image_plan(s, plan)  # for its complaint alone
     return concepts, name, metric_names, plan
@@ -8784,7 +9108,9 @@ def prepare(s, name, concepts, plan, accelerator):
     """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
-    models = load_models(name, plan.dtype, METHODS[s.method].is_adapter, s.variant)
+    is_adapter = METHODS[s.method].is_adapter
+    late = is_late(s, family_at(name, "--model_name"))
+    models = load_late(name, plan.dtype, s.variant) if late else load_models(name, plan.dtype, is_adapter, s.variant)
     family, recipe = models.family, recipe_for(models.family, s, concepts)
     side = default(s.resolution, models.resolution)
     say(f"Model: {models.name} ({family.name}, {family.noise(s, models.pipeline, side).predicts}), {side} px")
@@ -8794,10 +9120,14 @@ def prepare(s, name, concepts, plan, accelerator):
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
+    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    if late:
+        drawn = {*usual_prompts_of(subjects), family.usual_negative}
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
+        models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
         class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
-    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)

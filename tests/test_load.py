@@ -30,8 +30,8 @@ def test_a_damaged_model_is_one_line(run, photos, tmp_path, tiny_model):
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model, monkeypatch, tmp_path):
-    whole, half = (db.load_models(str(tiny_model(family)), torch.bfloat16, freezes_unet=freezes) for freezes in (False, True))
-    assert (whole.unet.dtype, half.unet.dtype) == (torch.float32, torch.bfloat16)
+    whole, half = (db.load_models(str(tiny_model(family)), torch.bfloat16, freezes_denoiser=freezes) for freezes in (False, True))
+    assert (whole.denoiser.dtype, half.denoiser.dtype) == (torch.float32, torch.bfloat16)
     assert {part.dtype for part in (half.vae, *half.text_encoders)} == {torch.float32}
     assert half.fingerprint == whole.fingerprint  # one cache of class images serves both
     drawn_with, draw = [], db.draw

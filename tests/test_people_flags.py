@@ -503,13 +503,13 @@ def test_the_text_encoders_have_a_weight_decay_of_their_own():
 def test_what_an_optimizer_lacks_is_said(flags, said):
     s = db.parse_settings(["--train", *flags])
     with pytest.raises(db.UserError, match=said):
-        db.check_levers(s, db.Plan(torch.device("cpu"), "no"))
+        db.check_levers(s, db.StableDiffusion(), db.Plan(torch.device("cpu"), "no"))
 
 
 def test_no_plan_takes_an_optimizer_without_the_moments_given():
     s = db.parse_settings(["--train", "--adam_beta1", "0.8"])
-    assert {levers.optimizer for levers in db.plans(s, "bf16")} == {"adamw", "adamw8bit"}
-    assert "adafactor" in {levers.optimizer for levers in db.plans(db.Settings("train"), "bf16")}
+    assert {levers.optimizer for levers in db.plans(s, db.StableDiffusion(), db.Plan(torch.device("cpu"), "bf16"))} == {"adamw", "adamw8bit"}
+    assert "adafactor" in {levers.optimizer for levers in db.plans(db.Settings("train"), db.StableDiffusion(), db.Plan(torch.device("cpu"), "bf16"))}
 
 
 @pytest.mark.parametrize("name, options", [

@@ -109,7 +109,7 @@ def test_steps_average_what_processes_find(precision, levers, tmp_path, tiny_mod
     statuses, said = forked.finish([forked.begin(tmp_path, save_weights, *options)], tmp_path)
     assert statuses == [0], said
     one, first, second = (load_file(tmp_path / f"weights-{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    start = {f"unet.{i}": p for i, p in enumerate(db.load_models(options[0], torch.float32).unet.parameters())}
+    start = {f"unet.{i}": p for i, p in enumerate(db.load_models(options[0], torch.float32).denoiser.parameters())}
     assert len(start) > 50 and same(first, second) and one.keys() == first.keys()
     moved, apart = (torch.cat([(one[n].float() - other[n].float()).flatten() for n in start]).norm()
                     for other in (start, first))

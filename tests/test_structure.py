@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import single_file
 from conftest import FOUND, REPOSITORY
+from conftest import SLOW as SLOW_TESTS
 
 import dreambooth_implementation as db
 
@@ -99,6 +100,12 @@ def test_test_files_follow_the_modules():
     modules = {name.split(".")[-1] for name in MODULES}
     named = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests").glob("test_*.py")}
     assert named - modules - OTHERS == set() and OTHERS <= named and not OTHERS & modules
+
+
+@pytest.mark.parametrize("line", SLOW_TESTS)
+def test_what_is_named_slow_exists(line):
+    file, function = re.match(r"(\w+\.py)::(\w+)", line).groups()
+    assert f"def {function}" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8")
 
 
 def test_every_name_of_the_modules_is_in_the_single_file():

@@ -98,11 +98,12 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     pipeline, shares = models.pipeline, models.denoiser.dtype == plan.dtype
     if plan.precision != "no" or not shares:
         parts = {models.family.denoiser: models.denoiser.to(plan.device)} if shares else {}
+        parts |= dict.fromkeys(models.book.shelf.texts) if models.book else {}
         pipeline = load_pipeline(models.name, plan.dtype, parts=parts, variant=s.variant)
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = models.family.class_scheduler(own_scheduler)
     placed(pipeline, plan.device)
-    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
                 height=settings["resolution"], width=settings["resolution"])
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):

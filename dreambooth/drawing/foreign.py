@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dreambooth.base import UserError, say_once
 from dreambooth.models.families.family import LORA_LAYER
-from dreambooth.models.families.table import family_of
+from dreambooth.models.families.known import family_of
 from dreambooth.models.headers import read_header, read_json
 
 PEFT = "base_model.model."

@@ -7,7 +7,7 @@ from dreambooth.base import HERE, UserError, say, say_once
 from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_weights
 from dreambooth.files import load_tensors
 from dreambooth.models.families.family import text_encoders_of
-from dreambooth.models.families.table import family_of
+from dreambooth.models.families.known import family_of
 from dreambooth.models.find import find_model
 from dreambooth.models.fits import say_if_distilled
 from dreambooth.models.load import load_pipeline

@@ -12,7 +12,7 @@ from dreambooth.drawing.pipeline import load_trained
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
 from dreambooth.files import whole_file
 from dreambooth.images import load_square, png_parameters
-from dreambooth.models.families.table import guidance_scale, own_size
+from dreambooth.models.families.known import guidance_scale, own_size
 from dreambooth.models.parts import take_apart
 
 

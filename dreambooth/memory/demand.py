@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import rows_of
+from dreambooth.models.quantized import BASES, in_fewer_bits
 from dreambooth.training.course import check_rates
 from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
 
@@ -34,6 +36,8 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if told:
+        models = dataclasses.replace(models, tokenizers=[], text_encoders=[])
     halves = 2 if preserves_prior(s) else 1
     pictures = s.train_batch_size * (1 if levers.split_batch else halves)
     passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
@@ -47,19 +51,20 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
-        copied = set()
+        copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
             copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
             compute_in_bf16(hollow.denoiser, models.family.last_layers(hollow.denoiser))
         latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
-              listening(parts, trained, copied) as events):
+              listening(parts, trained, copied, fewer) as events):
             with torch.set_grad_enabled(trains_text):
                 conditioning = told or hollow.family.encode(hollow, prompts)
             hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
+    frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
@@ -110,16 +115,18 @@ def fake_weights(parts, trained):
 
 
 @contextlib.contextmanager
-def listening(parts, trained, copied):
+def listening(parts, trained, copied, unpacked=frozenset()):
     """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
 
-    Those of `trained` that are `copied` get their gradients in bf16 first.
+    Those of `trained` that are `copied` get their gradients in bf16 first. Weights that are `unpacked` from fewer bits for each use
+    are kept as an activation is.
     """
     import torch
 
     events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
     for part in parts:
-        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())
+                 if tensor not in unpacked}
     owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
 
     def keep(tensor, number):

@@ -19,16 +19,16 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
 
     Those that need a library which is not installed are passed over, and that is said.
     """
-    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf, None
+    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
         from accelerate.utils import gather_object
 
         limit = min(gather_object([limit]))
-    told = frozen_conditioning(models, subjects)
+    told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, models.family, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, levers.base_precision, is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
@@ -53,14 +53,18 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
                     "flags that rule plans out")
 
 
-def frozen_conditioning(models, subjects):
+def frozen_conditioning(models, subjects, device):
     """The conditioning of a prompt by text encoders that never train; None where they may."""
     import torch
 
+    prompts = [subjects[0].instance_prompt]
+    if models.book:
+        models.book.learn(models, prompts, device)
+        return models.book.told[prompts[0]]
     if models.family.trains_text:
         return None
     with torch.no_grad():
-        return models.family.encode(models, [subjects[0].instance_prompt])
+        return models.family.encode(models, prompts)
 
 
 def say_plan(levers, parts, limit, uninstalled):
@@ -73,7 +77,7 @@ def say_plan(levers, parts, limit, uninstalled):
 
 
 @contextlib.contextmanager
-def naming_next_plan(s, levers, plan, folder):
+def naming_next_plan(s, family, levers, plan, folder):
     """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
     import torch
 
@@ -85,7 +89,7 @@ def naming_next_plan(s, levers, plan, folder):
     except RuntimeError as problem:
         if "out of memory" not in str(problem):
             raise
-        rows = plans(s, plan.precision)
+        rows = plans(s, family, plan)
         more = rows[rows.index(levers) + 1:]
         saved = next(reversed(checkpoints_in(folder)), None)
         remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"

@@ -17,4 +17,6 @@ def full_text_encoder(s, models, subjects, recipe):
 
 
 def save_pipeline(folder, models, subjects):
+    if models.book:
+        models.book.bring(models)
     models.pipeline.save_pretrained(folder, safe_serialization=True)

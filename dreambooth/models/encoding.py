@@ -2,7 +2,7 @@
 
 from dreambooth.base import say
 from dreambooth.device import moved
-from dreambooth.models.families.table import family_of
+from dreambooth.models.families.known import family_of
 
 
 def rows_of(conditioning, numbers, device):

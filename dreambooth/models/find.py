@@ -7,7 +7,7 @@ from pathlib import Path
 from dreambooth.base import UserError, say, say_once, short_path
 from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.checkpoint import checkpoint_configs
-from dreambooth.models.families.table import PIPELINES, family_named, known_kinds
+from dreambooth.models.families.known import PIPELINES, family_named, known_kinds
 from dreambooth.models.fits import check_fit, is_distilled_name
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import (

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from dreambooth.base import UserError, say
-from dreambooth.models.families.table import family_named, family_of
+from dreambooth.models.families.known import family_named, family_of
 from dreambooth.models.headers import read_json
 from dreambooth.models.inventory import CONFIGS, parts_of
 

@@ -12,7 +12,7 @@ from dreambooth.mishaps import is_of_machine
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import load_single_file
 from dreambooth.models.families.family import text_encoders_of, tokenizer_of
-from dreambooth.models.families.table import family_of
+from dreambooth.models.families.known import family_of
 from dreambooth.models.fits import check_fit, say_if_distilled
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import hub_folder
@@ -69,7 +69,7 @@ def load_folder(name, flag, dtypes, parts, variant=None):
     return pipeline
 
 
-def load_part(folder, part, kind, variant, dtype):
+def load_part(folder, part, kind, variant, dtype, **options):
     """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
     library, class_name = kind
     if library not in ("diffusers", "transformers"):
@@ -77,7 +77,7 @@ def load_part(folder, part, kind, variant, dtype):
     try:
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
-            output_loading_info=True, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
+            output_loading_info=True, **options, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
     except Exception as problem:
         if is_of_machine(problem):
             raise
@@ -108,6 +108,12 @@ def make_ready(pipeline, name, flag):
                         f"give a model with its own scheduler")
     with contextlib.suppress(NotImplementedError, AttributeError):  # not every VAE can
         pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the denoiser's
+    check_tokenizers(pipeline, name, flag)
+    family.make_ready(pipeline)
+
+
+def check_tokenizers(pipeline, name, flag):
+    """UserError where a tokenizer is not that of its text encoder."""
     for part, text_encoder in text_encoders_of(pipeline).items():
         words, rows = len(tokenizer_of(pipeline, part)), len(text_encoder.get_input_embeddings().weight)
         if words < rows // 2:  # transformers makes up a tokenizer of two words where its files are damaged
@@ -115,7 +121,6 @@ def make_ready(pipeline, name, flag):
                             f"and {rows} in {part})")
         if words > rows:
             raise UserError(f"{flag} {name}: its tokenizer has {words} words, its {part} only {rows}; the two are of different models")
-    family.make_ready(pipeline)
 
 
 def load_models(name, arithmetic, freezes_denoiser=False, variant=None):

@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass
 
 from dreambooth.models.families.family import text_encoders_of, tokenizer_of
-from dreambooth.models.families.table import family_of
+from dreambooth.models.families.known import family_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Models:
     denoiser: typing.Any
     arithmetic: typing.Any = None  # the torch.dtype that the denoiser will compute in; None: that of its weights
     sample: dict | None = None  # sample_weights() of the weights as they were loaded
+    digest: str | None = None  # the fingerprint, where it was made of the files
+    book: typing.Any = None  # the PromptBook of a late model, whose text encoders come and go
 
     @property
     def resolution(self):
@@ -35,7 +37,8 @@ class Models:
     def readers(self):
         """[(tokenizer, text encoder)] of those that take new words."""
         parts = list(text_encoders_of(self.pipeline))
-        return [(self.tokenizers[parts.index(part)], self.text_encoders[parts.index(part)]) for part in self.family.word_encoders]
+        return [(self.tokenizers[parts.index(part)], self.text_encoders[parts.index(part)]) for part in self.family.word_encoders
+                if part in parts]
 
     @functools.cached_property
     def fingerprint(self):
@@ -45,6 +48,8 @@ class Models:
         """
         import torch
 
+        if self.digest:
+            return self.digest
         digest = hashlib.sha256()
         for module in (self.denoiser, self.vae, *self.text_encoders):
             for name, tensor in module.state_dict().items():
@@ -57,20 +62,22 @@ SAMPLE_TENSORS, SAMPLE_PLACES = 24, (0, 3, 17)  # of each part so many tensors, 
 
 
 def sample_weights(pipeline):
-    """Some numbers of every part of a pipeline, which tell one model from another and are short enough for a record.
+    """Some numbers of every part of a pipeline that is there, which tell one model from another and are short enough for a record.
 
     {part: [precision of its weights, the numbers as text]}. A hash would differ between precisions; these are compared.
     """
     family = family_of(pipeline)
     parts = {family.denoiser: family.denoiser_of(pipeline), **text_encoders_of(pipeline)}
-    sample = {}
-    for part, module in parts.items():
-        weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
-        tensors = [weights[name] for name in sorted(weights)]
-        chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
-        numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
-        sample[part] = [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
-    return sample
+    return {part: sample_of(module) for part, module in parts.items()}
+
+
+def sample_of(module):
+    """[precision, numbers as text] of a module's weights."""
+    weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    tensors = [weights[name] for name in sorted(weights)]
+    chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
+    numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
+    return [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
 
 
 def is_same_sample(one, other):

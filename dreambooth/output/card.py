@@ -10,7 +10,7 @@ from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import TRAILING, told_of_noise
-from dreambooth.models.families.table import guidance_scale
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.models.hub import cached_file, split_revision
 from dreambooth.models.inventory import choose_variant, files_in
 from dreambooth.models.vocabulary import XL_EMBEDDING

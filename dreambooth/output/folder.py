@@ -194,6 +194,7 @@ def disk_sizes(s, course, models, groups):
     shapes = [parameter.shape for group in groups for parameter in group.parameters]
     weights = sum(map(math.prod, shapes))
     frozen = sum(module.num_parameters() for module in (models.denoiser, models.vae, *models.text_encoders)) - weights
+    frozen += models.book.weights if models.book and not models.text_encoders else 0
     trained = BYTES[course.levers.weights] * weights
     output = 2 * trained if METHODS[s.method].is_adapter else trained
     output += 4 * frozen if save_pipeline in saves_of(s) else 0

@@ -92,6 +92,8 @@ def encode_for_good(models, prompts, device):
     """Conditioning by text encoders that do not train: they leave the GPU again."""
     import torch
 
+    if models.book:
+        return models.book.rows(models, prompts, device)
     for text_encoder in models.text_encoders:
         text_encoder.to(device)
     with torch.no_grad():

@@ -15,9 +15,9 @@ from dreambooth.evaluation.prompts import fill_template, read_prompts, usual_pro
 from dreambooth.images import image_grid, load_square
 from dreambooth.methods.table import METHODS
 from dreambooth.models.families.family import text_encoders_of
-from dreambooth.models.families.table import guidance_scale
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.subjects.syntax import tell_prompts
-from dreambooth.subjects.words import fill_identifier, with_places
+from dreambooth.subjects.words import fill_identifier, usual_prompts_of, with_places
 from dreambooth.training.course import sample_interval
 from dreambooth.training.levers import Levers
 from dreambooth.training.run import averaged
@@ -48,8 +48,7 @@ def make_viewer(run, concepts, subjects, metric_names):
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
         tell_prompts(own, subjects)
-        usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
-        return Viewer(tuple(dict.fromkeys(own or usual)), side, every, pictures=count)
+        return Viewer(tuple(dict.fromkeys(own or usual_prompts_of(subjects)[:-1])), side, every, pictures=count)
     templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
     tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
@@ -114,7 +113,7 @@ def draw_view(run, folder, viewer, writer):
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size,
-                             title=f"samples of step {done}"))
+                             title=f"samples of step {done}", models=run.models))
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):

@@ -1,6 +1,6 @@
 """What a family of models answers: all that training, drawing, evaluation and the memory plan have to know of it.
 
-They ask this object and know no names. A family is one file beside this one and a row in table.py.
+They ask this object and know no names. A family is one file beside this one and a row in known.py.
 """
 
 import re
@@ -55,6 +55,7 @@ class Family:
     parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
+    comes_late = True  # whether it may be read part by part (see late.py)
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
@@ -198,6 +199,10 @@ class Family:
             if takes and re.search(LORA_LAYER, name) and shape[1] != takes:
                 return f"its {name} takes {shape[1]} channels, that layer here {takes}; it is for another model of this kind"
         return ""
+
+    def book_options(self, told, against):
+        """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
+        return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"]}
 
     # ---- the text encoders, where they train
 

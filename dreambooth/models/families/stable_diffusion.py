@@ -30,6 +30,7 @@ class StableDiffusion(Family):
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
     trains_text = bf16_throughout = True
+    comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
     # do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.

@@ -9,6 +9,7 @@ from dreambooth.models.families.family import Family, tokenizer_of
 from dreambooth.models.families.stable_diffusion import settle_clip
 from dreambooth.models.recipes import Recipe
 
+CLIP_TOKENS = 77
 ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
                     "attn.to_add_out")
 FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -65,8 +66,9 @@ class StableDiffusion3(Family):
 
     def make_ready(self, pipeline):
         for part in self.word_encoders:
-            settle_clip(tokenizer_of(pipeline, part), pipeline.components[part])
-        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+            if pipeline.components[part] is not None:  # those of a late model come later, and take no new words
+                settle_clip(tokenizer_of(pipeline, part), pipeline.components[part])
+        pipeline.tokenizer_max_length = min(pipeline.tokenizer.model_max_length, CLIP_TOKENS)
 
     def own_size(self, pipeline):
         return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
@@ -107,6 +109,10 @@ class StableDiffusion3(Family):
     def predict(self, models, noisy, levels, conditioning, sizes):
         return models.denoiser(hidden_states=noisy, timestep=1000 * levels, encoder_hidden_states=conditioning["hidden"],
                                pooled_projections=conditioning["pooled"], return_dict=False)[0]
+
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"], "negative_prompt_embeds": against["hidden"],
+                "negative_pooled_prompt_embeds": against["pooled"]}
 
     def text_parameters(self, models):
         return [parameter for _, clip in models.readers for parameter in clip.parameters()]
