@@ -4010,6 +4010,11 @@ class QwenImage(Family):
         guides = scale > 1 and negatives
         return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
 
+    def book_options(self, told, against):
+        (hidden, mask), (against, against_mask) = padded(told["hidden"]), padded(against["hidden"])
+        return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": against,
+                "negative_prompt_embeds_mask": against_mask}
+
 
 def padded(hidden):
     """(Embeddings [B, tokens, channels] of a list, with zeros at their ends, mask [B, tokens] or None where all are of one length)."""
@@ -4120,6 +4125,7 @@ def picture_places(height, width):
 # What is sent to the transformer, and with which sign, is as in diffusers' StableDiffusion3Pipeline.
 
 
+CLIP_TOKENS = 77
 ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
                     "attn.to_add_out")
 FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -4177,7 +4183,7 @@ class StableDiffusion3(Family):
     def make_ready(self, pipeline):
         for part in self.word_encoders:
             settle_clip(tokenizer_of(pipeline, part), pipeline.components.get(part))
-        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+        pipeline.tokenizer_max_length = min(pipeline.tokenizer.model_max_length, CLIP_TOKENS)
 
     def own_size(self, pipeline):
         return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
@@ -4220,7 +4226,7 @@ class StableDiffusion3(Family):
                                pooled_projections=conditioning["pooled"], return_dict=False)[0]
 
     def book_options(self, told, against):
-        return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"], "pooled_prompt_embeds": told["pooled"],
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"], "negative_prompt_embeds": against["hidden"],
                 "negative_pooled_prompt_embeds": against["pooled"]}
 
     def text_parameters(self, models):
@@ -9361,7 +9367,8 @@ def prepare(s, name, concepts, plan, accelerator):
 
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     if late:
-        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects), models.family.usual_negative}), plan.device)
+        drawn = {*usual_prompts_of(subjects), family.usual_negative}
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):

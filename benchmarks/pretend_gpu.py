@@ -93,7 +93,8 @@ def convert_in_place(module, convert, recurse=True):
         parameter.data = new
         if isinstance(parameter, FakeTensor):
             parameter.fake_device = new.fake_device
-    module._buffers.update({name: convert(buffer) for name, buffer in module._buffers.items() if isinstance(buffer, FakeTensor)})
+    module._buffers.update({name: convert(buffer) for name, buffer in module._buffers.items()
+                            if buffer is not None and buffer.is_floating_point()})
     return module
 
 

@@ -141,7 +141,8 @@ def prepare(s, name, concepts, plan, accelerator):
 
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     if late:
-        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects), models.family.usual_negative}), plan.device)
+        drawn = {*usual_prompts_of(subjects), family.usual_negative}
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):

@@ -24,9 +24,8 @@ def teach(run, tiny_model, tmp_path):
     (tmp_path / "photo").mkdir()
     picture(3, (32, 32)).save(tmp_path / "photo" / "0.png")
 
-    def call(family, *flags):
-        return run("--train", "--model_name", tiny_model(family), "--instance_data_dir", "photo", *FLAGS, "--steps", 3, "--learning_rate",
-                   "5e-2", *flags)
+    def call(family, *flags, rate=("--learning_rate", "5e-2")):
+        return run("--train", "--model_name", tiny_model(family), "--instance_data_dir", "photo", *FLAGS, "--steps", 3, *rate, *flags)
 
     return call
 
@@ -245,8 +244,8 @@ def test_qwen_is_guided_away_from_something_always(scale, negative, passes, tiny
 @pytest.mark.parametrize("family", ["sd3", "sd3.5-without-t5"])
 @pytest.mark.parametrize("method", ["textual_inversion", "pivotal"])
 def test_both_clips_of_stable_diffusion_3_learn_a_new_word(family, method, teach, run, tmp_path):
-    status, out, err = teach(family, "--method", method, "--identifier", "<rex>", "--embedding_lr", "1e-1", "--mixed_precision", "bf16",
-                             "--max_vram", 1, *ALONE)
+    status, out, err = teach(family, "--method", method, "--identifier", "<rex>", "--mixed_precision", "bf16",
+                             "--max_vram", 1, *ALONE, rate=("--embedding_lr", "1e-1"))
     assert status == 0 and "cannot be told beforehand" not in out, err
     learnt = load_file(tmp_path / "output" / "learned_embeds.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in learnt.items()} == {"clip_l": (1, 32), "clip_g": (1, 24)}
@@ -259,8 +258,8 @@ def test_both_clips_of_stable_diffusion_3_learn_a_new_word(family, method, teach
 def test_both_clips_of_stable_diffusion_3_train_and_t5_does_not(method, family, teach, tiny_model, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
-    rates = ["--learning_rate", "1e-3", "--text_encoder_lr", "1e-3"]
-    status, out, err = teach(family, "--method", method, "--train_text_encoder", *rates, "--max_vram", 1, "--mixed_precision", "bf16", *ALONE)
+    status, out, err = teach(family, "--method", method, "--identifier", "<rex>", "--train_text_encoder", "--text_encoder_lr", "1e-3",
+                             "--max_vram", 1, "--mixed_precision", "bf16", *ALONE)
     assert status == 0 and "cannot be told beforehand" not in out, err
     if method == "full":
         before, after = (load_file(folder / "text_encoder_2" / "model.safetensors") for folder in (tiny_model(family), tmp_path / "output"))

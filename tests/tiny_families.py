@@ -192,8 +192,8 @@ def stable_diffusion_3(with_t5=True, **options):
     tokenizer_3 = t5_tokenizer() if with_t5 else None
     text_encoder_3 = t5(tokenizer_3, d_model=64) if with_t5 else None
     transformer = SD3Transformer2DModel(
-        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
-        caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=32, **options)
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=64,
+        caption_projection_dim=64, pooled_projection_dim=32, pos_embed_max_size=32, **options)
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(latent_channels=4, shift_factor=0.06, scaling_factor=1.5),
         text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,

@@ -9,6 +9,7 @@ from dreambooth.models.families.family import Family, tokenizer_of
 from dreambooth.models.families.stable_diffusion import settle_clip
 from dreambooth.models.recipes import Recipe
 
+CLIP_TOKENS = 77
 ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
                     "attn.to_add_out")
 FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -66,7 +67,7 @@ class StableDiffusion3(Family):
     def make_ready(self, pipeline):
         for part in self.word_encoders:
             settle_clip(tokenizer_of(pipeline, part), pipeline.components.get(part))
-        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+        pipeline.tokenizer_max_length = min(pipeline.tokenizer.model_max_length, CLIP_TOKENS)
 
     def own_size(self, pipeline):
         return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
@@ -109,7 +110,7 @@ class StableDiffusion3(Family):
                                pooled_projections=conditioning["pooled"], return_dict=False)[0]
 
     def book_options(self, told, against):
-        return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"], "pooled_prompt_embeds": told["pooled"],
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"], "negative_prompt_embeds": against["hidden"],
                 "negative_pooled_prompt_embeds": against["pooled"]}
 
     def text_parameters(self, models):
