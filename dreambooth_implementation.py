@@ -3240,6 +3240,11 @@ class Flux2Dev(Flux2Klein):
     kind = "FLUX.2 dev"
     base_of_distilled = "black-forest-labs/FLUX.2-dev"
 
+    def misfit(self, index, configs):
+        if "Processor" in str(index.get("tokenizer")) and not importlib.util.find_spec("torchvision"):
+            return "its text encoder reads pictures, too, and needs torchvision for that: pip install torchvision"
+        return super().misfit(index, configs)
+
     def templated(self, pipeline, prompt):
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
@@ -4895,7 +4900,7 @@ LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|dia
             "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
 # Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
 PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
-              (r"(text_model|encoder)\.", "text_encoder."))
+              (r"(single_)?transformer_blocks\.", "transformer."), (r"(text_model|encoder)\.", "text_encoder."))
 
 
 def is_lora(names):
