@@ -150,7 +150,7 @@ def flux():
     tokenizer, text_encoder = clip()
     tokenizer_2 = t5_tokenizer()
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
         pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=[4, 6, 6])
     return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
                         vae=tiny_vae(latent_channels=4, shift_factor=0.1, scaling_factor=2.7), text_encoder=text_encoder,
