@@ -3419,6 +3419,11 @@ class Flux2Dev(Flux2Klein):
     def book_options(self, told, against):
         return {"prompt_embeds": told["hidden"]}
 
+    def misfit(self, index, configs):
+        if "Processor" in str(index.get("tokenizer")) and not importlib.util.find_spec("torchvision"):
+            return "its text encoder reads pictures, too, and needs torchvision for that: pip install torchvision"
+        return super().misfit(index, configs)
+
     def templated(self, pipeline, prompt):
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
@@ -4009,11 +4014,6 @@ class QwenImage(Family):
     def call_options(self, scale, negatives):
         guides = scale > 1 and negatives
         return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
-
-    def book_options(self, told, against):
-        (hidden, mask), (against, against_mask) = padded(told["hidden"]), padded(against["hidden"])
-        return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": against,
-                "negative_prompt_embeds_mask": against_mask}
 
 
 def padded(hidden):
@@ -5566,7 +5566,7 @@ LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|dia
             "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
 # Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
 PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
-              (r"(text_model|encoder)\.", "text_encoder."))
+              (r"(single_)?transformer_blocks\.", "transformer."), (r"(text_model|encoder)\.", "text_encoder."))
 
 
 def is_lora(names):

@@ -1,5 +1,6 @@
 """Every family through the program: trained, drawn with, resumed; and what each refuses."""
 
+import functools
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 from conftest import picture
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_families import TINY
+from tiny_families import RARE, TINY
 from training_runs import assert_same_weights, far_apart, interrupt
 
 import dreambooth_implementation as db
@@ -41,7 +42,7 @@ def drawn_by_diffusers(pipeline, guided, prompt="a zwx dog"):
 def test_plain_diffusers_draws_what_was_trained_as_the_program_does(family, method, teach, run, tiny_model, tmp_path):
     from diffusers import DiffusionPipeline
 
-    status, out, err = teach(family, "--method", method, *(["--lora_target", "all"] if method == "lora" else []))
+    status, out, err = teach(family, "--method", method, *(["--lora_target", "all"] if method == "lora" else ALONE))
     assert status == 0, err
     status, out, err = run("--infer", "--model_path", "output", "--prompt", "a zwx dog", "--num_images", 1, "--seed", 5,
                            "--num_inference_steps", 2, "--image_dir", "drawn", "--mixed_precision", "no")
@@ -111,6 +112,14 @@ def test_a_model_that_cannot_be_trained_is_refused_by_its_configs(family, file, 
     assert status == 2 and said in err and len(err.splitlines()) == 1, err
 
 
+def test_what_the_processor_of_pictures_needs_is_said(teach, tiny_model, tmp_path, monkeypatch):
+    folder = changed(tmp_path / "model", tiny_model("flux2"), "model_index.json", tokenizer=["transformers", "PixtralProcessor"])
+    monkeypatch.setattr(db.importlib.util, "find_spec", lambda name, package=None: None)
+    monkeypatch.setattr(db, "load_models", None)
+    status, _, err = teach("flux2", "--model_name", folder)
+    assert status == 2 and "pip install torchvision" in err and len(err.splitlines()) == 1, err
+
+
 @pytest.mark.parametrize("name", ["Z-Image-Turbo", "flux.1-schnell", "klein-4B-distilled", "Qwen-Image-Lightning-8steps",
                                   "stable-diffusion-3.5-large-turbo"])
 def test_a_name_of_a_distilled_model_is_refused(name, teach, tiny_model, tmp_path):
@@ -155,6 +164,14 @@ def test_a_lora_of_another_width_is_refused(tiny_model):
 
 
 # ---- what is special
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_rare_word_is_found_in_every_kind_of_vocabulary(family, tiny_model):
+    models = db.load_models(str(tiny_model(family)), torch.float32)
+    concept = db.Concept("photos", "classes", 1, class_prompt="a dog", instance_prompt="a [identifier] dog")
+    found = db.choose_identifiers(models, [concept], 0, functools.partial(db.embed_ends, models))
+    assert found[0] in RARE
 
 
 @pytest.mark.parametrize("family, layers", [("flux2-klein", (9, 18, 27)), ("flux2", (10, 20, 30))])
@@ -270,3 +287,10 @@ def test_both_clips_of_stable_diffusion_3_train_and_t5_does_not(method, family, 
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_model(family))
     pipeline.load_lora_weights(tmp_path / "output", weight_name="pytorch_lora_weights.safetensors")
     assert all(pipeline.components[part].peft_config for part in parts)
+
+
+def test_a_lora_that_peft_saved_of_a_transformer_has_diffusers_names():
+    name = "transformer_blocks.0.attn.to_q.lora_A"
+    assert db.peft_name(f"base_model.model.{name}.default.weight") == f"transformer.{name}.weight"
+    assert db.peft_name(f"base_model.model.single_{name}.weight") == f"transformer.single_{name}.weight"
+    assert db.peft_name(f"base_model.model.down_blocks.0.{name}.weight") == f"unet.down_blocks.0.{name}.weight"

@@ -85,8 +85,8 @@ def flux2_parts(text_channels, guidance_embeds):
 
     vae = AutoencoderKLFlux2(block_out_channels=[16, 32], down_block_types=["DownEncoderBlock2D"] * 2, sample_size=32, latent_channels=4,
                              up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=8)
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.2, 2)
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.03, 0.1)
     transformer = Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, axes_dims_rope=[4, 4, 4, 4],
         joint_attention_dim=3 * text_channels, timestep_guidance_channels=32, guidance_embeds=guidance_embeds)
@@ -99,7 +99,7 @@ def flux2_klein():
     from transformers import Qwen3ForCausalLM
 
     tokenizer = qwen_tokenizer()
-    text_encoder = Qwen3ForCausalLM(qwen3(tokenizer, layers=28, hidden_size=16).config)
+    text_encoder = Qwen3ForCausalLM(qwen3(tokenizer, layers=31, hidden_size=16).config)
     return Flux2KleinPipeline(text_encoder=text_encoder, tokenizer=tokenizer, **flux2_parts(16, guidance_embeds=False))
 
 
@@ -154,10 +154,10 @@ def flux():
     tokenizer, text_encoder = clip(CLIPTextModel, 24)
     tokenizer_2 = t5_tokenizer()
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
         pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=[4, 6, 6])
     return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-                        vae=tiny_vae(latent_channels=4, shift_factor=0.1159, scaling_factor=0.3611), text_encoder=text_encoder,
+                        vae=tiny_vae(latent_channels=4, shift_factor=0.1, scaling_factor=2.7), text_encoder=text_encoder,
                         tokenizer=tokenizer, text_encoder_2=t5(tokenizer_2), tokenizer_2=tokenizer_2, transformer=fill(transformer))
 
 

@@ -3,6 +3,8 @@
 What is sent to the transformer, and with which sign, is as in diffusers' Flux2KleinPipeline and Flux2Pipeline.
 """
 
+import importlib.util
+
 from dreambooth.device import moved
 from dreambooth.models.families.family import Family, tokenizer_of
 from dreambooth.models.noise import shift_of
@@ -114,6 +116,11 @@ class Flux2Dev(Flux2Klein):
 
     def book_options(self, told, against):
         return {"prompt_embeds": told["hidden"]}
+
+    def misfit(self, index, configs):
+        if "Processor" in str(index.get("tokenizer")) and not importlib.util.find_spec("torchvision"):
+            return "its text encoder reads pictures, too, and needs torchvision for that: pip install torchvision"
+        return super().misfit(index, configs)
 
     def templated(self, pipeline, prompt):
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input

@@ -81,11 +81,6 @@ class QwenImage(Family):
         guides = scale > 1 and negatives
         return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
 
-    def book_options(self, told, against):
-        (hidden, mask), (against, against_mask) = padded(told["hidden"]), padded(against["hidden"])
-        return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": against,
-                "negative_prompt_embeds_mask": against_mask}
-
 
 def padded(hidden):
     """(Embeddings [B, tokens, channels] of a list, with zeros at their ends, mask [B, tokens] or None where all are of one length)."""
