@@ -3389,23 +3389,27 @@ def today(name):
     return name
 
 
-def checkpoint_configs(name, flag):
-    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
-
-    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
-    """
+def configs_place(name, flag):
+    """Where the configs of a single-file checkpoint come from: a diffusers folder of the same name beside it, or else the id of the
+    hub model that is built like it."""
     like = hub_model_like(Path(name), flag)
     beside = Path(name).with_suffix("")
-    if (beside / "model_index.json").is_file():
+    return beside if (beside / "model_index.json").is_file() else like
+
+
+def checkpoint_configs(name, flag):
+    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights."""
+    place, beside = configs_place(name, flag), Path(name).with_suffix("")
+    if place == beside:
         say_once(f"{name} is read with the configs in {beside}.")
         return beside
     try:
-        folder = hub_configs(like)
+        folder = hub_configs(place)
     except Exception as problem:  # whatever the hub's client raises
-        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are not in the cache: "
-                        f"{hub_refusal(problem, like)}; or put that model's diffusers folder, weights not needed, in "
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {place} are not in the cache: "
+                        f"{hub_refusal(problem, place)}; or put that model's diffusers folder, weights not needed, in "
                         f"{beside}{os.sep}") from None
-    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
+    say_once(f"{name} is read with the configs of {place}; a diffusers folder {beside}{os.sep} would replace them.")
     return folder
 
 
@@ -7138,6 +7142,7 @@ def loss_plot(history, size=(800, 400), margin=50):
 
 
 CARD = "README.md"
+STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
 def save_card(folder, s, models, subjects, sample=None):
@@ -7180,33 +7185,53 @@ Write in the prompt:
 
 
 def usage(s, models, subjects):
-    """Python that draws with an output without this program."""
+    """Python that draws with an output without this program: the first picture that --infer draws of the subject on the moon."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
-    quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load, scheduler = how_to_load(models, s.variant, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
-    is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
+    load, scheduler = how_to_load(models, s.variant) if method.is_adapter else ("from_pretrained(folder)", [])
+    words = load_words(subjects, len(models.text_encoders)) if save_words in method.saves else []
+    reads = ["from safetensors.torch import load_file"] if words and len(models.text_encoders) > 1 else []
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
-    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
-    lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load}", *scheduler]
+    lines = ["import torch", f"from diffusers import {kinds}", *reads, "",
+             f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
+             f"pipe = {kind}.{load}", *scheduler]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
-    for subject in subjects if save_words in method.saves else ():
-        file = embedding_file(subject, subjects)
-        if not is_xl_embedding:
-            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
-            continue
-        lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
-        for key, number in zip(XL_EMBEDDING, ("", "_2")):
-            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
-                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
-    scale = guidance_scale(s, models.unet.config)
-    lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
-              f'guidance_scale={scale:g}).images[0].save("subject.png")']
+    lines += [*words, '# pipe.to("cuda")', "noise = torch.Generator().manual_seed(0)  # that of --seed 0",
+              f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, {look_of(s, models)}, generator=noise)"
+              '.images[0].save("subject.png")']
     return "\n".join(lines)
 
 
-def how_to_load(models, variant, quoted):
+def quoted(text):
+    """A text as Python and JSON write it."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
+def look_of(s, models):
+    """Options of the pipeline's call as --infer has them by itself, whatever the samples of the training were drawn with."""
+    usual = dataclasses.replace(s, guidance_scale=None)
+    side = default(s.resolution, models.resolution)
+    size = f"height={side}, width={side}, " if own_size(models.pipeline) != (side, side) else ""
+    return f"{size}num_inference_steps={STEPS_DRAWN}, guidance_scale={guidance_scale(usual, models.unet.config):g}"
+
+
+def load_words(subjects, encoders):
+    """Lines of Python that give a pipeline with so many text encoders the subjects' new words."""
+    lines = []
+    for subject in subjects:
+        file = embedding_file(subject, subjects)
+        if encoders == 1:
+            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
+            continue
+        lines.append(f'vectors = load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
+        lines += [f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
+                  f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})" for key, number in zip(XL_EMBEDDING, ("", "_2"))]
+    if encoders > 1:  # its config on the hub has a wrong id, for which the highest one is taken, which is now a new word's
+        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where a text ends, not at the new word")
+    return lines
+
+
+def how_to_load(models, variant):
     """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
     place."""
     if not is_single_file(models.name):
@@ -7215,12 +7240,14 @@ def how_to_load(models, variant, quoted):
         place, revision = split_revision(models.name)
         options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
         return f"from_pretrained({', '.join([quoted(place), *options])})", []
-    told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
+    is_here = Path(models.name).is_file()
+    told = told_of_noise(models.name, "--model_name") if is_here else {}
     if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
         told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}
     options = "".join(f", {key}={value!r}" for key, value in told.items())
     set_scheduler = f"pipe.scheduler = {type(models.pipeline.scheduler).__name__}.from_config(pipe.scheduler.config{options})"
-    return f"from_single_file({quoted(models.name)})", [set_scheduler] if told else []
+    configs = f", config={quoted(configs_place(models.name, '--model_name'))}" if is_here else ""
+    return f"from_single_file({quoted(models.name)}{configs})", [set_scheduler] if told else []
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
