@@ -36,8 +36,8 @@ def as_on_the_hub(folder, copy):
 
 def trained_output(base, method, folder, **options):
     """An output of --train without the training: what the method would train is changed by chance."""
-    s = db.Settings("train", method=method, output_dir=str(folder), rank=2, lora_alpha=3, num_vectors=2, train_text_encoder=method != "textual_inversion",
-                    **options)
+    s = db.Settings("train", method=method, output_dir=str(folder), rank=2, lora_alpha=3, num_vectors=2,
+                    train_text_encoder=method != "textual_inversion", **options)
     models = db.load_models(str(base), torch.float32, db.METHODS[method].is_adapter)
     word = "<rex>" if db.METHODS[method].adds_words else "sks"
     subjects = [db.Subject(word, "a dog", f"a {word}" if method == "textual_inversion" else f"a {word} dog", "dog")]
@@ -49,7 +49,7 @@ def trained_output(base, method, folder, **options):
         group.finish()
     folder.mkdir()
     for save in db.saves_of(s):
-        save(folder, models, subjects)
+        save(folder, models, subjects, {})
     db.save_card(folder, s, models, subjects)
     (folder / "dreambooth.json").write_text(json.dumps({
         "method": method, "base_model": str(base), "subjects": [dataclasses.asdict(subject) for subject in subjects],
@@ -80,7 +80,7 @@ def test_a_card_for_an_adapter_of_a_single_file_that_tells_of_its_noise(exported
     file, _ = exported("sd1")
     save_file(load_file(file), tmp_path / "m.safetensors", {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"})
     shutil.copytree(file.with_suffix(""), tmp_path / "m")
-    trained_output("m.safetensors", "lora", tmp_path / "output", resolution=48, guidance_scale=2)  # the latter for its samples alone
+    trained_output("m.safetensors", "lora", tmp_path / "output", resolution=48, guidance_scale=2)  # that is of its samples alone
     snippet = card_of(tmp_path / "output")[1]
     assert 'config="m"' in snippet and "height=48, width=48" in snippet and "guidance_scale=4" in snippet
     assert far_from_infers(snippet, run) <= 1
@@ -122,3 +122,12 @@ def test_samples_that_fail_leave_a_card_without_them(train, tmp_path, monkeypatc
     assert train()[0] == 0
     header, _ = card_of(tmp_path / "output")
     assert "output" not in header["widget"][0]
+
+
+@pytest.mark.parametrize("method, dora, told", [
+    ("full", False, ["--export NAME.safetensors --model_path ./output"]),
+    ("lora", False, ["kohya_lora.safetensors is theirs", "of pytorch_lora_weights.safetensors"]), ("lora", True, ["It is a DoRA"]),
+    ("textual_inversion", False, ["a new word by its file's name"]), ("pivotal", False, ["kohya_lora", "WORD.safetensors"])])
+def test_which_file_is_for_other_programs(method, dora, told):
+    text = db.for_other_programs(db.Settings("train", method=method, use_dora=dora))
+    assert all(part in text for part in told) and ("DoRA" in text) == dora

@@ -4,6 +4,7 @@ import re
 
 from dreambooth.base import default
 from dreambooth.methods.groups import ParameterGroup
+from dreambooth.models.notes import with_kind
 from dreambooth.models.parts import layers_read, text_encoders_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -43,8 +44,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
 
 
-def save_lora(folder, models, subjects):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do."""
+def save_lora(folder, models, subjects, notes):
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do, with
+    {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -61,8 +63,8 @@ def save_lora(folder, models, subjects):
         weights[f"{part}_lora_layers"] = tensors
         kohya |= kohya_lora(kohya_prefix(models, part), tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
-    save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
-                                           "ss_network_alpha": str(config.lora_alpha)})
+    save_file(kohya, folder / KOHYA_FILE, with_kind(notes, "lora", {
+        "ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}))
 
 
 def kohya_lora(prefix, tensors, alpha):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dreambooth.base import default
 from dreambooth.files import write_file
-from dreambooth.methods.lora import LORA_FILE, save_lora
+from dreambooth.methods.full import save_pipeline
+from dreambooth.methods.lora import KOHYA_FILE, LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file
@@ -20,6 +21,8 @@ from dreambooth.settings import Settings
 from dreambooth.subjects.nouns import noun_of
 
 CARD = "README.md"
+DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was learnt, and "
+                  "stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
@@ -58,8 +61,20 @@ Write in the prompt:
 ```python
 {usage(s, models, subjects)}
 ```
+
+{for_other_programs(s)}
 """
     write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def for_other_programs(s):
+    """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
+    saves = METHODS[s.method].saves
+    told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
+            save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
+            save_words: f"they know a new word by its file's name: `--export WORD.safetensors --model_path {s.output_dir}` writes one for them"}
+    text = "; ".join(told[save] for save in saves)
+    return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
 
 
 def usage(s, models, subjects):
@@ -102,10 +117,11 @@ def load_words(subjects, encoders):
             lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
             continue
         lines.append(f'vectors = load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
-        lines += [f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
-                  f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})" for key, number in zip(XL_EMBEDDING, ("", "_2"))]
+        for key, number in zip(XL_EMBEDDING, ("", "_2")):
+            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
+                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
     if encoders > 1:  # its config on the hub has a wrong id, for which the highest one is taken, which is now a new word's
-        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where a text ends, not at the new word")
+        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # a text ends there, not at the word")
     return lines
 
 
