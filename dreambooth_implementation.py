@@ -4222,7 +4222,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
 
 def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
-    """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, and then by parts in turn."""
+    """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
     threads = threads_that_help(pipeline.device)
@@ -7147,7 +7147,7 @@ def clip_tensors(tensors, config):
 
 
 def open_clip_tensors(tensors, config):
-    """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value are one matrix, the projection is transposed."""
+    """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value in one matrix, the projection transposed."""
     import torch
 
     source = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
@@ -7176,8 +7176,8 @@ def open_clip_h_tensors(tensors, config):
             yield name.replace(".22.", ".23."), torch.zeros_like(tensor)
 
 
-# How each part of a model is called and renamed. SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows it,
-# SDXL by its second text encoder.
+# How each part of a model is called and renamed. SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows
+# it, SDXL by its second text encoder.
 UNET_AND_VAE = {"unet": ("model.diffusion_model.", unet_tensors), "vae": ("first_stage_model.", vae_tensors)}
 LAYOUTS = {
     "sd1": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.transformer.", clip_tensors)},
@@ -7244,8 +7244,8 @@ model:
     unet_config:
       target: ldm.modules.diffusionmodules.openaimodel.UNetModel
       params: {use_checkpoint: True, use_fp16: True, image_size: 32, in_channels: 4, out_channels: 4, model_channels: 320,
-               attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_head_channels: 64,
-               use_spatial_transformer: True, use_linear_in_transformer: True, transformer_depth: 1, context_dim: 1024, legacy: False}
+               attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_head_channels: 64, legacy: False,
+               use_spatial_transformer: True, use_linear_in_transformer: True, transformer_depth: 1, context_dim: 1024}
     first_stage_config:
       target: ldm.models.autoencoder.AutoencoderKL
       params:
@@ -7303,8 +7303,8 @@ def loss_plot(history, size=(800, 400), margin=50):
 # output/streamed: Large files of weights, read and written a tensor at a time: memory holds nothing of a model but what is on its way.
 
 
-ROOM = 2**20  # bytes at the start of a file that are kept for its header, which is known last; what is left of them is blanks
-KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+ROOM = 2**20  # bytes at the start of a file, kept for its header, which is known last; what is left of them is blanks
+KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -7386,8 +7386,8 @@ def stored_part(folder, part, kind, files):
 
 
 CARD = "README.md"
-DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was learnt, and "
-                  "stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
+DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
+                  "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
@@ -7437,7 +7437,7 @@ def for_other_programs(s):
     saves = METHODS[s.method].saves
     told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
             save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
-            save_words: f"they know a new word by its file's name: `--export WORD.safetensors --model_path {s.output_dir}` writes one for them"}
+            save_words: f"they know a word by its file's name: `--export WORD.safetensors --model_path {s.output_dir}` writes that"}
     text = "; ".join(told[save] for save in saves)
     return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
 
@@ -7486,7 +7486,7 @@ def load_words(subjects, encoders):
             lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
                          f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
     if encoders > 1:  # its config on the hub has a wrong id, for which the highest one is taken, which is now a new word's
-        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # a text ends there, not at the word")
+        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where a text ends")
     return lines
 
 
@@ -7494,7 +7494,8 @@ def how_to_load(models, variant):
     """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
     place."""
     if not is_single_file(models.name):
-        folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
+        cached = None if Path(models.name).is_dir() else cached_file(models.name, "model_index.json")
+        folder = Path(models.name) if Path(models.name).is_dir() else cached and cached.parent
         variant = variant or folder and choose_variant(files_in(folder), "unet")
         place, revision = split_revision(models.name)
         options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
@@ -7922,8 +7923,8 @@ def model_files(s, trained, target, pipeline):
     parts, unet_config, open_part, scheduler = loaded_model(pipeline) if pipeline else model_of(trained.source, precision)
     layout, record = layout_of(parts, unet_config), trained.record
     notes = notes_of(unet_config, scheduler, record.get("base_model"), trained.subjects, record.get("used", {}).get("resolution"))
-    kept = "all of it" if precision == "fp32" else f"in half precision, {precision}" + "; --export_precision fp32 rounds nothing" * (
-        s.export_precision is None)
+    kept = "all of it" if precision == "fp32" else f"in half precision, {precision}"
+    kept += "; --export_precision fp32 rounds nothing" * (s.export_precision is None)
     files = {target: (lambda part: save_streamed(part, original_tensors(layout, open_part, scheduler), notes, precision),
                       f"the model in Stable Diffusion's own layout, {kept}")}
     if layout == "sd2" and scheduler.get("prediction_type") == "v_prediction":

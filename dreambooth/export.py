@@ -92,8 +92,8 @@ def model_files(s, trained, target, pipeline):
     parts, unet_config, open_part, scheduler = loaded_model(pipeline) if pipeline else model_of(trained.source, precision)
     layout, record = layout_of(parts, unet_config), trained.record
     notes = notes_of(unet_config, scheduler, record.get("base_model"), trained.subjects, record.get("used", {}).get("resolution"))
-    kept = "all of it" if precision == "fp32" else f"in half precision, {precision}" + "; --export_precision fp32 rounds nothing" * (
-        s.export_precision is None)
+    kept = "all of it" if precision == "fp32" else f"in half precision, {precision}"
+    kept += "; --export_precision fp32 rounds nothing" * (s.export_precision is None)
     files = {target: (lambda part: save_streamed(part, original_tensors(layout, open_part, scheduler), notes, precision),
                       f"the model in Stable Diffusion's own layout, {kept}")}
     if layout == "sd2" and scheduler.get("prediction_type") == "v_prediction":

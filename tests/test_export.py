@@ -192,7 +192,8 @@ SD15, SD2, XL = {"cross_attention_dim": 768}, {"cross_attention_dim": [1024, 102
 
 @pytest.mark.parametrize("config, velocity, architecture, version, v2", [
     (SD15, False, "stable-diffusion-v1", "sd_v1", "False"), (SD2, False, "stable-diffusion-v2-512", "sd_v2", "True"),
-    (SD2, True, "stable-diffusion-v2-768-v", "sd_v2_v", "True"), (XL, False, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+    (SD2, True, "stable-diffusion-v2-768-v", "sd_v2_v", "True"),
+    (XL, False, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
     ({"cross_attention_dim": 32}, False, None, None, None)])
 def test_what_a_file_says_of_itself(config, velocity, architecture, version, v2):
     subjects = [db.Subject("sks", "a dog", "a sks dog", "dog")]
@@ -206,7 +207,8 @@ def test_what_a_file_says_of_itself(config, velocity, architecture, version, v2)
 
 
 def test_a_lora_says_what_it_is_for(train, run, tmp_path):
-    assert train("sd2", "--method", "lora", "--rank", "2", "--lora_alpha", "3", "--use_dora", "--no-samples", "--resolution", "40")[0] == 0
+    dora = ("--method", "lora", "--rank", "2", "--lora_alpha", "3", "--use_dora")
+    assert train("sd2", *dora, "--no-samples", "--resolution", "40")[0] == 0
     _, notes = db.read_header("output/kohya_lora.safetensors", "")
     assert notes["ss_network_dim"] == "2" and notes["ss_network_alpha"] == "3" and notes["modelspec.prediction_type"] == "v"
     assert notes["modelspec.resolution"] == "40x40" and notes["ss_sd_model_name"] == "sd2-0"

@@ -86,8 +86,8 @@ def test_an_sd2_text_encoder_without_its_last_layer_gets_one_that_adds_nothing()
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=16, num_attention_heads=2, max_position_embeddings=5, hidden_act="gelu",
-                 bos_token_id=7, eos_token_id=8, pad_token_id=0)
+    sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=16, num_attention_heads=2, max_position_embeddings=5,
+                 hidden_act="gelu", bos_token_id=7, eos_token_id=8, pad_token_id=0)
     ours = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=23)).eval()
     tensors = {f"cond_stage_model.model.{name}": tensor for name, tensor in db.open_clip_h_tensors(ours.state_dict(), ours.config)}
     last = [name for name in tensors if ".resblocks.23." in name]

@@ -33,7 +33,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
 
 def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
-    """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, and then by parts in turn."""
+    """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
     threads = threads_that_help(pipeline.device)

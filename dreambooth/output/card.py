@@ -21,8 +21,8 @@ from dreambooth.settings import Settings
 from dreambooth.subjects.nouns import noun_of
 
 CARD = "README.md"
-DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was learnt, and "
-                  "stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
+DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
+                  "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
@@ -72,7 +72,7 @@ def for_other_programs(s):
     saves = METHODS[s.method].saves
     told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
             save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
-            save_words: f"they know a new word by its file's name: `--export WORD.safetensors --model_path {s.output_dir}` writes one for them"}
+            save_words: f"they know a word by its file's name: `--export WORD.safetensors --model_path {s.output_dir}` writes that"}
     text = "; ".join(told[save] for save in saves)
     return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
 
@@ -121,7 +121,7 @@ def load_words(subjects, encoders):
             lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
                          f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
     if encoders > 1:  # its config on the hub has a wrong id, for which the highest one is taken, which is now a new word's
-        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # a text ends there, not at the word")
+        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where a text ends")
     return lines
 
 
@@ -129,7 +129,8 @@ def how_to_load(models, variant):
     """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
     place."""
     if not is_single_file(models.name):
-        folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
+        cached = None if Path(models.name).is_dir() else cached_file(models.name, "model_index.json")
+        folder = Path(models.name) if Path(models.name).is_dir() else cached and cached.parent
         variant = variant or folder and choose_variant(files_in(folder), "unet")
         place, revision = split_revision(models.name)
         options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]

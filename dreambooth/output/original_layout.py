@@ -84,7 +84,7 @@ def clip_tensors(tensors, config):
 
 
 def open_clip_tensors(tensors, config):
-    """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value are one matrix, the projection is transposed."""
+    """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value in one matrix, the projection transposed."""
     import torch
 
     source = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
@@ -113,8 +113,8 @@ def open_clip_h_tensors(tensors, config):
             yield name.replace(".22.", ".23."), torch.zeros_like(tensor)
 
 
-# How each part of a model is called and renamed. SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows it,
-# SDXL by its second text encoder.
+# How each part of a model is called and renamed. SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows
+# it, SDXL by its second text encoder.
 UNET_AND_VAE = {"unet": ("model.diffusion_model.", unet_tensors), "vae": ("first_stage_model.", vae_tensors)}
 LAYOUTS = {
     "sd1": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.transformer.", clip_tensors)},
@@ -156,7 +156,7 @@ def loaded_part(pipeline, part):
     return module.config, module.state_dict()
 
 
-# How A1111 and Forge are told that an SD 2.x model predicts velocity: by such a file of its name beside it. It is the published
+# How A1111 and Forge are told that an SD 2.x model predicts velocity: by such a file of its name beside it, the published
 # v2-inference-v.yaml (github.com/Stability-AI/stablediffusion).
 VELOCITY_CONFIG = """\
 model:
@@ -181,8 +181,8 @@ model:
     unet_config:
       target: ldm.modules.diffusionmodules.openaimodel.UNetModel
       params: {use_checkpoint: True, use_fp16: True, image_size: 32, in_channels: 4, out_channels: 4, model_channels: 320,
-               attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_head_channels: 64,
-               use_spatial_transformer: True, use_linear_in_transformer: True, transformer_depth: 1, context_dim: 1024, legacy: False}
+               attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_head_channels: 64, legacy: False,
+               use_spatial_transformer: True, use_linear_in_transformer: True, transformer_depth: 1, context_dim: 1024}
     first_stage_config:
       target: ldm.models.autoencoder.AutoencoderKL
       params:

@@ -11,8 +11,8 @@ from dreambooth.models.hub import hub_folder
 from dreambooth.models.inventory import WEIGHTS, check_folder, choose_variant, files_in, parts_of, variants_of
 from dreambooth.models.load import bare_part, load_part
 
-ROOM = 2**20  # bytes at the start of a file that are kept for its header, which is known last; what is left of them is blanks
-KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+ROOM = 2**20  # bytes at the start of a file that are kept for its header, which is known last, and blanks
+KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
