@@ -7219,7 +7219,7 @@ def loaded_part(pipeline, part):
     return module.config, module.state_dict()
 
 
-# How A1111 and Forge are told that an SD 2.x model predicts velocity: by such a file of its name beside it. It is the published
+# How A1111 and Forge are told that an SD 2.x model predicts velocity: by such a file of its name beside it, the published
 # v2-inference-v.yaml (github.com/Stability-AI/stablediffusion).
 VELOCITY_CONFIG = """\
 model:
@@ -7303,7 +7303,7 @@ def loss_plot(history, size=(800, 400), margin=50):
 # output/streamed: Large files of weights, read and written a tensor at a time: memory holds nothing of a model but what is on its way.
 
 
-ROOM = 2**20  # bytes at the start of a file, kept for its header, which is known last; what is left of them is blanks
+ROOM = 2**20  # bytes at the start of a file that are kept for its header, which is known last, and blanks
 KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -117,7 +117,7 @@ def make_artifact(base, name, folder):
         models = db.load_models(str(base), torch.bfloat16, freezes_unet=True)
         word = f"<{target.stem}>" if db.METHODS[method].adds_words else "dog"
         subjects = [db.Subject(word, "a dog", f"a {word}", "word")]
-        recipe = dataclasses.replace(db.RECIPES["stable-diffusion"][method])
+        recipe = dataclasses.replace(db.RECIPES["stable-diffusion"][method], lora_target=options.get("lora_target", "attention"))
         groups = db.parameter_groups(s, models, subjects, recipe)
         torch.manual_seed(1)
         for parameter in (parameter for group in groups for parameter in group.parameters):
