@@ -7325,6 +7325,13 @@ def save_streamed(path, tensors, notes, precision=None):
         file.write((ROOM - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(ROOM - 8))
 
 
+def save_at_once(path, tensors, notes, precision=None):
+    """The same of a few tensors {name: tensor}, without the blanks."""
+    from safetensors.torch import save_file
+
+    save_file({name: cast(tensor, name, precision).contiguous() for name, tensor in tensors.items()}, path, notes)
+
+
 def cast(tensor, name, precision):
     """A tensor in a precision, if it is of floating-point numbers and one is wanted."""
     import torch
@@ -7902,7 +7909,7 @@ def word_files(s, trained, target):
         is_alone = len(trained.words) == 1 and not trained.lora
         file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
         tensors, notes = a1111_embedding(load_tensors(path, "--model_path")), read_header(path, "--model_path")[1]
-        files[file] = (functools.partial(save_streamed, tensors=tensors.items(), notes=notes, precision=s.export_precision),
+        files[file] = (functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision),
                        f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
     return files
 
@@ -7913,7 +7920,7 @@ def lora_files(s, trained, target):
     write = functools.partial(shutil.copyfile, path)
     if s.export_precision:
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
-        write = functools.partial(save_streamed, tensors=tensors.items(), notes=notes, precision=s.export_precision)
+        write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
     return {target: (write, "the LoRA in Kohya's layout")}
 
 

@@ -146,7 +146,8 @@ def answer(client, program, folder, names):
         answers = client_programs.answers_of_diffusers(folder, names)
     else:
         sys.meta_path.append(client_programs.StandIn())
-        answers = getattr(client_programs, f"answers_of_{client}")(program, folder, names, torch.load(folder / "diffusers.pt", weights_only=True))
+        reference = torch.load(folder / "diffusers.pt", weights_only=True)
+        answers = getattr(client_programs, f"answers_of_{client}")(program, folder, names, reference)
     torch.save(answers, folder / f"{client}.pt")
 
 

@@ -17,7 +17,7 @@ from dreambooth.models.notes import notes_of
 from dreambooth.models.vocabulary import XL_EMBEDDING
 from dreambooth.output.card import DORA_ELSEWHERE
 from dreambooth.output.original_layout import VELOCITY_CONFIG, layout_of, loaded_part, original_tensors
-from dreambooth.output.streamed import PRECISIONS, save_streamed, stored_model
+from dreambooth.output.streamed import PRECISIONS, save_at_once, save_streamed, stored_model
 
 
 def export(s):
@@ -71,7 +71,7 @@ def word_files(s, trained, target):
         is_alone = len(trained.words) == 1 and not trained.lora
         file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
         tensors, notes = a1111_embedding(load_tensors(path, "--model_path")), read_header(path, "--model_path")[1]
-        files[file] = (functools.partial(save_streamed, tensors=tensors.items(), notes=notes, precision=s.export_precision),
+        files[file] = (functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision),
                        f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
     return files
 
@@ -82,7 +82,7 @@ def lora_files(s, trained, target):
     write = functools.partial(shutil.copyfile, path)
     if s.export_precision:
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
-        write = functools.partial(save_streamed, tensors=tensors.items(), notes=notes, precision=s.export_precision)
+        write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
     return {target: (write, "the LoRA in Kohya's layout")}
 
 

@@ -184,6 +184,7 @@ def test_adapters_in_another_precision(train, run, tmp_path):
         exact, half = load_file(f"x{name}.safetensors"), load_file(f"y{name}.safetensors")
         assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
         assert half.keys() == exact.keys() and all(torch.equal(half[key], exact[key].half()) for key in exact)
+        assert (tmp_path / f"y{name}.safetensors").stat().st_size < 50_000
         assert db.read_header(f"x{name}.safetensors", "")[1] == db.read_header(f"y{name}.safetensors", "")[1]
 
 

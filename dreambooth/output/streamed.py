@@ -33,6 +33,13 @@ def save_streamed(path, tensors, notes, precision=None):
         file.write((ROOM - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(ROOM - 8))
 
 
+def save_at_once(path, tensors, notes, precision=None):
+    """The same of a few tensors {name: tensor}, without the blanks."""
+    from safetensors.torch import save_file
+
+    save_file({name: cast(tensor, name, precision).contiguous() for name, tensor in tensors.items()}, path, notes)
+
+
 def cast(tensor, name, precision):
     """A tensor in a precision, if it is of floating-point numbers and one is wanted."""
     import torch
