@@ -3567,11 +3567,17 @@ def notes_of(unet_config, scheduler, base, subjects, side=None):
         "modelspec.prediction_type": "v" if velocity else "epsilon",
         "ss_base_model_version": version,
         "ss_v2": version and str(version.startswith("sd_v2")),
-        "ss_sd_model_name": base and (Path(base).name if Path(base).exists() else split_revision(base)[0]),
+        "ss_sd_model_name": base and name_of(base),
         "ss_resolution": side and f"({side}, {side})",
         "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None,
         "ss_tag_frequency": json.dumps({subject.name: {subject.instance_prompt: 1} for subject in subjects}) if subjects else None}
     return {key: value for key, value in notes.items() if value}
+
+
+def name_of(model):
+    """What a model is called elsewhere: its id on the hub, or of a folder or file here the last name alone."""
+    place = split_revision(model)[0]
+    return place if re.fullmatch(HUB_ID, place) and not Path(place).exists() else Path(place).name
 
 
 def text_channels(unet_config):
@@ -7444,7 +7450,7 @@ def for_other_programs(s):
     saves = METHODS[s.method].saves
     told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
             save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
-            save_words: f"they know a word by its file's name: `--export WORD.safetensors --model_path {s.output_dir}` writes that"}
+            save_words: f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
     text = "; ".join(told[save] for save in saves)
     return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
 

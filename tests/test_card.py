@@ -127,7 +127,7 @@ def test_samples_that_fail_leave_a_card_without_them(train, tmp_path, monkeypatc
 @pytest.mark.parametrize("method, dora, told", [
     ("full", False, ["--export NAME.safetensors --model_path ./output"]),
     ("lora", False, ["kohya_lora.safetensors is theirs", "of pytorch_lora_weights.safetensors"]), ("lora", True, ["It is a DoRA"]),
-    ("textual_inversion", False, ["a word by its file's name"]), ("pivotal", False, ["kohya_lora", "WORD.safetensors"])])
+    ("textual_inversion", False, ["a word by its file's name"]), ("pivotal", False, ["kohya_lora", "NAME.safetensors"])])
 def test_which_file_is_for_other_programs(method, dora, told):
     text = db.for_other_programs(db.Settings("train", method=method, use_dora=dora))
     assert all(part in text for part in told) and ("DoRA" in text) == dora

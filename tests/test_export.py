@@ -188,6 +188,14 @@ def test_adapters_in_another_precision(train, run, tmp_path):
         assert db.read_header(f"x{name}.safetensors", "")[1] == db.read_header(f"y{name}.safetensors", "")[1]
 
 
+@pytest.mark.parametrize("model, name", [
+    ("me/here", "here"), ("me/there@main", "me/there"), ("/home/me/models/dog.safetensors", "dog.safetensors"), ("models/of/mine", "mine")])
+def test_a_files_notes_tell_nobodys_folders(model, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "here").mkdir(parents=True)
+    assert db.name_of(model) == name
+
+
 SD15, SD2, XL = {"cross_attention_dim": 768}, {"cross_attention_dim": [1024, 1024]}, {"cross_attention_dim": 2048}
 
 

@@ -5,9 +5,10 @@ github.com/kohya-ss/sd-scripts (library/sai_model_spec.py, train_network.py).
 """
 
 import json
+import re
 from pathlib import Path
 
-from dreambooth.models.hub import split_revision
+from dreambooth.models.hub import HUB_ID, split_revision
 
 CODE = "https://github.com/Stability-AI/generative-models"  # whose layout is meant
 # (channels of the text that a UNet attends to, whether it predicts velocity): (ModelSpec's name, Kohya's) of the architecture. Of
@@ -36,11 +37,17 @@ def notes_of(unet_config, scheduler, base, subjects, side=None):
         "modelspec.prediction_type": "v" if velocity else "epsilon",
         "ss_base_model_version": version,
         "ss_v2": version and str(version.startswith("sd_v2")),
-        "ss_sd_model_name": base and (Path(base).name if Path(base).exists() else split_revision(base)[0]),
+        "ss_sd_model_name": base and name_of(base),
         "ss_resolution": side and f"({side}, {side})",
         "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None,
         "ss_tag_frequency": json.dumps({subject.name: {subject.instance_prompt: 1} for subject in subjects}) if subjects else None}
     return {key: value for key, value in notes.items() if value}
+
+
+def name_of(model):
+    """What a model is called elsewhere: its id on the hub, or of a folder or file here the last name alone."""
+    place = split_revision(model)[0]
+    return place if re.fullmatch(HUB_ID, place) and not Path(place).exists() else Path(place).name
 
 
 def text_channels(unet_config):

@@ -72,7 +72,7 @@ def for_other_programs(s):
     saves = METHODS[s.method].saves
     told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
             save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
-            save_words: f"they know a word by its file's name: `--export WORD.safetensors --model_path {s.output_dir}` writes that"}
+            save_words: f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
     text = "; ".join(told[save] for save in saves)
     return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
 
