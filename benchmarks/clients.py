@@ -11,7 +11,7 @@ diffusers'. stable-diffusion.cpp gives out pictures alone; they are of one step,
     --python NAME=PATH  the Python that has what a program needs, such as sd_scripts=venv/bin/python; otherwise this one
     --tokenizer FOLDER  CLIP's vocab.json and merges.txt; otherwise those in ComfyUI's folder
     --families, --artifacts   some of them, with commas between
-    --work FOLDER       where the models are made, and kept (default: clients)
+    --work FOLDER       where models and answers are made, and kept for the next time (default: clients)
 
 Memory: a model in float32 at a time, 5 GB for SD 1.5, 14 GB for SDXL. The families that draw by flow are not exported yet.
 """
@@ -212,10 +212,15 @@ def table_of(family, s, clients, names, pythons, tokenizer):
               *programs]
     steps = [] if (folder / "model" / "model_index.json").is_file() else [(sys.executable, "model", family)]
     steps += [(sys.executable, "artifact", name) for name in names]
-    steps += [(pythons.get(client, sys.executable), "answers", client) for client in ("diffusers", *clients)]
     for python, step, what in steps:
-        if child(python, *common, "--do", step, what) and what not in clients:
+        if child(python, *common, "--do", step, what):
             sys.exit(f"{family}: {what} failed")
+    newest = max(file.stat().st_mtime for file in folder.glob("*.safetensors"))
+    for client in ("diffusers", *clients):
+        kept = folder / f"{client}.pt"
+        if not kept.exists() or kept.stat().st_mtime < newest:
+            kept.unlink(missing_ok=True)
+            child(pythons.get(client, sys.executable), *common, "--do", "answers", client)
     found = {client: torch.load(folder / f"{client}.pt", weights_only=True) if (folder / f"{client}.pt").exists() else {}
              for client in ("diffusers", *clients)}
     ours = found["diffusers"]

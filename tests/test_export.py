@@ -189,7 +189,7 @@ def test_adapters_in_another_precision(train, run, tmp_path):
 
 
 @pytest.mark.parametrize("model, name", [
-    ("me/here", "here"), ("me/there@main", "me/there"), ("/home/me/models/dog.safetensors", "dog.safetensors"), ("models/of/mine", "mine")])
+    ("me/here", "here"), ("me/there@main", "me/there"), ("/home/me/dog.safetensors", "dog.safetensors"), ("models/of/mine", "mine")])
 def test_a_files_notes_tell_nobodys_folders(model, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "here").mkdir(parents=True)
