@@ -184,12 +184,12 @@ def test_adapters_in_another_precision(train, run, tmp_path):
         exact, half = load_file(f"x{name}.safetensors"), load_file(f"y{name}.safetensors")
         assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
         assert half.keys() == exact.keys() and all(torch.equal(half[key], exact[key].half()) for key in exact)
-        assert (tmp_path / f"y{name}.safetensors").stat().st_size < 50_000
         assert db.read_header(f"x{name}.safetensors", "")[1] == db.read_header(f"y{name}.safetensors", "")[1]
+    assert (tmp_path / "y-dog.safetensors").stat().st_size < 5_000  # a vector of 32 numbers
 
 
 @pytest.mark.parametrize("model, name", [
-    ("me/here", "here"), ("me/there@main", "me/there"), ("/home/me/dog.safetensors", "dog.safetensors"), ("models/of/mine", "mine")])
+    ("me/here", "here"), ("me/there@main", "me/there"), ("/home/me/d.safetensors", "d.safetensors"), ("models/of/mine", "mine")])
 def test_a_files_notes_tell_nobodys_folders(model, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "here").mkdir(parents=True)
