@@ -181,6 +181,7 @@ class Settings:
                                           shown="samples are drawn at the end only; a tenth of the steps with --select_best")
     validation_epochs: int | None = _field("train", None, "passes over the photos between samples, instead of "
                                            "--validation_steps", minimum=1, shown="--validation_steps counts")
+    samples: bool = _field("train", True, "draw samples when training is over")
     num_validation_images: int | None = _field("train", None, "pictures of each sample prompt", minimum=1, shown="4")
     logging_dir: str | None = _field("train", None, "folder in --output_dir for TensorBoard's files", shown="logs")
     select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
@@ -192,6 +193,8 @@ class Settings:
         "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
         "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
         "holds", shown="none")
+    export_precision: str | None = _field("train+export", None, "precision of what --export writes", choices=["fp32", "fp16", "bf16"],
+                                          shown="fp16 for a whole model; a LoRA or an embedding as it was trained")
 
     # Inference
     model_path: list[str] | None = _field("trained", None, "what was trained: a folder or hub id; with --evaluate "

@@ -23,6 +23,8 @@ from dreambooth.models.late import load_late, with_denoiser
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import take_apart
 from dreambooth.output.card import CARD
+from dreambooth.models.recipes import family_of
+from dreambooth.output.card import CARD, for_other_programs
 from dreambooth.output.folder import (
     check_apart,
     check_output_dir,
@@ -86,11 +88,12 @@ def train(s):
         models = dataclasses.replace(take_apart(run.models.name, run.models.pipeline), book=run.models.book)  # without their wrappers
         if accelerator.is_main_process:
             save_output(folder, run, models, subjects, seconds, given)
-    report_training(s, subjects, run.history, seconds)
+    report_training(s, models.family, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
-        draw_samples(s, models, subjects, viewer, plan)
+        if s.samples:
+            draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         publish(s)
@@ -178,15 +181,18 @@ def settle_subjects(s, models, concepts):
     return subjects
 
 
-def report_training(s, subjects, history, seconds):
+def report_training(s, family, subjects, history, seconds):
     """Say how the losses went, what was learnt, where it is and what to do next."""
-    for when, stretch in (("first", history[:100]), ("last", history[-100:])):
+    stretches = {"first 100": history[:100], "last 100": history[-100:]} if len(history) > 100 else {f"{len(history)}": history}
+    for which, stretch in stretches.items():
         losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
-        say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
+        say(f"Mean loss of the {which} step{'s' * (which != '1')}: {losses}")
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
         f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
     for subject in subjects:
         noun = noun_of(subject.class_prompt or subject.name)
         say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    if text := for_other_programs(s, family):
+        say(text)
     say(f"Try next: {own_command()}"
         f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')

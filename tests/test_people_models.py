@@ -909,7 +909,7 @@ def made(tiny_model, tmp_path_factory):
             for group in groups:
                 for parameter in group.parameters:
                     parameter.data += torch.randn_like(parameter) * 0.2
-            db.save_lora(folder, models, [])
+            db.save_lora(folder, models, [], {})
         return done[key]
 
     return make

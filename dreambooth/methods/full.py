@@ -16,7 +16,8 @@ def full_text_encoder(s, models, subjects, recipe):
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
-def save_pipeline(folder, models, subjects):
+def save_pipeline(folder, models, subjects, notes):
+    """Write the whole pipeline as diffusers loads it, which has no place for notes."""
     if models.book:
         models.book.bring(models)
     models.pipeline.save_pretrained(folder, safe_serialization=True)

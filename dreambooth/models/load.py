@@ -20,6 +20,9 @@ from dreambooth.models.hub import hub_folder
 from dreambooth.models.inventory import DENOISERS, PARTS, WEIGHTS, check_folder, choose_variant, files_in, parts_of
 from dreambooth.models.parts import sample_weights, take_apart
 
+LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of
+FOREIGN_CODE = "its {part} is a {class_name} of code of its own, which is not run"
+
 
 def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
@@ -74,8 +77,8 @@ def load_folder(name, flag, dtypes, parts, variant=None):
 def load_part(folder, part, kind, variant, dtype, **options):
     """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
     library, class_name = kind
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"its {part} is a {class_name} of code of its own, which is not run")
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
     try:
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
@@ -91,6 +94,20 @@ def load_part(folder, part, kind, variant, dtype, **options):
     if part in (*DENOISERS, "vae") and (unread := sorted(report["unexpected_keys"])):
         say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
     return module.eval()
+
+
+def bare_part(folder, part, kind):
+    """A part of a pipeline, of the class `kind`, (library, name), without its weights: names and shapes alone."""
+    import torch
+
+    library, class_name = kind
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
+    kind = getattr(importlib.import_module(library), class_name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return kind.from_config(kind.load_config(str(folder), subfolder=part, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(str(folder), subfolder=part, local_files_only=True))
 
 
 def say_variants(name, variants):

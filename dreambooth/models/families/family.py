@@ -56,6 +56,7 @@ class Family:
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
+    exports = False  # whether --export writes it for other programs
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
@@ -98,6 +99,8 @@ class Family:
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
+        if s.export and not self.exports:
+            raise UserError(f"--export: {self.kind} is not written for other programs yet; leave it out")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -215,6 +218,11 @@ class Family:
         raise NotImplementedError
 
     # ---- other programs
+
+    def notes(self, config, scheduler):
+        """{note: text or None} that a file's header says of the architecture, as ModelSpec and Kohya's tools have it, by the configs of
+        denoiser and scheduler."""
+        return {}
 
     def kohya_prefix(self, models, part):
         """What Kohya's tools call a part of a model in a LoRA; None where they have no such file."""

@@ -13,6 +13,13 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+CODE = "https://github.com/Stability-AI/generative-models"  # whose layout is meant
+# (channels of the text that a UNet attends to, whether it predicts velocity): (ModelSpec's name, Kohya's) of the architecture. Of
+# others, such as the bundled model, nothing is claimed, since no other program has them.
+ARCHITECTURES = {(768, False): ("stable-diffusion-v1", "sd_v1"), (768, True): ("stable-diffusion-v1", "sd_v1_v"),
+                 (1024, False): ("stable-diffusion-v2-512", "sd_v2"), (1024, True): ("stable-diffusion-v2-768-v", "sd_v2_v"),
+                 (2048, False): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+                 (2048, True): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")}
 SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -31,7 +38,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = True
+    trains_text = bf16_throughout = exports = True
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
@@ -187,6 +194,16 @@ class StableDiffusion(Family):
             return ""
         of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
         return f"it is for a model whose text has {' or '.join(of[:-1])} channels, and this one's has {of[-1]}"
+
+    def notes(self, config, scheduler):
+        widths = numbers(config.get("cross_attention_dim"))
+        velocity = scheduler.get("prediction_type") == "v_prediction"
+        # Where its layers differ in width it is as no published model.
+        architecture, version = ARCHITECTURES.get((widths[0] if len(widths) == 1 else None, velocity), (None, None))
+        return {"modelspec.architecture": architecture, "modelspec.implementation": architecture and CODE,
+                "modelspec.prediction_type": "v" if velocity else "epsilon",
+                "ss_base_model_version": version, "ss_v2": version and str(version.startswith("sd_v2")),
+                "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None}
 
     def kohya_prefix(self, models, part):
         return "lora_unet" if part == "unet" else self.prefixes[part]
