@@ -1068,24 +1068,41 @@ def png_parameters(path):
 EVERY, SELDOM = 10, 600  # seconds between lines: at least, and at most as long as anything moves
 
 
-def progress(iterable, title, unit, total=None, done=0, hidden=False):
-    """`iterable`, and on standard error how far it is; `done` of `total` items were there before.
+def one(item):
+    """How much an item is, where each is as much as any other."""
+    return 1
+
+
+def progress(iterable, title, unit, total=None, done=0, hidden=False, weigh=one):
+    """`iterable`, and on standard error how far it is; `done` of `total` items were there before. An item is weigh(item) of them.
 
     What it returns has tqdm's set_postfix(), which takes {name: value} to show. DREAMBOOTH_PROGRESS=bar in the environment asks
     for the bar where no terminal is, for programs that read it.
     """
     if hidden or sys.stderr.isatty() or os.environ.get("DREAMBOOTH_PROGRESS") == "bar":
-        return tqdm(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
-    return Lines(iterable, title, unit, len(iterable) if total is None else total, done)
+        bar = Bar(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
+        bar.weigh = weigh
+        return bar
+    return Lines(iterable, title, unit, len(iterable) if total is None else total, done, weigh=weigh)
+
+
+class Bar(tqdm):
+    """tqdm's bar, for items of several weights."""
+
+    def __iter__(self):
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update(self.weigh(item))
 
 
 class Lines:
     """`iterable` with a line every ten seconds, and whenever another tenth of the work is done, but never more than a hundred
     or so; a piece of work that takes less than a second gets one line in the end."""
 
-    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic):
+    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic, weigh=one):
         self.iterable, self.title, self.unit, self.total, self.done, self.clock = iterable, title, unit, total, done, clock
-        self.shown = {}
+        self.shown, self.weigh = {}, weigh
 
     def set_postfix(self, values):
         """Show {name: value} in the lines that follow."""
@@ -1096,7 +1113,7 @@ class Lines:
         before = said = self.done
         for item in self.iterable:
             yield item
-            self.done += 1
+            self.done += self.weigh(item)
             now = self.clock()
             is_tenth = 10 * self.done // self.total > 10 * said // self.total and now - said_at >= 1
             is_due = is_tenth or now - said_at >= (EVERY if 100 * (self.done - said) >= self.total else SELDOM)
@@ -1392,6 +1409,7 @@ class Settings:
                                           shown="samples are drawn at the end only; a tenth of the steps with --select_best")
     validation_epochs: int | None = _field("train", None, "passes over the photos between samples, instead of "
                                            "--validation_steps", minimum=1, shown="--validation_steps counts")
+    samples: bool = _field("train", True, "draw samples when training is over")
     num_validation_images: int | None = _field("train", None, "pictures of each sample prompt", minimum=1, shown="4")
     logging_dir: str | None = _field("train", None, "folder in --output_dir for TensorBoard's files", shown="logs")
     select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
@@ -1403,6 +1421,8 @@ class Settings:
         "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
         "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
         "holds", shown="none")
+    export_precision: str | None = _field("train+export", None, "precision of what --export writes", choices=["fp32", "fp16", "bf16"],
+                                          shown="fp16 for a whole model; a LoRA or an embedding as it was trained")
 
     # Inference
     model_path: list[str] | None = _field("trained", None, "what was trained: a folder or hub id; with --evaluate "
@@ -2987,6 +3007,7 @@ class Family:
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
+    exports = False  # whether --export writes it for other programs
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
@@ -3029,6 +3050,8 @@ class Family:
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
+        if s.export and not self.exports:
+            raise UserError(f"--export: {self.kind} is not written for other programs yet; leave it out")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -3146,6 +3169,11 @@ class Family:
         raise NotImplementedError
 
     # ---- other programs
+
+    def notes(self, config, scheduler):
+        """{note: text or None} that a file's header says of the architecture, as ModelSpec and Kohya's tools have it, by the configs of
+        denoiser and scheduler."""
+        return {}
 
     def kohya_prefix(self, models, part):
         """What Kohya's tools call a part of a model in a LoRA; None where they have no such file."""
@@ -3451,6 +3479,13 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+CODE = "https://github.com/Stability-AI/generative-models"  # whose layout is meant
+# (channels of the text that a UNet attends to, whether it predicts velocity): (ModelSpec's name, Kohya's) of the architecture. Of
+# others, such as the bundled model, nothing is claimed, since no other program has them.
+ARCHITECTURES = {(768, False): ("stable-diffusion-v1", "sd_v1"), (768, True): ("stable-diffusion-v1", "sd_v1_v"),
+                 (1024, False): ("stable-diffusion-v2-512", "sd_v2"), (1024, True): ("stable-diffusion-v2-768-v", "sd_v2_v"),
+                 (2048, False): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+                 (2048, True): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")}
 SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -3469,7 +3504,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = True
+    trains_text = bf16_throughout = exports = True
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
@@ -3625,6 +3660,16 @@ class StableDiffusion(Family):
             return ""
         of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
         return f"it is for a model whose text has {' or '.join(of[:-1])} channels, and this one's has {of[-1]}"
+
+    def notes(self, config, scheduler):
+        widths = numbers(config.get("cross_attention_dim"))
+        velocity = scheduler.get("prediction_type") == "v_prediction"
+        # Where its layers differ in width it is as no published model.
+        architecture, version = ARCHITECTURES.get((widths[0] if len(widths) == 1 else None, velocity), (None, None))
+        return {"modelspec.architecture": architecture, "modelspec.implementation": architecture and CODE,
+                "modelspec.prediction_type": "v" if velocity else "epsilon",
+                "ss_base_model_version": version, "ss_v2": version and str(version.startswith("sd_v2")),
+                "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None}
 
     def kohya_prefix(self, models, part):
         return "lora_unet" if part == "unet" else self.prefixes[part]
@@ -4372,23 +4417,27 @@ def today(name):
     return name
 
 
-def checkpoint_configs(name, flag):
-    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
-
-    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
-    """
+def configs_place(name, flag):
+    """Where the configs of a single-file checkpoint come from: a diffusers folder of the same name beside it, or else the id of the
+    hub model that is built like it."""
     like = hub_model_like(Path(name), flag)
     beside = Path(name).with_suffix("")
-    if (beside / "model_index.json").is_file():
+    return beside if (beside / "model_index.json").is_file() else like
+
+
+def checkpoint_configs(name, flag):
+    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights."""
+    place, beside = configs_place(name, flag), Path(name).with_suffix("")
+    if place == beside:
         say_once(f"{name} is read with the configs in {beside}.")
         return beside
     try:
-        folder = hub_configs(like)
+        folder = hub_configs(place)
     except Exception as problem:  # whatever the hub's client raises
-        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are not in the cache: "
-                        f"{hub_refusal(problem, like)}; or put that model's diffusers folder, weights not needed, in "
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {place} are not in the cache: "
+                        f"{hub_refusal(problem, place)}; or put that model's diffusers folder, weights not needed, in "
                         f"{beside}{os.sep}") from None
-    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
+    say_once(f"{name} is read with the configs of {place}; a diffusers folder {beside}{os.sep} would replace them.")
     return folder
 
 
@@ -4490,6 +4539,42 @@ def load_single_file(name, flag, dtypes, parts):
     if "requires_safety_checker" in pipeline.config:
         pipeline.register_to_config(requires_safety_checker=False)
     return pipeline
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/notes: What a file for other programs says of itself in its header, as Stability's ModelSpec and Kohya's tools write it.
+#
+# A1111 and Forge sort LoRAs by it and show it; pages of models read it. Sources: github.com/Stability-AI/ModelSpec,
+# github.com/kohya-ss/sd-scripts (library/sai_model_spec.py, train_network.py).
+
+
+def notes_of(family, config, scheduler, base, subjects, side=None):
+    """{note: text} for the header of a model; with_kind() makes them those of something trained on it.
+
+    The configs of the denoiser and the scheduler, the name of the model that training began with or None, what was learnt, the pixels of the pictures' side or None.
+    """
+    prompts = ", ".join(subject.instance_prompt for subject in subjects)
+    notes = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": prompts,
+        "modelspec.trigger_phrase": prompts,
+        "modelspec.resolution": side and f"{side}x{side}",
+        "ss_sd_model_name": base and name_of(base),
+        "ss_resolution": side and f"({side}, {side})",
+        "ss_tag_frequency": json.dumps({subject.name: {subject.instance_prompt: 1} for subject in subjects}) if subjects else None}
+    return {key: value for key, value in {**notes, **family.notes(config, scheduler)}.items() if value}
+
+
+def name_of(model):
+    """What a model is called elsewhere: its id on the hub, or of a folder or file here the last name alone."""
+    place = split_revision(model)[0]
+    return place if re.fullmatch(HUB_ID, place) and not Path(place).exists() else Path(place).name
+
+
+def with_kind(notes, kind, more=()):
+    """A model's notes as those of a "lora" or "textual-inversion" for it, and some `more`."""
+    architecture = notes.get("modelspec.architecture")
+    return {**notes, **({"modelspec.architecture": f"{architecture}/{kind}"} if architecture else {}), **dict(more)}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4853,6 +4938,10 @@ def model_index(name, flag):
 # models/load: Loading a pipeline, whole and from safetensors alone, to draw with it or to train it.
 
 
+LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of
+FOREIGN_CODE = "its {part} is a {class_name} of code of its own, which is not run"
+
+
 def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
@@ -4906,8 +4995,8 @@ def load_folder(name, flag, dtypes, parts, variant=None):
 def load_part(folder, part, kind, variant, dtype, **options):
     """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
     library, class_name = kind
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"its {part} is a {class_name} of code of its own, which is not run")
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
     try:
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
@@ -4923,6 +5012,20 @@ def load_part(folder, part, kind, variant, dtype, **options):
     if part in (*DENOISERS, "vae") and (unread := sorted(report["unexpected_keys"])):
         say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
     return module.eval()
+
+
+def bare_part(folder, part, kind):
+    """A part of a pipeline, of the class `kind`, (library, name), without its weights: names and shapes alone."""
+    import torch
+
+    library, class_name = kind
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
+    kind = getattr(importlib.import_module(library), class_name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return kind.from_config(kind.load_config(str(folder), subfolder=part, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(str(folder), subfolder=part, local_files_only=True))
 
 
 def say_variants(name, variants):
@@ -5194,7 +5297,8 @@ def full_text_encoder(s, models, subjects, recipe):
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
-def save_pipeline(folder, models, subjects):
+def save_pipeline(folder, models, subjects, notes):
+    """Write the whole pipeline as diffusers loads it, which has no place for notes."""
     if models.book:
         models.book.bring(models)
     models.pipeline.save_pretrained(folder, safe_serialization=True)
@@ -5233,8 +5337,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
 
 
-def save_lora(folder, models, subjects):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do."""
+def save_lora(folder, models, subjects, notes):
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do, with
+    {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -5254,8 +5359,8 @@ def save_lora(folder, models, subjects):
             kohya |= kohya_lora(prefix, tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
     if kohya:
-        save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
-                                               "ss_network_alpha": str(config.lora_alpha)})
+        save_file(kohya, folder / KOHYA_FILE, with_kind(notes, "lora", {
+            "ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}))
 
 
 def kohya_lora(prefix, tensors, alpha):
@@ -5334,14 +5439,16 @@ def embedding_file(subject, subjects):
     return "learned_embeds.safetensors" if len(subjects) == 1 else f"learned_embeds-{subject.name}.safetensors"
 
 
-def save_words(folder, models, subjects):
-    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}."""
+def save_words(folder, models, subjects, notes):
+    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}; with
+    {note: text} of its model."""
     from safetensors.torch import save_file
 
     for subject in subjects:
         vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
                    for tokenizer, text_encoder in models.readers]
-        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))
+        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects),
+                  with_kind(notes, "textual-inversion"))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5354,7 +5461,7 @@ class Method:
 
     trains: tuple  # functions (s, models, subjects, recipe) -> ParameterGroup
     with_text_encoder: tuple  # those that join them with --train_text_encoder
-    saves: tuple  # functions (folder, models, subjects)
+    saves: tuple  # functions (folder, models, subjects, notes)
     is_adapter: bool = True  # the model's own weights stay as they are
     adds_words: bool = False
     changes_class: bool = True  # else there is no prior to preserve
@@ -5384,7 +5491,7 @@ def parameter_groups(s, models, subjects, recipe):
 
 
 def saves_of(s):
-    """The functions that save what --method trained, (folder, models, subjects) each."""
+    """The functions that save what --method trained, (folder, models, subjects, notes) each."""
     return METHODS[s.method].saves + ((save_pipeline,) if s.save_as_full_pipeline else ())
 
 
@@ -5406,8 +5513,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
-    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
-    for picture, (prompt, _) in zip(drawn, jobs):
+    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
+    for picture, (prompt, _) in zip(itertools.chain.from_iterable(drawn), jobs):
         if is_flat(picture):
             check_weights(pipeline)
         if is_flat(picture) and pipeline.dtype != torch.float32:
@@ -5427,7 +5534,7 @@ def check_weights(pipeline):
 
 
 def draw_batches(pipeline, jobs, size, may_halve, told, look):
-    """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
+    """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
     threads = threads_that_help(pipeline.device)
@@ -5443,7 +5550,7 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
             if not (can_halve or all_there):
                 raise
         if pictures:
-            yield from pictures
+            yield pictures
             start += size
             continue
         pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
@@ -7717,10 +7824,10 @@ def report_losses(run, folder, unread, bar, writer):
                             + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
         run.history.append((instance, prior if has_class else None, norm))
         log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
-    rates = zip(run.groups, run.lr_scheduler.get_last_lr())
-    log_scalars(writer, len(run.history), {f"lr/{group.name}": lr for group, lr in rates})
+    rates = dict(zip((group.name for group in run.groups), run.lr_scheduler.get_last_lr()))
+    log_scalars(writer, len(run.history), {f"lr/{name}": lr for name, lr in rates.items()})
     shown = {k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None}
-    device, lr = run.accelerator.device, run.lr_scheduler.get_last_lr()[0]
+    device, lr = run.accelerator.device, next(rates[group.name] for group in run.groups if group.until >= 1)  # of what does not rest
     used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
     bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
 
@@ -8564,72 +8671,138 @@ def vae_name(name, config):
     return name
 
 
-def vae_tensors(vae):
-    """The VAE's tensors; its attention's linear layers [out, in] were convolutions [out, in, 1, 1]."""
-    tensors = {}
-    for name, tensor in vae.state_dict().items():
+def unet_tensors(tensors, config):
+    """Pairs (original name, tensor) of a UNet's tensors."""
+    for name, tensor in tensors.items():
+        yield unet_name(name, config), tensor
+
+
+def vae_tensors(tensors, config):
+    """Pairs of a VAE's tensors; its attention's linear layers [out, in] were convolutions [out, in, 1, 1]."""
+    for name, tensor in tensors.items():
         is_convolution = re.search(r"\.attentions\.\d+\.to_\w+(\.0)?\.weight$", name)
-        tensors[vae_name(name, vae.config)] = tensor[..., None, None] if is_convolution else tensor
-    return tensors
+        yield vae_name(name, config), tensor[..., None, None] if is_convolution else tensor
 
 
-def clip_tensors(text_encoder):
-    """A text encoder's tensors as transformers names them, with the prefix "text_model." that version 5.6 dropped."""
-    tensors = text_encoder.state_dict().items()
-    return {name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}": tensor
-            for name, tensor in tensors}
+def clip_tensors(tensors, config):
+    """Pairs of a text encoder's tensors as transformers names them, with the prefix "text_model." that version 5.6 dropped."""
+    for name, tensor in tensors.items():
+        yield name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}", tensor
 
 
-def open_clip_tensors(text_encoder):
-    """A text encoder's tensors as OpenCLIP names them: query, key and value are one matrix, the projection is transposed."""
+def open_clip_tensors(tensors, config):
+    """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value in one matrix, the projection transposed."""
     import torch
 
-    source = {name.removeprefix("text_model."): tensor for name, tensor in clip_tensors(text_encoder).items()}
-    tensors = {}
+    source = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     for name, tensor in source.items():
         if name == "text_projection.weight":
-            tensors["text_projection"] = tensor.T
+            yield "text_projection", tensor.T
         elif name in OPEN_CLIP_ENDS:
-            tensors[OPEN_CLIP_ENDS[name]] = tensor
+            yield OPEN_CLIP_ENDS[name], tensor
         else:
             layer, inner = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name).groups()
             if match := re.fullmatch(r"self_attn\.q_proj\.(weight|bias)", inner):
                 parts = [source[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-                tensors[f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}"] = torch.cat(parts)
+                yield f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}", torch.cat(parts)
             elif not re.match(r"self_attn\.[kv]_proj", inner):
-                tensors[f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}"] = tensor
-    return tensors
+                yield f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}", tensor
 
 
-def original_checkpoint(pipeline):
-    """{original name: tensor} of a whole pipeline of SD 1.x, 2.x or XL.
+def open_clip_h_tensors(tensors, config):
+    """The same for SD 2.x, whose encoder had a 24th layer that nothing reads. The hub's models are without it, and ComfyUI misses
+    it: one that adds nothing to what the 23rd gives takes its place."""
+    import torch
 
-    SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows it, SDXL by its second text encoder.
-    The empty tensors v_pred and ztsnr are how ComfyUI tells such an SDXL model (its supported_models.py).
+    for name, tensor in open_clip_tensors(tensors, config):
+        yield name, tensor
+        if config.num_hidden_layers == 23 and name.startswith("transformer.resblocks.22."):
+            yield name.replace(".22.", ".23."), torch.zeros_like(tensor)
+
+
+# How each part of a model is called and renamed. SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows
+# it, SDXL by its second text encoder.
+UNET_AND_VAE = {"unet": ("model.diffusion_model.", unet_tensors), "vae": ("first_stage_model.", vae_tensors)}
+LAYOUTS = {
+    "sd1": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.transformer.", clip_tensors)},
+    "sd2": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.model.", open_clip_h_tensors)},
+    "sdxl": {**UNET_AND_VAE, "text_encoder": ("conditioner.embedders.0.transformer.", clip_tensors),
+             "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_tensors)}}
+
+
+def layout_of(parts, unet_config):
+    """Which of LAYOUTS a pipeline with parts of these names has."""
+    return "sdxl" if "text_encoder_2" in parts else "sd2" if unet_config.get("use_linear_projection") else "sd1"
+
+
+def original_tensors(layout, open_part, scheduler):
+    """Pairs (original name, tensor) of a whole model of a layout, part by part: open_part(part) gives (its config, {name: tensor}).
+
+    The empty tensors v_pred and ztsnr are how ComfyUI and Forge tell such an SDXL model; `scheduler` is a scheduler's config.
     """
     import torch
 
-    unet = pipeline.unet
-    parts = {"model.diffusion_model.": {unet_name(name, unet.config): tensor for name, tensor in unet.state_dict().items()},
-             "first_stage_model.": vae_tensors(pipeline.vae)}
-    flags = {}
-    if pipeline.components.get("text_encoder_2") is not None:
-        parts["conditioner.embedders.0.transformer."] = clip_tensors(pipeline.text_encoder)
-        parts["conditioner.embedders.1.model."] = open_clip_tensors(pipeline.text_encoder_2)
-        scheduler = pipeline.scheduler.config
-        flags = {"v_pred": scheduler.prediction_type == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
-    elif unet.config.use_linear_projection:
-        parts["cond_stage_model.model."] = open_clip_tensors(pipeline.text_encoder)
-    else:
-        parts["cond_stage_model.transformer."] = clip_tensors(pipeline.text_encoder)
-    tensors = {prefix + name: tensor.contiguous() for prefix, part in parts.items() for name, tensor in part.items()}
-    return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
+    for part, (prefix, convert) in LAYOUTS[layout].items():
+        config, tensors = open_part(part)
+        for name, tensor in convert(tensors, config):
+            yield prefix + name, tensor
+    if layout == "sdxl":
+        flags = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
+        yield from ((name, torch.empty(0)) for name, is_set in flags.items() if is_set)
 
 
-def notes_of_noise(scheduler):
-    """Notes for a checkpoint's header that tell what its model predicts, as Stability's ModelSpec and Kohya's tools write them."""
-    velocity, from_noise = scheduler.config.get("prediction_type") == "v_prediction", scheduler.config.get("rescale_betas_zero_snr")
-    return {"modelspec.prediction_type": "v" if velocity else "epsilon", **({"ss_zero_terminal_snr": "True"} if from_noise else {})}
+def original_checkpoint(pipeline):
+    """{original name: tensor} of a pipeline that is loaded."""
+    layout = layout_of([part for part, module in pipeline.components.items() if module is not None], pipeline.unet.config)
+    return dict(original_tensors(layout, lambda part: loaded_part(pipeline, part), pipeline.scheduler.config))
+
+
+def loaded_part(pipeline, part):
+    """(config, {name: tensor}) of a part of a pipeline that is loaded."""
+    module = getattr(pipeline, part)
+    return module.config, module.state_dict()
+
+
+# How A1111 and Forge are told that an SD 2.x model predicts velocity: by such a file of its name beside it, the published
+# v2-inference-v.yaml (github.com/Stability-AI/stablediffusion).
+VELOCITY_CONFIG = """\
+model:
+  base_learning_rate: 1.0e-4
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    parameterization: "v"
+    linear_start: 0.00085
+    linear_end: 0.0120
+    num_timesteps_cond: 1
+    log_every_t: 200
+    timesteps: 1000
+    first_stage_key: "jpg"
+    cond_stage_key: "txt"
+    image_size: 64
+    channels: 4
+    cond_stage_trainable: false
+    conditioning_key: crossattn
+    monitor: val/loss_simple_ema
+    scale_factor: 0.18215
+    use_ema: False
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params: {use_checkpoint: True, use_fp16: True, image_size: 32, in_channels: 4, out_channels: 4, model_channels: 320,
+               attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_head_channels: 64, legacy: False,
+               use_spatial_transformer: True, use_linear_in_transformer: True, transformer_depth: 1, context_dim: 1024}
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        monitor: val/rec_loss
+        ddconfig: {double_z: true, z_channels: 4, resolution: 256, in_channels: 3, out_ch: 3, ch: 128, ch_mult: [1, 2, 4, 4],
+                   num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}
+        lossconfig:
+          target: torch.nn.Identity
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder
+      params: {freeze: True, layer: "penultimate"}
+"""
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8675,6 +8848,9 @@ def loss_plot(history, size=(800, 400), margin=50):
 
 
 CARD = "README.md"
+DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
+                  "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
+STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
 def save_card(folder, s, models, subjects, sample=None):
@@ -8712,52 +8888,90 @@ Write in the prompt:
 ```python
 {usage(s, models, subjects)}
 ```
+
+{for_other_programs(s, models.family)}
 """
     write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
+def for_other_programs(s, family):
+    """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
+    if not family.exports:
+        return ""
+    saves = METHODS[s.method].saves
+    told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
+            save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
+            save_words: f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
+    text = "; ".join(told[save] for save in saves)
+    return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
+
+
 def usage(s, models, subjects):
-    """Python that draws with an output without this program."""
+    """Python that draws with an output without this program: the first picture that --infer draws of the subject on the moon."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
-    quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load, scheduler = how_to_load(models, s.variant, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
-    is_xl_embedding = save_words in method.saves and len(models.readers) > 1
+    load, scheduler = how_to_load(models, s.variant) if method.is_adapter else ("from_pretrained(folder)", [])
+    words = load_words(subjects, len(models.readers)) if save_words in method.saves else []
+    reads = ["from safetensors.torch import load_file"] if words and len(models.readers) > 1 else []
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
-    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
-    lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load}", *scheduler]
+    lines = ["import torch", f"from diffusers import {kinds}", *reads, "",
+             f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
+             f"pipe = {kind}.{load}", *scheduler]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
-    for subject in subjects if save_words in method.saves else ():
-        file = embedding_file(subject, subjects)
-        if not is_xl_embedding:
-            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
-            continue
-        lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
-        for key, number in zip(XL_EMBEDDING, ("", "_2")):
-            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
-                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
-    scale = guidance_scale(s, models.pipeline)
-    lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
-              f'guidance_scale={scale:g}).images[0].save("subject.png")']
+    lines += [*words, '# pipe.to("cuda")', "noise = torch.Generator().manual_seed(0)  # that of --seed 0",
+              f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, {look_of(s, models)}, generator=noise)"
+              '.images[0].save("subject.png")']
     return "\n".join(lines)
 
 
-def how_to_load(models, variant, quoted):
+def quoted(text):
+    """A text as Python and JSON write it."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
+def look_of(s, models):
+    """Options of the pipeline's call as --infer has them by itself, whatever the samples of the training were drawn with."""
+    usual = dataclasses.replace(s, guidance_scale=None)
+    side = default(s.resolution, models.resolution)
+    size = f"height={side}, width={side}, " if own_size(models.pipeline) != (side, side) else ""
+    return f"{size}num_inference_steps={STEPS_DRAWN}, guidance_scale={guidance_scale(usual, models.pipeline):g}"
+
+
+def load_words(subjects, encoders):
+    """Lines of Python that give a pipeline with so many text encoders the subjects' new words."""
+    lines = []
+    for subject in subjects:
+        file = embedding_file(subject, subjects)
+        if encoders == 1:
+            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
+            continue
+        lines.append(f'vectors = load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
+        for key, number in zip(XL_EMBEDDING, ("", "_2")):
+            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
+                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
+    if encoders > 1:  # its config on the hub has a wrong id, for which the highest one is taken, which is now a new word's
+        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where a text ends")
+    return lines
+
+
+def how_to_load(models, variant):
     """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
     place."""
     if not is_single_file(models.name):
-        folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
+        cached = None if Path(models.name).is_dir() else cached_file(models.name, "model_index.json")
+        folder = Path(models.name) if Path(models.name).is_dir() else cached and cached.parent
         variant = variant or folder and choose_variant(files_in(folder), models.family.denoiser)
         place, revision = split_revision(models.name)
         options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
         return f"from_pretrained({', '.join([quoted(place), *options])})", []
-    told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
+    is_here = Path(models.name).is_file()
+    told = told_of_noise(models.name, "--model_name") if is_here else {}
     if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
         told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}
     options = "".join(f", {key}={value!r}" for key, value in told.items())
     set_scheduler = f"pipe.scheduler = {type(models.pipeline.scheduler).__name__}.from_config(pipe.scheduler.config{options})"
-    return f"from_single_file({quoted(models.name)})", [set_scheduler] if told else []
+    configs = f", config={quoted(configs_place(models.name, '--model_name'))}" if is_here else ""
+    return f"from_single_file({quoted(models.name)}{configs})", [set_scheduler] if told else []
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8797,6 +9011,95 @@ def name_when_done(s, name):
     target, place = Path(s.output_dir).resolve(), Path(name).resolve()
     is_inside = target in (place, *place.parents)  # and not only some of its files
     return short_path(unused_name(target) / place.relative_to(target)) if is_inside else name
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# output/streamed: Large files of weights, read and written a tensor at a time: memory holds nothing of a model but what is on its way.
+
+
+ROOM = 2**20  # bytes at the start of a file that are kept for its header, which is known last, and blanks
+KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def save_streamed(path, tensors, notes, precision=None):
+    """Write pairs (name, tensor), in the `precision` of a key of PRECISIONS or in their own, as a .safetensors file with {note: text}
+    in its header. UserError where the precision does not hold a number."""
+    header, place = {"__metadata__": notes}, 0
+    with open(path, "wb") as file:
+        file.write(bytes(ROOM))
+        for name, tensor in tensors:
+            tensor = cast(tensor, name, precision).contiguous()
+            size = tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": KINDS[str(tensor.dtype).removeprefix("torch.")], "shape": list(tensor.shape),
+                            "data_offsets": [place, place + size]}
+            file.write(bytes_of(tensor))
+            place += size
+        file.seek(0)
+        file.write((ROOM - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(ROOM - 8))
+
+
+def save_at_once(path, tensors, notes, precision=None):
+    """The same of a few tensors {name: tensor}, without the blanks."""
+    from safetensors.torch import save_file
+
+    save_file({name: cast(tensor, name, precision).contiguous() for name, tensor in tensors.items()}, path, notes)
+
+
+def cast(tensor, name, precision):
+    """A tensor in a precision, if it is of floating-point numbers and one is wanted."""
+    import torch
+
+    if precision is None or not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(getattr(torch, PRECISIONS[precision]))
+    if not rounded.isfinite().all():
+        raise UserError(f"--export_precision {precision}: {name} has numbers that are too large for it; give bf16 or fp32")
+    return rounded
+
+
+def bytes_of(tensor):
+    """What a contiguous tensor is in memory, without a copy."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def stored_model(name, flag):
+    """(names of its parts, config of its UNet, function for original_tensors() that opens a part, config of its scheduler) of a
+    diffusers folder or hub id. UserError if it is not whole."""
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag)
+    check_folder(folder, name, flag)
+    check_fit(folder, name, flag)
+    index, files = read_json(folder / "model_index.json"), files_in(folder)
+
+    def open_part(part):
+        try:
+            return stored_part(folder, part, index[part], files)
+        except Exception as problem:  # configs and files of all kinds meet libraries that check little
+            if isinstance(problem, UserError) or is_of_machine(problem):
+                raise
+            raise UserError(f"{flag} {name}: cannot be loaded ({' '.join(str(problem).split())[:300]})") from None
+    parts = [part for part in parts_of(index) if part in WEIGHTS]
+    return parts, read_json(folder / "unet" / "config.json"), open_part, read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+def stored_part(folder, part, kind, files):
+    """(config, {name: tensor}) of a part of a folder, read when it is asked for; loaded first only if its names are older ones."""
+    import torch
+    from safetensors.torch import load_file
+
+    bare, variant = bare_part(folder, part, kind), choose_variant(files, part)
+    stored = {}
+    for file in variants_of(files, part)[variant]:
+        stored |= load_file(folder / file) if file.endswith(".safetensors") else {}
+    stored = {name.removeprefix("text_model."): tensor for name, tensor in stored.items()}
+    shapes = {name.removeprefix("text_model."): tensor.shape for name, tensor in bare.state_dict().items()}
+    if all(name in stored and stored[name].shape == shape for name, shape in shapes.items()):
+        return bare.config, {name: stored[name] for name in shapes}
+    del stored
+    module = load_part(folder, part, kind, variant, torch.float32)
+    return module.config, module.state_dict()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8958,7 +9261,7 @@ def is_complete(s, given):
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
            if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
-                          "push_to_hub", "hub_model_id")):
+                          "push_to_hub", "hub_model_id", "samples", "export_precision")):
         return False
     if not isinstance(record.get("given"), dict):
         say(f"Note: {s.output_dir} does not tell which photos it was made from; without --resume it is trained anew.")
@@ -9059,8 +9362,9 @@ def write_output(folder, run, models, subjects, seconds, given):
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
+    notes = notes_of(models.family, models.denoiser.config, models.pipeline.scheduler.config, models.name, subjects, run.course.resolution)
     for save in saves_of(s):
-        save(folder, models, subjects)
+        save(folder, models, subjects, notes)
     loss_plot(history).save(folder / LOSS_PLOT)
     save_card(folder, s, models, subjects)
     record = {
@@ -9131,33 +9435,81 @@ def write_export(s, trained, pipeline=None):
 
     Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
     """
-    from safetensors.torch import save_file
+    target = Path(s.export)
+    files = word_files(s, trained, target)
+    if trained.lora:
+        files |= files_of_lora(s, trained, target)
+    if not trained.is_adapter:
+        files |= model_files(s, trained, target, pipeline)
+    check_free(files, s)
+    for file, (write, what) in files.items():
+        write_file(file, write)
+        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
+    if trained.lora and is_dora(target):
+        say(f"Note: {target}: {DORA_ELSEWHERE}.")
 
-    target, writers = Path(s.export), {}
+
+def word_files(s, trained, target):
+    """{path: (function that writes it, what it is)} of embeddings."""
+    files = {}
     for subject, path in zip(trained.subjects, trained.words.values()):
         is_alone = len(trained.words) == 1 and not trained.lora
         file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
-        tensors = a1111_embedding(load_tensors(path, "--model_path"))
-        writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
-                         f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
-    if trained.lora:
-        writers[target] = functools.partial(shutil.copyfile, kohya_file(trained)), "the LoRA in Kohya's layout"
-    check_free(writers, s)
-    if not trained.is_adapter:
-        pipeline = pipeline or load_whole(trained.source)
-        tensors = original_checkpoint(pipeline)
-        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt", **notes_of_noise(pipeline.scheduler)}),
-                           "the model in Stable Diffusion's own layout")
-    for file, (write, what) in writers.items():
-        write_file(file, write)
-        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
+        tensors, notes = a1111_embedding(load_tensors(path, "--model_path")), read_header(path, "--model_path")[1]
+        files[file] = (functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision),
+                       f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
+    return files
 
 
-def load_whole(source):
-    """The pipeline of a whole model, in float32."""
+def files_of_lora(s, trained, target):
+    """The same of a LoRA, as training wrote it unless --export_precision is given."""
+    path = kohya_file(trained)
+    write = functools.partial(shutil.copyfile, path)
+    if s.export_precision:
+        tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
+        write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
+    return {target: (write, "the LoRA in Kohya's layout")}
+
+
+def model_files(s, trained, target, pipeline):
+    """The same of a whole model, and of what tells A1111 and Forge that an SD 2.x model predicts velocity."""
+    precision = default(s.export_precision, "fp16")
+    family = family_of(pipeline) if pipeline else family_at(find_model(trained.source, "--model_path"), "--model_path")
+    if not family.exports:
+        raise UserError(f"--export {s.export}: {family.kind} is not written for other programs yet; give them the folder {trained.source} if "
+                        f"they read diffusers' folders")
+    parts, unet_config, open_part, scheduler = loaded_model(pipeline) if pipeline else model_of(trained.source, precision)
+    layout, record = layout_of(parts, unet_config), trained.record
+    notes = notes_of(family, unet_config, scheduler, record.get("base_model"), trained.subjects, record.get("used", {}).get("resolution"))
+    kept = "all of it" if precision == "fp32" else f"in half precision, {precision}"
+    kept += "; --export_precision fp32 rounds nothing" * (s.export_precision is None)
+    files = {target: (lambda part: save_streamed(part, original_tensors(layout, open_part, scheduler), notes, precision),
+                      f"the model in Stable Diffusion's own layout, {kept}")}
+    if layout == "sd2" and scheduler.get("prediction_type") == "v_prediction":
+        files[target.with_suffix(".yaml")] = (lambda part: part.write_text(VELOCITY_CONFIG, encoding="utf-8"),
+                                              "tells A1111 and Forge that the model predicts velocity; keep it beside the file")
+    return files
+
+
+def model_of(source, precision):
+    """What stored_model() gives, of a whole model wherever it is; one in a single file is loaded."""
     import torch
 
-    return load_pipeline(find_model(source, "--model_path"), torch.float32, "--model_path")
+    name = find_model(source, "--model_path")
+    if not is_single_file(name):
+        return stored_model(name, "--model_path")
+    return loaded_model(load_pipeline(name, getattr(torch, PRECISIONS[precision]), "--model_path"))
+
+
+def loaded_model(pipeline):
+    """What stored_model() gives, of a pipeline that is loaded."""
+    parts = [part for part, module in pipeline.components.items() if module is not None]
+    return parts, pipeline.unet.config, functools.partial(loaded_part, pipeline), pipeline.scheduler.config
+
+
+def is_dora(path):
+    """Whether a LoRA in Kohya's layout has magnitudes of its own."""
+    return any(name.endswith(".dora_scale") for name in read_header(path, "--export")[0])
 
 
 def a1111_embedding(tensors):
@@ -9312,11 +9664,12 @@ def train(s):
         models = dataclasses.replace(take_apart(run.models.name, run.models.pipeline), book=run.models.book)  # without their wrappers
         if accelerator.is_main_process:
             save_output(folder, run, models, subjects, seconds, given)
-    report_training(s, subjects, run.history, seconds)
+    report_training(s, models.family, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
-        draw_samples(s, models, subjects, viewer, plan)
+        if s.samples:
+            draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         publish(s)
@@ -9404,16 +9757,19 @@ def settle_subjects(s, models, concepts):
     return subjects
 
 
-def report_training(s, subjects, history, seconds):
+def report_training(s, family, subjects, history, seconds):
     """Say how the losses went, what was learnt, where it is and what to do next."""
-    for when, stretch in (("first", history[:100]), ("last", history[-100:])):
+    stretches = {"first 100": history[:100], "last 100": history[-100:]} if len(history) > 100 else {f"{len(history)}": history}
+    for which, stretch in stretches.items():
         losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
-        say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
+        say(f"Mean loss of the {which} step{'s' * (which != '1')}: {losses}")
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
         f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
     for subject in subjects:
         noun = noun_of(subject.class_prompt or subject.name)
         say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    if text := for_other_programs(s, family):
+        say(text)
     say(f"Try next: {own_command()}"
         f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')
 

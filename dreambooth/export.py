@@ -9,7 +9,8 @@ from dreambooth.drawing.trained import find_trained, model_paths
 from dreambooth.files import check_room, check_writable, load_tensors, write_file
 from dreambooth.methods.lora import KOHYA_FILE
 from dreambooth.models.addresses import is_single_file
-from dreambooth.models.find import find_model
+from dreambooth.models.families.known import family_of
+from dreambooth.models.find import family_at, find_model
 from dreambooth.models.headers import read_header
 from dreambooth.models.hub import hub_file
 from dreambooth.models.load import load_pipeline
@@ -53,7 +54,7 @@ def write_export(s, trained, pipeline=None):
     target = Path(s.export)
     files = word_files(s, trained, target)
     if trained.lora:
-        files |= lora_files(s, trained, target)
+        files |= files_of_lora(s, trained, target)
     if not trained.is_adapter:
         files |= model_files(s, trained, target, pipeline)
     check_free(files, s)
@@ -76,7 +77,7 @@ def word_files(s, trained, target):
     return files
 
 
-def lora_files(s, trained, target):
+def files_of_lora(s, trained, target):
     """The same of a LoRA, as training wrote it unless --export_precision is given."""
     path = kohya_file(trained)
     write = functools.partial(shutil.copyfile, path)

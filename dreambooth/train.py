@@ -22,8 +22,6 @@ from dreambooth.models.find import check_undistilled, check_variant, default_mod
 from dreambooth.models.late import load_late, with_denoiser
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import take_apart
-from dreambooth.output.card import CARD
-from dreambooth.models.recipes import family_of
 from dreambooth.output.card import CARD, for_other_programs
 from dreambooth.output.folder import (
     check_apart,

@@ -63,6 +63,6 @@ def test_progress_shows_the_rate_of_what_trains_to_the_end(tiny_model, tmp_path)
     (1, ["Mean loss of the 1 step: instance 0.0000"]), (100, ["Mean loss of the 100 steps: instance 49.5000"]),
     (101, ["Mean loss of the first 100 steps: instance 49.5000", "Mean loss of the last 100 steps: instance 50.5000"])])
 def test_mean_losses_are_told_once_each(steps, said, capsys):
-    db.report_training(settings(), [db.Subject("sks", "a dog", "a sks dog", "dog")], [(float(step), None, 0.0) for step in range(steps)],
+    db.report_training(settings(), db.StableDiffusion(), [db.Subject("sks", "a dog", "a sks dog", "dog")], [(float(step), None, 0.0) for step in range(steps)],
                        {"training": 1, "preparing": 1})
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("Mean")] == said

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dreambooth.models.hub import HUB_ID, split_revision
 
+
 def notes_of(family, config, scheduler, base, subjects, side=None):
     """{note: text} for the header of a model; with_kind() makes them those of something trained on it.
 

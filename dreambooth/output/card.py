@@ -11,15 +11,10 @@ from dreambooth.methods.lora import KOHYA_FILE, LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file
-from dreambooth.models.checkpoint import TRAILING, told_of_noise
-from dreambooth.models.families.known import guidance_scale
-from dreambooth.models.hub import cached_file, split_revision
-from dreambooth.models.inventory import choose_variant, files_in
 from dreambooth.models.checkpoint import TRAILING, configs_place, told_of_noise
+from dreambooth.models.families.known import guidance_scale, own_size
 from dreambooth.models.hub import cached_file, split_revision
 from dreambooth.models.inventory import choose_variant, files_in
-from dreambooth.models.parts import own_size
-from dreambooth.models.recipes import family_of, guidance_scale
 from dreambooth.models.vocabulary import XL_EMBEDDING
 from dreambooth.settings import Settings
 from dreambooth.subjects.nouns import noun_of

@@ -12,7 +12,6 @@ from dreambooth.files import flush, share, whole_file
 from dreambooth.methods.table import saves_of
 from dreambooth.models.families.known import guidance_scale
 from dreambooth.models.notes import notes_of
-from dreambooth.models.recipes import guidance_scale
 from dreambooth.output.card import save_card
 from dreambooth.output.needed import name_when_done
 from dreambooth.output.pictures import LOSS_PLOT, loss_plot
