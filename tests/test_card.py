@@ -42,7 +42,7 @@ def trained_output(base, method, folder, **options):
     word = "<rex>" if db.METHODS[method].adds_words else "sks"
     subjects = [db.Subject(word, "a dog", f"a {word}" if method == "textual_inversion" else f"a {word} dog", "dog")]
     torch.manual_seed(1)
-    groups = db.parameter_groups(s, models, subjects, db.RECIPES["small"][method])
+    groups = db.parameter_groups(s, models, subjects, db.SmallStableDiffusion.recipes[method])
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data += 0.3 * parameter.std(correction=0).clamp(min=0.05) * torch.randn(parameter.shape)
     for group in groups:
