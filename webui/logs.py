@@ -1,0 +1,81 @@
+"""What a command printed: how far it is, losses, lines, errors. A log is read on from where it was read before."""
+
+import re
+import threading
+from dataclasses import dataclass, field
+
+LINES = 300  # of a log that are kept
+BAR = re.compile(  # as tqdm writes it
+    r"^(?P<title>\w[^|]*?): +\d+%\|.*?\| (?P<done>\d+)/(?P<total>\d+) \[[\d:]+<(?P<left>[\d:?]+)(?P<values>[^\]]*)\]")
+LOSS = re.compile(r"(instance|prior)=([\d.e+-]+)")
+
+
+@dataclass
+class Report:
+    """What a log says so far."""
+
+    lines: list = field(default_factory=list)  # the last ones, bars left out
+    error: str = ""  # the program's last complaint
+    bar: dict = field(default_factory=dict)  # of the work under way: title, done, total, left
+    training: dict = field(default_factory=dict)  # the bar of the training itself
+    losses: list = field(default_factory=list)  # [step, instance, prior or None]: each the mean of the steps before
+
+    def take(self, line):
+        """One more line."""
+        line = line.replace("\x1b[A", "").rstrip()
+        if found := BAR.match(line):
+            return self.take_bar(found)
+        if line:
+            self.lines.append(line)
+            del self.lines[:-LINES]
+        if line.startswith("error: "):
+            self.error = line.removeprefix("error: ")
+
+    def take_bar(self, found):
+        self.bar = {"title": found["title"], "done": int(found["done"]), "total": int(found["total"]), "left": found["left"]}
+        if found["title"] != "training":
+            return
+        self.training, values = self.bar, dict(LOSS.findall(found["values"]))
+        if "instance" in values:
+            losses = [float(values["instance"]), float(values["prior"]) if "prior" in values else None]
+            while self.losses and self.losses[-1][0] > self.bar["done"]:  # gone on with from an earlier step
+                self.losses.pop()
+            if not self.losses or self.losses[-1][1:] != losses:
+                self.losses.append([self.bar["done"], *losses])
+
+    def begin(self):
+        """Another run of the same job follows: its errors and bars are its own."""
+        self.error, self.bar, self.training = "", {}, {}
+
+
+class Logs:
+    """Reports of log files, each read once."""
+
+    def __init__(self):
+        self.lock, self.known = threading.Lock(), {}
+
+    def report(self, path):
+        """The Report of a log; an empty one where there is none yet."""
+        with self.lock:
+            offset, rest, report = self.known.get(path, (0, "", Report()))
+            try:
+                with open(path, "rb") as file:
+                    if file.seek(0, 2) < offset:  # written anew
+                        offset, rest, report = 0, "", Report()
+                    file.seek(offset)
+                    new = file.read()
+            except OSError:
+                return Report()
+            *lines, rest = re.split(r"[\r\n]", rest + new.decode("utf-8", errors="replace")) if whole(new) else [rest]
+            for line in lines:
+                report.begin() if line == AGAIN else report.take(line)
+            self.known[path] = (offset + len(new) if whole(new) else offset, rest, report)
+            return report
+
+
+AGAIN = "---- once more ----"
+
+
+def whole(data):
+    """Whether bytes end with a letter's last byte, so that they can be decoded by themselves."""
+    return bool(data) and (data[-1] < 0x80)
