@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 LINES = 300  # of a log that are kept
 BAR = re.compile(  # as tqdm writes it
     r"^(?P<title>\w[^|]*?): +\d+%\|.*?\| (?P<done>\d+)/(?P<total>\d+) \[[\d:]+<(?P<left>[\d:?]+)(?P<values>[^\]]*)\]")
+AGAIN = "---- once more ----"  # between two runs of a job
 LOSS = re.compile(r"(instance|prior)=([\d.e+-]+)")
 
 
@@ -20,12 +21,12 @@ class Report:
     training: dict = field(default_factory=dict)  # the bar of the training itself
     losses: list = field(default_factory=list)  # [step, instance, prior or None]: each the mean of the steps before
 
-    def take(self, line):
-        """One more line."""
+    def take(self, line, is_whole=True):
+        """One more line; of one that is not whole yet, what counts is whether it is a bar."""
         line = line.replace("\x1b[A", "").rstrip()
         if found := BAR.match(line):
             return self.take_bar(found)
-        if line:
+        if line and is_whole:
             self.lines.append(line)
             del self.lines[:-LINES]
         if line.startswith("error: "):
@@ -57,25 +58,19 @@ class Logs:
     def report(self, path):
         """The Report of a log; an empty one where there is none yet."""
         with self.lock:
-            offset, rest, report = self.known.get(path, (0, "", Report()))
+            offset, rest, report = self.known.get(path, (0, b"", Report()))
             try:
                 with open(path, "rb") as file:
                     if file.seek(0, 2) < offset:  # written anew
-                        offset, rest, report = 0, "", Report()
+                        offset, rest, report = 0, b"", Report()
                     file.seek(offset)
                     new = file.read()
             except OSError:
                 return Report()
-            *lines, rest = re.split(r"[\r\n]", rest + new.decode("utf-8", errors="replace")) if whole(new) else [rest]
-            for line in lines:
+            *lines, rest = re.split(rb"[\r\n]", rest + new)
+            for line in (line.decode("utf-8", errors="replace") for line in lines):
                 report.begin() if line == AGAIN else report.take(line)
-            self.known[path] = (offset + len(new) if whole(new) else offset, rest, report)
+            if rest.endswith(b"]"):  # a bar, which ends its line with the next one
+                report.take(rest.decode("utf-8", errors="replace"), is_whole=False)
+            self.known[path] = offset + len(new), rest, report
             return report
-
-
-AGAIN = "---- once more ----"
-
-
-def whole(data):
-    """Whether bytes end with a letter's last byte, so that they can be decoded by themselves."""
-    return bool(data) and (data[-1] < 0x80)

@@ -60,19 +60,21 @@ def kind_of(field):
 
 def recipe(values, has_gpu):
     """{field: what the program takes if it is left empty} for a training with these values; only what can be told beforehand."""
-    shown = {name: default for name in FIELDS if (default := db.Settings("train").__dict__[name]) not in (None, False)}
+    usual = {name: getattr(db.Settings("train"), name) for name in FIELDS}
+    shown = {name: value for name, value in usual.items() if value not in (None, "auto") and not isinstance(value, bool)}
     method, with_text = values.get("method") or "full", bool(values.get("train_text_encoder"))
     if method not in db.METHODS:
         return shown
     if not db.METHODS[method].changes_class:
         shown["num_class_images"] = None  # none are drawn
-    family, side = look_of_model(values.get("model_name") or ("sd15" if has_gpu else "demo"))
+    shown["model_name"] = "sd15" if has_gpu else "demo"
+    family, side = look_of_model(values.get("model_name") or shown["model_name"])
     if family is None:
         return shown
     own = db.recipe_for(family, db.Settings("train", method=method, select_best=bool(values.get("select_best"))))
     rates = {"learning_rate": own.learning_rate_with_text_encoder if with_text else own.learning_rate,
              "text_encoder_lr": own.text_encoder_lr if with_text else None, "embedding_lr": own.embedding_lr}
-    return shown | {"steps": own.steps, "resolution": side, **{name: f"{rate:g}" for name, rate in rates.items() if rate}}
+    return shown | {"steps": own.steps, "resolution": side, **{name: rate and f"{rate:g}" for name, rate in rates.items()}}
 
 
 def look_of_model(name):

@@ -46,13 +46,16 @@ async function refill() {
   }
   const {recipe} = await look("defaults", {method: now.method, model_name: now.model_name, train_text_encoder: now.train_text_encoder ? "1" : "", select_best: now.select_best ? "1" : ""}) ?? {recipe: {}};
   for (const {name, kind} of fields) {
-    if (kind === "text" || kind === "number") form.elements[name].placeholder = recipe[name] ?? (name in recipe ? t("none") : t(`empty_${name}` in words_of_empty ? `empty_${name}` : "by_the_program"));
+    if (kind === "text" || kind === "number") form.elements[name].placeholder = recipe[name] ?? (name in recipe ? t("none") : t(EMPTY.includes(name) ? `empty_${name}` : "by_the_program"));
   }
+  const model = now.model_name || recipe.model_name;
+  $("machine").hidden = model !== "demo";
+  $("machine").textContent = t("demo_note");
   const steps = Number(form.elements.steps.value || recipe.steps);
   suggested = steps && !now.select_best ? String(Math.ceil(steps / 5)) : "";
   if (!touched.has("validation_steps")) form.elements.validation_steps.value = suggested;
 }
-const words_of_empty = {empty_class_prompt: 1, empty_validation_steps: 1, empty_identifier: 1, empty_model_name: 1, empty_instance_prompt: 1};
+const EMPTY = ["class_prompt", "validation_steps", "instance_prompt"];  // with a word of their own for when they are empty
 
 function dropZone() {
   const zone = $("drop");
