@@ -30,8 +30,7 @@ def train(page, values):
     check_flags(flags)
     shutil.copytree(draft.photos, place / "photos")
     (place / "title.txt").write_text(title[:80], encoding="utf-8")
-    (draft.folder / "used").touch()
-    (draft.folder / "from.json").unlink(missing_ok=True)
+    draft.was_taken()
     uses = [place.name, *([goes_on["item"]] if goes_on else [])]
     Job.make(place / "job", "train", flags, title=title, uses=uses, fields={"class_prompt": class_prompt} | fields)
     return {"item": place.name}

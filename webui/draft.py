@@ -82,6 +82,12 @@ class Draft:
         for name in ("used", "from.json", "seen.json"):
             (self.folder / name).unlink(missing_ok=True)
 
+    def was_taken(self):
+        """A training of it is in the line: the next one begins anew and has another name; photos and other fields stay."""
+        (self.folder / "used").touch()
+        (self.folder / "from.json").unlink(missing_ok=True)
+        self.keep("fields.json", {name: value for name, value in self.fields().items() if name != "title"})
+
     def look(self):
         """What the program sees, as look() has it; looked at again only when a file has changed."""
         with self.lock:
@@ -109,7 +115,7 @@ class Draft:
         if goes_on:
             how, _ = how_to_go_on(item)
             steps = record_of(item)["used"]["steps"]
-            fields |= {"steps": 2 * steps if how == "checkpoint" else steps, "title": f"{title_of(item)} +"}
+            fields |= {"steps": str(2 * steps if how == "checkpoint" else steps), "title": f"{title_of(item)} +"}
             self.keep("from.json", {"item": item.id})
         self.keep("fields.json", fields)
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+import psutil  # which accelerate brings
 from filelock import FileLock, Timeout
 
 import dreambooth_implementation as db

@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "api":
             return self.send_json(found(LOOKS, rest)(self.server.page, query))
         if kind in ("files", "outside"):
-            return self.send_file(*self.server.page.library.file(rest, outside=kind == "outside"))
+            return self.send_file(*self.server.page.library.file(rest, outside=kind == "outside"), lasts=bool(query))
         own = {f"/static/{file.name}": file for file in STATIC.iterdir()} | {"/": STATIC / "index.html"}
         file = found(own, path)
         self.send_file(file, f"{STATIC_KINDS[file.suffix]}; charset=utf-8")
@@ -130,16 +130,17 @@ class Handler(BaseHTTPRequestHandler):
         self.begin(kind, len(data), status)
         self.wfile.write(data)
 
-    def send_file(self, path, kind):
+    def send_file(self, path, kind, lasts=False):
+        """`lasts`: the address changes with the file, so that the browser may keep it."""
         with open(path, "rb") as file:
-            self.begin(kind, path.stat().st_size)
+            self.begin(kind, path.stat().st_size, more={"Cache-Control": "private, max-age=604800"} if lasts else {})
             shutil.copyfileobj(file, self.wfile, 1 << 20)
 
-    def begin(self, kind, length, status=200):
+    def begin(self, kind, length, status=200, more=()):
         if self.unread != 0:  # what was refused unread would be taken for the next request
             self.close_connection = True
         self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(length)}.items():
+        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(length), **dict(more)}.items():
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
