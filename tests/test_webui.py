@@ -258,7 +258,7 @@ def test_a_drawing_is_a_command_of_the_program(page, trained, library):
     assert page.put("adapter", "style.safetensors", b"weights") == (400, "name_taken")
     assert page.put("adapter", "style.ckpt", b"weights") == (400, "not_safetensors")
     job = page.act("draw", item="dog", prompt="a [identifier] dog\n\n--train ", negative_prompt="snow", seed="7", num_images="2",
-                   width="", adapters=[{"source": "style.safetensors", "strength": "0.5"}, {"source": "cat", "strength": ""}])["job"]
+                   adapters=[{"source": "style.safetensors", "strength": "0.5"}, {"source": "cat", "strength": ""}], width="")["job"]
     assert library.job(job).command["flags"] == [
         "--infer", "--model_path=library/trained/dog/output", "--image_dir=library/pictures", "--prompt=a [identifier] dog",
         "--prompt=--train", "--adapter=library/adapters/style.safetensors=0.5", "--adapter=library/trained/cat/output",

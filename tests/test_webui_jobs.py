@@ -117,8 +117,8 @@ def test_a_job_whose_runner_was_killed_runs_and_can_be_stopped(job, begin):
     one = job("-c", LASTING)
     runner = begin(one)
     until(says(one, "begun"))
-    until(lambda: len(one.read("process.json")) == 2)
-    program = psutil.Process(one.read("process.json")[1][0])
+    until(lambda: len(one.read("process.json", list)) == 2)
+    program = psutil.Process(one.read("process.json", list)[1][0])
     runner.kill()
     runner.wait()
     assert one.state() == "running"
@@ -154,7 +154,8 @@ def test_a_number_that_another_process_has_now_is_not_the_job(job):
 
 def test_a_job_outlives_the_page_and_a_signal_to_its_terminal(tmp_path, job):
     """start_runner() with the program itself, which refuses the model in its own words."""
-    one = job("--train", "--model_name=\u4e0d/\u5728", "--class_prompt=a dog", f"--instance_data_dir={REPOSITORY / 'instance_images'}")
+    photos = REPOSITORY / "instance_images"
+    one = job("--train", "--model_name=\u4e0d/\u5728", "--class_prompt=a dog", f"--instance_data_dir={photos}")
     runner = start_runner(one)
     assert os.getsid(runner.pid) == runner.pid
     assert runner.wait(300) == 2 and one.state() == "failed"
@@ -201,9 +202,12 @@ def test_a_page_that_is_started_again_finds_everything_as_it_was(library, traine
     Job.make(library.trained / "next" / "job", "train", ["--train"], title="next")
     broken = library.trained / "broken" / "job"
     broken.mkdir(parents=True)
-    (broken / "command.json").write_text("{")
+    (broken / "command.json").write_text('["no command"]')
+    (library.compared / "broken" / "evaluation").mkdir(parents=True)
+    (library.compared / "broken" / "evaluation" / "evaluation.json").write_text('{"models": [3]}')
     again, started = Library("library"), []
-    assert {job.command["title"]: job.state() for job in again.jobs().values()} == {"done": "done", "next": "waiting", "running": "running"}
+    assert {job.command["title"]: job.state() for job in again.jobs().values()} == {
+        "done": "done", "next": "waiting", "running": "running"}
     monkeypatch.setattr("webui.line.start_runner", lambda job: started.append(job.command["title"]) or subprocess.Popen(["true"]))
     line = Line(again)
     line.step()
@@ -246,10 +250,11 @@ def test_progress_and_losses_are_read_on(tmp_path):
             file.flush()
         write("Machine: CPU\n\rencoding:  50%|5 | 1/2 [00:00<00:01, 1.0image/s]")
         assert logs.report(log).bar == {"title": "encoding", "done": 1, "total": 2, "left": "00:01"}
-        write("\r" + BAR.format(done=10, loss="0.0822") + "\r" + BAR.format(done=11, loss="0.0822") + "\r" + BAR.format(done=20, loss="0.05")[:70])
+        half = BAR.format(done=20, loss="0.05")
+        write("\r".join(["", BAR.format(done=10, loss="0.0822"), BAR.format(done=11, loss="0.0822"), half[:70]]))
         report = logs.report(log)
         assert (report.training["done"], report.losses) == (11, [[10, 0.0822, 0.0877]])
-        write(BAR.format(done=20, loss="0.05")[70:] + "\nsamples of step 20:   8%|7 | 1/12 [00:34<06:16, 34.20s/image]\x1b[A\n\u4e00")
+        write(half[70:] + "\nsamples of step 20:   8%|7 | 1/12 [00:34<06:16, 34.20s/image]\x1b[A\n\u4e00")
         report = logs.report(log)
         assert report.losses[-1] == [20, 0.05, 0.0877] and report.bar["title"] == "samples of step 20"
         write("\u4e01\nerror: no room\n")

@@ -30,7 +30,7 @@ def identity(pid):
 
 def is_alive(known):
     """Whether the process of an identity() runs still."""
-    with contextlib.suppress(psutil.Error, OSError):
+    with contextlib.suppress(psutil.Error, OSError, TypeError, LookupError):
         process = psutil.Process(known[0])
         return abs(process.create_time() - known[1]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     return False
@@ -58,12 +58,13 @@ class Job:
     def lock(self):
         return FileLock(self.folder / ".lock")
 
-    def read(self, name):
-        """The contents of a file of JSON; None if it is not there, or not whole."""
+    def read(self, name, kind):
+        """The contents of a file of JSON; None if it is not there, not whole, or not of this kind."""
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+            value = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return value if isinstance(value, kind) else None
 
     def write(self, name, value):
         with db.whole_file(self.folder / name) as part:
@@ -71,25 +72,26 @@ class Job:
 
     @property
     def command(self):
-        return self.read("command.json") or {}
+        return self.read("command.json", dict) or {}
 
     @property
     def is_whole(self):
-        return {"kind", "flags", "made"} <= self.command.keys()
+        command = self.command
+        return isinstance(command.get("made"), float) and isinstance(command.get("flags"), list) and "kind" in command
 
     @property
     def stops(self):
         """How often it was asked to stop."""
-        return self.read("stop") or 0
+        return self.read("stop", int) or 0
 
     @property
     def status(self):
         """Its exit status, None before it has ended."""
-        return self.read("exit")
+        return self.read("exit", int)
 
     def state(self):
         """waiting, running, stopping, done, stopped, failed, or lost if it ended without a word, as in a power cut."""
-        status, processes = self.status, self.read("process.json")
+        status, processes = self.status, self.read("process.json", list)
         if status is not None:
             return "done" if status == 0 else "stopped" if self.stops or status >= 128 or status < 0 else "failed"
         if processes is None:
@@ -113,7 +115,7 @@ class Job:
         if self.state() == "waiting":
             self.write("exit", 130)
         self.write("stop", self.stops + 1)
-        runner, *program = self.read("process.json") or [None]
+        runner, *program = self.read("process.json", list) or [None]
         if runner and not is_alive(runner):  # nobody looks at the file
             for known in filter(is_alive, program):
                 psutil.Process(known[0]).terminate()

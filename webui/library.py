@@ -16,7 +16,8 @@ def read_json(path):
     try:
         written = path.stat().st_mtime_ns
         if _read.get(path, (None,))[0] != written:
-            _read[path] = written, json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
+            _read[path] = written, value if isinstance(value, dict) else {}
         return _read[path][1]
     except (OSError, ValueError):
         return {}
@@ -45,7 +46,7 @@ def record_of(item):
     record = read_json(item.output / "dreambooth.json")
     try:
         return record if record["subjects"][0]["identifier"] and record["method"] in db.METHODS else {}
-    except (KeyError, IndexError, TypeError):
+    except (LookupError, TypeError):
         return {}
 
 
@@ -107,7 +108,16 @@ def samples_of(library, item):
 def scores_of(library):
     """{model path: its scores} of the newest comparison that has it."""
     files = sorted(library.compared.glob("*/evaluation/evaluation.json"), key=lambda path: path.stat().st_mtime)
-    return {model["model_path"]: model["scores"] for path in files for model in read_json(path).get("models", [])}
+    return {model["model_path"]: model["scores"] for path in files for model in measured(path)}
+
+
+def measured(path):
+    """[{model_path, scores, real}] of an evaluation.json; [] if it is not there, or not whole."""
+    try:
+        return [{"model_path": model["model_path"], "scores": dict(model["scores"]), "real": dict(model["subjects"][0]["real"])}
+                for model in read_json(path)["models"]]
+    except (LookupError, TypeError, ValueError):
+        return []
 
 
 def how_to_go_on(item):

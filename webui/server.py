@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import traceback
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -67,6 +68,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         except OSError as problem:
             said = f"{problem.filename or ''} {problem.strerror or problem}".strip()
+            self.send_json({"refused": "program", "details": {"said": said}}, 500)
+        except Exception as problem:  # a fault of the page's own: it is told on the page, and in full in the terminal
+            traceback.print_exc()
+            said = f"{type(problem).__name__}: {problem}"
             self.send_json({"refused": "program", "details": {"said": said}}, 500)
 
     def length(self):

@@ -1,7 +1,8 @@
 """All that the page shows, read out of the library's files each time."""
 
 import dreambooth_implementation as db
-from webui.library import card, read_json, samples_of, scores_of, title_of
+from webui.jobs import Job
+from webui.library import card, measured, samples_of, scores_of, title_of
 from webui.pictures import pictures_of
 from webui.places import folders_in
 from webui.program import field_kinds, recipe
@@ -50,12 +51,11 @@ def one_job(page, query):
 
 def comparison(library, place):
     """An evaluation: its table of scores, once it is there, and its sheets."""
-    folder, found = place / "evaluation", read_json(place / "evaluation" / "evaluation.json")
-    command = read_json(place / "job" / "command.json")
+    folder, command = place / "evaluation", Job(place / "job").command
     titles = {str(item.output): title_of(item) for item in library.items().values()}
     rows = [{"name": titles.get(model["model_path"], model["model_path"]), "scores": model["scores"],
-             "real": model["subjects"][0]["real"], "sheet": library.url(sheet_of(folder, model["model_path"]))}
-            for model in found.get("models", [])]
+             "real": model["real"], "sheet": library.url(sheet_of(folder, model["model_path"]))}
+            for model in measured(folder / "evaluation.json")]
     return {"id": place.name, "title": command.get("title", place.name), "made": command.get("made", 0),
             "job": f"{place.relative_to(library.root).as_posix()}/job", "rows": rows,
             "comparison": library.url(folder / "comparison.png")}

@@ -1,12 +1,12 @@
 // The library: a card for each thing that was trained.
 
 import {$, act, button, date, el, enlarge, sync, t} from "./common.js";
-import {link} from "./jobs.js";
+import {link, showJobs} from "./jobs.js";
 import {again} from "./train.js";
 
 export function showLibrary(state) {
-  const cards = state.items.map(item => item);
-  sync($("cards"), cards.length ? cards : [{id: "none"}], item => item.id === "none" ? el("p", {className: "hint", textContent: t("library_empty")}) : card(item));
+  showJobs($("exports"), state.jobs.filter(job => job.kind === "export"), 1);
+  sync($("cards"), state.items.length ? state.items : [{id: "none"}], item => item.id === "none" ? el("p", {className: "hint", textContent: t("library_empty")}) : card(item));
 }
 
 function facts(item) {
