@@ -192,6 +192,30 @@ def test_training_longer_begins_where_the_other_ended(page, trained, library):
     assert {"--model_name=library/trained/dog/output", "--identifier=sks"} <= set(flags)
 
 
+@pytest.mark.long
+def test_the_program_goes_on_where_the_page_says(page, photo_bytes, library, run, tiny_model):
+    """Two trainings as the page gives them; the second begins with the first one's checkpoint."""
+    for number in range(2):
+        page.put("photo", f"{number}.png", photo_bytes(number))
+    fields = {"class_prompt": "a dog", "method": "lora", "model_name": str(tiny_model("sd1")), "steps": "3", "num_class_images": "2",
+              "rank": "2"}
+
+    def train(fields, title):
+        job = library.item(page.act("train", fields=fields, title=title)["item"]).job
+        status, out, err = run(*job.command["flags"], "--checkpointing_steps", 2, "--num_inference_steps", 1)
+        assert status == 0, err
+        job.write("exit", status)
+        return out
+
+    train(fields, "Rex")
+    page.act("train_again", item="rex", longer=True)
+    draft = page.get("/api/draft")
+    assert (draft["goes_on"]["step"], draft["fields"]["steps"], draft["fields"]["title"]) == (2, "6", "Rex +")
+    assert "Going on after step 2 of 6" in train({name: draft["fields"][name] for name in fields}, "Rex +")
+    cards = {card["title"]: card for card in page.get("/api/state")["items"]}
+    assert (cards["Rex"]["steps"], cards["Rex +"]["steps"]) == (3, 6) and page.request("GET", cards["Rex +"]["picture"])[0] == 200
+
+
 # ---- the library
 
 

@@ -47,7 +47,7 @@ def serve(tmp_path):
 
 
 def opened(browser, address, **options):
-    context = browser.new_context(**options)
+    context = browser.new_context(bypass_csp=True, **options)  # playwright evaluates what it waits for, which the page forbids
     page, problems = context.new_page(), []
     page.set_default_timeout(PATIENCE)
     page.on("pageerror", lambda problem: problems.append(str(problem)))

@@ -66,7 +66,7 @@ def card(library, item, scores):
         "model": name_of_model(record.get("base_model", "")), "steps": used.get("selected_step") or used.get("steps"),
         "resolution": used.get("resolution"), "seed": settings.get("seed"), "seconds": record.get("seconds", {}).get("training"),
         "date": (item.output / "dreambooth.json").stat().st_mtime if record else None,
-        "picture": library.url(best_picture(item, subjects[0])) if record else None,
+        "picture": library.url(best_picture(item, subjects[0]) if record else newest_picture(item)),
         "scores": scores.get(str(item.output), {}), "goes_on": how_to_go_on(item)[0] if record else None,
         "exported": [{"name": path.name, "url": library.url(path)} for path in sorted(library.exported.glob("*.safetensors"))
                      if path.stem == stem or path.stem.startswith(f"{stem}-") and path.stem.removeprefix(f"{stem}-") in
@@ -74,9 +74,13 @@ def card(library, item, scores):
 
 
 def name_of_model(base):
-    """A hub id as it is, a folder by its last part, or by its item for another training's output."""
-    parts = Path(base).parts
-    return base if not Path(base).exists() or not parts else parts[-2] if parts[-1] == "output" and len(parts) > 1 else parts[-1]
+    """A hub id as it is, the bundled model as it is called, a folder by its name, an item's output by the item's."""
+    path = Path(base)
+    if not base or not path.exists():
+        return base
+    if path.resolve() == db.BUNDLED_MODEL.resolve():
+        return "demo"
+    return path.parent.name if path.name == "output" else path.name
 
 
 def open_prompt(subject):
@@ -92,6 +96,13 @@ def best_picture(item, subject):
         if found := sorted(samples.glob(name)):
             return found[0]
     return item.output / db.PHOTO_SHEET
+
+
+def newest_picture(item):
+    """What shows how an unfinished training goes."""
+    samples = sorted(item.partial.glob("samples/step-*/*.png"), key=lambda path: (path.parent.name, path.name.split("-")[0] != "01"))
+    newest = [path for path in samples if path.parent == samples[-1].parent]
+    return newest[0] if newest else item.partial / db.PHOTO_SHEET
 
 
 def samples_of(library, item):

@@ -9,10 +9,11 @@ let state = {items: [], adapters: []}, count = 60;
 
 export function start() {
   $("draw_fields").append(
-    field("item", "choice", {choices: []}), field("prompt", "long", {wide: true, hint: t("hint_prompt")}), field("negative_prompt", "text"),
+    field("drawn_with", "choice", {choices: [], wide: true}), field("prompt", "long", {wide: true, hint: t("hint_prompt")}),
+    field("negative_prompt", "text", {wide: true}),
     ...Object.entries(NUMBERS).map(([name, placeholder]) => field(name, "number", {placeholder: placeholder || t("by_the_program")})));
   const form = $("draw_form").elements;
-  form.item.onchange = () => choose(form.item.value);
+  form.drawn_with.onchange = () => choose(form.drawn_with.value);
   $("draw_form").onsubmit = draw;
   $("add_adapter").onclick = () => addAdapter();
   $("adapter_file").onchange = async event => {
@@ -27,7 +28,7 @@ export function start() {
 export function choose(id) {
   const form = $("draw_form").elements, item = state.items.find(item => item.id === id);
   if (!item) return;
-  form.item.value = id;
+  form.drawn_with.value = id;
   if (!form.prompt.value || form.prompt.dataset.own === form.prompt.value) {
     form.prompt.value = form.prompt.dataset.own = `${item.prompt || "[identifier]"} on the moon`;
   }
@@ -37,7 +38,7 @@ export function choose(id) {
 
 export function showDraw(now) {
   state = now;
-  const trained = state.items.filter(item => item.trained), select = $("draw_form").elements.item, chosen = select.value;
+  const trained = state.items.filter(item => item.trained), select = $("draw_form").elements.drawn_with, chosen = select.value;
   const options = trained.map(item => [item.id, item.title]);
   if (JSON.stringify(options) !== select.dataset.options) {
     select.dataset.options = JSON.stringify(options);
@@ -51,7 +52,7 @@ export function showDraw(now) {
 }
 
 function addAdapter(source, strength) {
-  const mine = $("draw_form").elements.item.value;
+  const mine = $("draw_form").elements.drawn_with.value;
   const choices = [...state.items.filter(item => item.trained && ADAPTERS.includes(item.method) && item.id !== mine).map(item => [item.id, item.title]), ...state.adapters.map(name => [name, name])];
   const select = el("select", {"aria-label": t("add_adapter")}, choices.map(([value, text]) => el("option", {value, textContent: text})));
   const number = el("input", {placeholder: "1", value: strength ?? "", inputMode: "decimal", "aria-label": t("strength"), title: t("strength")});
@@ -64,7 +65,7 @@ async function draw(event) {
   event.preventDefault();
   const form = values($("draw_form"));
   const adapters = [...document.querySelectorAll(".adapter")].map(row => ({source: row.querySelector("select").value, strength: row.querySelector("input").value}));
-  await act("draw", {...form, adapters});
+  await act("draw", {...form, item: form.drawn_with, adapters});
 }
 
 export async function showGallery() {

@@ -34,6 +34,7 @@ export function jobRow(job) {
     el("div", {className: "head"}, el("a", {href: link(job.id), textContent: name}),
       el("span", {className: `badge ${job.state}`, textContent: t(`state_${job.state}`)}), buttons(job)),
     job.prompts.length ? el("div", {className: "hint", textContent: job.prompts.join(" · ")}) : null,
+    job.state === "waiting" && job.kind !== "train" && !job.beside ? el("div", {className: "hint", textContent: t("waits")}) : null,
     isAtWork(job) ? [progress, text] : null,
     job.said && !isAtWork(job) ? el("div", {className: job.state === "failed" ? "bad" : "hint", textContent: job.said}) : null);
   node.update = entry => {
@@ -55,7 +56,7 @@ export function showJobs(box, jobs, ended) {
 }
 
 function curve(points) {
-  const [width, height, left, bottom] = [700, 220, 46, 24];
+  const [width, height, left, bottom] = [Math.min(900, $("view_job").clientWidth || 700), 220, 46, 24];  // so that letters are not scaled
   const svg = (tag, attributes, text) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -75,7 +76,7 @@ function curve(points) {
     const drawn = points.filter(point => point[number + 1] !== null);
     if (!drawn.length) return;
     image.append(svg("polyline", {class: name, points: drawn.map(point => `${x(point[0])},${y(point[number + 1])}`).join(" ")}),
-      svg("text", {class: name, x: left + number * 200, y: 16}, t(`loss_${name}`)));
+      svg("text", {class: name, x: left + number * 110, y: 16}, t(`loss_${name}`)));
   });
   return image;
 }
