@@ -197,8 +197,8 @@ def test_the_program_goes_on_where_the_page_says(page, photo_bytes, library, run
     """Two trainings as the page gives them; the second begins with the first one's checkpoint."""
     for number in range(2):
         page.put("photo", f"{number}.png", photo_bytes(number))
-    fields = {"class_prompt": "a dog", "method": "lora", "model_name": str(tiny_model("sd1")), "steps": "3", "num_class_images": "2",
-              "rank": "2"}
+    fields = {"class_prompt": "a dog", "method": "lora", "model_name": str(tiny_model("sd1")), "steps": "3",
+              "num_class_images": "2", "rank": "2"}
 
     def train(fields, title):
         job = library.item(page.act("train", fields=fields, title=title)["item"]).job
@@ -281,8 +281,9 @@ def test_a_drawing_is_a_command_of_the_program(page, trained, library):
     assert page.put("adapter", "style.safetensors", b"weights") == {"name": "style.safetensors"}
     assert page.put("adapter", "style.safetensors", b"weights") == (400, "name_taken")
     assert page.put("adapter", "style.ckpt", b"weights") == (400, "not_safetensors")
+    adapters = [{"source": "style.safetensors", "strength": "0.5"}, {"source": "cat", "strength": ""}]
     job = page.act("draw", item="dog", prompt="a [identifier] dog\n\n--train ", negative_prompt="snow", seed="7", num_images="2",
-                   adapters=[{"source": "style.safetensors", "strength": "0.5"}, {"source": "cat", "strength": ""}], width="")["job"]
+                   adapters=adapters, width="")["job"]
     assert library.job(job).command["flags"] == [
         "--infer", "--model_path=library/trained/dog/output", "--image_dir=library/pictures", "--prompt=a [identifier] dog",
         "--prompt=--train", "--adapter=library/adapters/style.safetensors=0.5", "--adapter=library/trained/cat/output",
@@ -326,8 +327,13 @@ def test_a_comparison_is_a_command_of_the_program(page, trained, library):
     name = page.act("compare", items=["dog", "cat", "dog"], num_images="2", prompts="a [identifier] [class]")["compared"]
     assert Job(library.compared / name / "job").command["flags"] == [
         "--evaluate", "--model_path=library/trained/dog/output", "--model_path=library/trained/cat/output",
-        f"--eval_dir=library/compared/{name}/evaluation", "--num_images=2", f"--prompts_file=library/compared/{name}/prompts.txt"]
+        f"--eval_dir=library/compared/{name}/evaluation", "--instance_data_dir=library/trained/dog/photos", "--num_images=2",
+        f"--prompts_file=library/compared/{name}/prompts.txt"]
     assert (library.compared / name / "prompts.txt").read_text() == "a [identifier] [class]"
+    picture(5).save(library.trained / "cat" / "photos" / "0.png")  # no longer those of the dog
+    other = page.act("compare", items=["dog", "cat"])["compared"]
+    assert not [flag for flag in Job(library.compared / other / "job").command["flags"] if "instance_data_dir" in flag]
+    assert page.act("delete_compared", id=other, confirmed=other) == {}
     assert page.act("delete_compared", id=name)[1] == "really_delete"
     assert page.act("delete_compared", id=name, confirmed=name) == {} and page.get("/api/state")["compared"] == []
 

@@ -2,6 +2,7 @@
 
 import shutil
 
+import dreambooth_implementation as db
 from webui.guard import Refusal
 from webui.jobs import ENDED, Job
 from webui.library import rename, title_of
@@ -69,13 +70,24 @@ def compare(page, values):
     prompts = str(values.get("prompts") or "").strip()
     flags = ["--evaluate", *as_flags({
         "model_path": [str(item.output) for item in items], "eval_dir": str(place / "evaluation"),
-        "num_images": values.get("num_images"), "prompts_file": prompts and str(place / "prompts.txt")})]
+        "instance_data_dir": photos_of_all(items), "num_images": values.get("num_images"),
+        "prompts_file": prompts and str(place / "prompts.txt")})]
     check_flags(flags)
     place.mkdir(parents=True)
     if prompts:
         (place / "prompts.txt").write_text(prompts, encoding="utf-8")
     Job.make(place / "job", "compare", flags, title=title, uses=[item.id for item in items])
     return {"compared": place.name}
+
+
+def photos_of_all(items):
+    """The folder of the photos if these items have the same ones: each has a copy, and the program sets side by side what was
+    trained on one folder. None otherwise."""
+    folders = [item.place and item.place / "photos" for item in items]
+    if None in folders or not all(folder.is_dir() for folder in folders):
+        return None
+    photos = {frozenset(db.file_digest(path) for path in folder.iterdir() if db.is_picture(path)) for folder in folders}
+    return str(folders[0]) if len(photos) == 1 else None
 
 
 def export(page, values):

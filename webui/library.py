@@ -100,9 +100,9 @@ def best_picture(item, subject):
 
 def newest_picture(item):
     """What shows how an unfinished training goes."""
-    samples = sorted(item.partial.glob("samples/step-*/*.png"), key=lambda path: (path.parent.name, path.name.split("-")[0] != "01"))
-    newest = [path for path in samples if path.parent == samples[-1].parent]
-    return newest[0] if newest else item.partial / db.PHOTO_SHEET
+    steps = sorted(item.partial.glob("samples/step-*"))
+    samples = sorted(steps[-1].glob("*.png"), key=lambda path: not path.name.startswith("01-")) if steps else []  # "on the moon"
+    return samples[0] if samples else item.partial / db.PHOTO_SHEET
 
 
 def samples_of(library, item):

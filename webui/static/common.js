@@ -16,7 +16,8 @@ export function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null) continue;
-    if (name.includes("-")) node.setAttribute(name, value); else node[name] = value;
+    if (name.includes("-")) node.setAttribute(name, value);
+    else node[name] = value;
   }
   node.append(...children.flat().filter(child => child !== null && child !== undefined && child !== false));
   return node;
@@ -44,14 +45,17 @@ export function say(text, seconds = 8) {
   $("said").textContent = text;
   $("said").hidden = false;
   clearTimeout(clock);
-  clock = setTimeout(() => { $("said").hidden = true; }, seconds * 1000);
+  clock = setTimeout(() => {
+    $("said").hidden = true;
+  }, seconds * 1000);
 }
 
 // The answer of the server; null once what it refused was said. A question is asked, and the request made again with the answer.
 async function answered(response, again) {
   const answer = await response.json();
   if (response.ok) return answer;
-  if (answer.refused === "really_delete") return await ask(t("really_delete", answer.details)) ? again(answer.details.id) : null;
+  if (answer.refused === "really_delete")
+    return (await ask(t("really_delete", answer.details))) ? again(answer.details.id) : null;
   say(answer.refused === "program" ? answer.details.said : t(answer.refused, answer.details), 20);
   return null;
 }
@@ -68,24 +72,34 @@ async function request(path, options, again) {
 export const look = (what, query = {}) => request(`/api/${what}?${new URLSearchParams(query)}`, {});
 
 export async function act(action, values = {}) {
-  const answer = await request(`/api/${action}`, {method: "POST", body: JSON.stringify(values)}, confirmed => act(action, {...values, confirmed}));
+  const answer = await request(`/api/${action}`, {method: "POST", body: JSON.stringify(values)}, confirmed =>
+    act(action, {...values, confirmed}),
+  );
   if (answer) document.dispatchEvent(new Event("changed"));
   return answer;
 }
 
-export const bring = (what, file) => request(`/api/${what}?${new URLSearchParams({name: file.name})}`, {method: "PUT", body: file});
+export const bring = (what, file) =>
+  request(`/api/${what}?${new URLSearchParams({name: file.name})}`, {method: "PUT", body: file});
 
 function ask(text) {
   const dialog = $("ask");
   dialog.querySelector("p").textContent = text;
   dialog.showModal();
   return new Promise(resolve => {
-    const end = answer => { dialog.close(); resolve(answer); };
+    const end = answer => {
+      dialog.close();
+      resolve(answer);
+    };
     $("ask_yes").onclick = () => end(true);
     $("ask_no").onclick = () => end(false);
     dialog.oncancel = () => resolve(false);
   });
 }
+
+export const hint = text => el("p", {className: "hint", textContent: text});
+export const heading = word => el("h2", {textContent: t(word)});
+export const sheet = (url, alt = "", onclick) => el("img", {src: url, className: "sheet", alt, loading: "lazy", onclick});
 
 export function button(word, onclick, kind = "quiet") {
   return el("button", {type: "button", className: kind, textContent: t(word), onclick, "data-action": word});
@@ -93,12 +107,20 @@ export function button(word, onclick, kind = "quiet") {
 
 // A labelled field: kinds are text, long, number, switch and choice (with `choices`, [value, text] each).
 export function field(name, kind, {label, hint, choices, value, wide, placeholder} = {}) {
-  const input = kind === "long" ? el("textarea", {rows: 2}) : kind === "choice" ?
-    el("select", {}, choices.map(([value, text]) => el("option", {value, textContent: text}))) :
-    el("input", {type: {switch: "checkbox", number: "text"}[kind] || "text"});
+  const input =
+    kind === "long"
+      ? el("textarea", {rows: 2})
+      : kind === "choice"
+        ? el(
+            "select",
+            {},
+            choices.map(([value, text]) => el("option", {value, textContent: text})),
+          )
+        : el("input", {type: {switch: "checkbox", number: "text"}[kind] || "text"});
   Object.assign(input, {name, placeholder: placeholder ?? ""});
   if (kind === "number") input.inputMode = "decimal";
-  if (kind === "switch") input.checked = !!value; else if (value !== undefined) input.value = value;
+  if (kind === "switch") input.checked = !!value;
+  else if (value !== undefined) input.value = value;
   const text = el("span", {textContent: label ?? t(`field_${name}`)});
   const parts = kind === "switch" ? [input, text] : [text, input];
   return el("label", {className: wide ? "wide" : ""}, parts, hint ? el("span", {className: "hint", textContent: hint}) : null);
@@ -112,10 +134,19 @@ export function values(form) {
   return found;
 }
 
-export const date = seconds => new Date(seconds * 1000).toLocaleString(language === "zh" ? "zh-CN" : "en", {dateStyle: "medium", timeStyle: "short"});
+export const date = seconds =>
+  new Date(seconds * 1000).toLocaleString(language === "zh" ? "zh-CN" : "en", {dateStyle: "medium", timeStyle: "short"});
 
 export function enlarge(url, ...below) {
   const dialog = $("large");
-  dialog.replaceChildren(el("img", {src: url, alt: ""}), ...below, el("div", {className: "row"}, button("close", () => dialog.close())));
+  dialog.replaceChildren(
+    el("img", {src: url, alt: ""}),
+    ...below,
+    el(
+      "div",
+      {className: "row"},
+      button("close", () => dialog.close()),
+    ),
+  );
   dialog.showModal();
 }

@@ -8,13 +8,17 @@ import {showLibrary} from "./library.js";
 import * as train from "./train.js";
 
 const TABS = ["train", "library", "draw", "compare"];
-let state = null, chosen = null;
+let state = null,
+  chosen = null;
 
 function fillWords() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   for (const node of document.querySelectorAll("[data-word]")) node.textContent = t(node.dataset.word);
   $("language").textContent = t("other_language");
-  $("language").onclick = () => { localStorage.setItem("language", language === "zh" ? "en" : "zh"); location.reload(); };
+  $("language").onclick = () => {
+    localStorage.setItem("language", language === "zh" ? "en" : "zh");
+    location.reload();
+  };
 }
 
 function route() {
@@ -33,13 +37,18 @@ function show() {
     $("at_work").href = link(working.id);
     $("at_work").textContent = `${t(`kind_${working.kind}`)}: ${working.title} · ${progressText(working)}`;
   }
-  document.title = working?.training?.total ? `${Math.floor(100 * working.training.done / working.training.total)} % · DreamBooth` : "DreamBooth";
+  document.title = working?.training?.total
+    ? `${Math.floor((100 * working.training.done) / working.training.total)} % · DreamBooth`
+    : "DreamBooth";
   if (tab === "train") train.showLine(state);
   if (tab === "library") showLibrary(state);
   if (tab === "draw") draw.showDraw(state);
   if (tab === "compare") compare.showCompare(state);
   if (tab === "job" && id) showJob(id, state);
-  if (tab === "draw" && id && chosen !== location.hash) { chosen = location.hash; draw.choose(id); }
+  if (tab === "draw" && id && chosen !== location.hash) {
+    chosen = location.hash;
+    draw.choose(id);
+  }
 }
 
 let asking = false;
@@ -48,7 +57,10 @@ async function tick() {
   asking = true;
   const now = await look("state");
   asking = false;
-  if (now) { state = now; show(); }
+  if (now) {
+    state = now;
+    show();
+  }
 }
 
 fillWords();
@@ -56,9 +68,14 @@ show();
 draw.start();
 compare.start();
 await train.start();
-addEventListener("hashchange", () => { if (route().tab !== "draw") chosen = null; show(); });
+addEventListener("hashchange", () => {
+  if (route().tab !== "draw") chosen = null;
+  show();
+});
 document.addEventListener("changed", tick);
-setInterval(() => { if (!document.hidden) tick(); }, 1000);
+setInterval(() => {
+  if (!document.hidden) tick();
+}, 1000);
 document.addEventListener("visibilitychange", tick);
 await tick();
 document.body.dataset.ready = "yes";
