@@ -8,9 +8,9 @@ export const link = id => `#job/${encodeURIComponent(id)}`;
 export function progressText(job) {
   const bar = job.bar;
   if (!bar.total) return job.state === "stopping" ? t("stopping_now") : t("preparing");
-  const left = bar.left === "?" ? "" : t("time_left", {left: bar.left});
+  const left = bar.left === "?" ? "" : ` · ${t("time_left", {left: bar.left})}`;
   const training = job.training?.total && bar.title !== "training" ? `${t("training_step", job.training)} · ` : "";
-  return `${training}${t(`bar_${bar.title.split(" ")[0]}`)} ${bar.done}/${bar.total} · ${left}`;
+  return `${training}${t(`bar_${bar.title.split(" ")[0]}`)} ${bar.done}/${bar.total}${left}`;
 }
 
 function fraction(job) {
