@@ -249,11 +249,12 @@ def test_progress_and_losses_are_read_on(tmp_path):
             file.write(text.encode())
             file.flush()
         write("Machine: CPU\n\rencoding:  50%|5 | 1/2 [00:00<00:01, 1.0image/s]")
-        assert logs.report(log).bar == {"title": "encoding", "done": 1, "total": 2, "left": "00:01"}
+        assert logs.report(log).bar == {"title": "encoding", "done": 1, "total": 2, "left": None}
         half = BAR.format(done=20, loss="0.05")
         write("\r".join(["", BAR.format(done=10, loss="0.0822"), BAR.format(done=11, loss="0.0822"), half[:70]]))
         report = logs.report(log)
-        assert (report.training["done"], report.losses) == (11, [[10, 0.0822, 0.0877]])
+        assert report.training == {"title": "training", "done": 11, "total": 40, "left": 116}  # 4 seconds a step
+        assert report.losses == [[10, 0.0822, 0.0877]]
         write(half[70:] + "\nsamples of step 20:   8%|7 | 1/12 [00:34<06:16, 34.20s/image]\x1b[A\n\u4e00")
         report = logs.report(log)
         assert report.losses[-1] == [20, 0.05, 0.0877] and report.bar["title"] == "samples of step 20"
@@ -262,6 +263,7 @@ def test_progress_and_losses_are_read_on(tmp_path):
         write(f"{AGAIN}\n" + BAR.format(done=15, loss="0.06") + "\n")
         report = logs.report(log)
         assert report.error == "" and report.losses == [[10, 0.0822, 0.0877], [15, 0.06, 0.0877]]
+        assert report.training["left"] is None  # the steps of the run before have no pace
     assert Logs().report(log).losses == report.losses  # a new page reads the same
     log.write_text("anew\n")
     assert logs.report(log).lines == ["anew"]

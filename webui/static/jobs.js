@@ -8,9 +8,14 @@ export const link = id => `#job/${encodeURIComponent(id)}`;
 export function progressText(job) {
   const bar = job.bar;
   if (!bar.total) return job.state === "stopping" ? t("stopping_now") : t("preparing");
-  const left = bar.left === "?" ? "" : ` · ${t("time_left", {left: bar.left})}`;
+  const left = bar.left === null ? "" : ` · ${t("time_left", {left: clock(bar.left)})}`;
   const training = job.training?.total && bar.title !== "training" ? `${t("training_step", job.training)} · ` : "";
   return `${training}${t(`bar_${bar.title.split(" ")[0]}`)} ${bar.done}/${bar.total}${left}`;
+}
+
+function clock(seconds) {
+  const parts = [Math.floor(seconds / 3600), Math.floor(seconds / 60) % 60, seconds % 60];
+  return (parts[0] ? parts : parts.slice(1)).map((part, i) => (i ? String(part).padStart(2, "0") : part)).join(":");
 }
 
 function fraction(job) {
