@@ -248,7 +248,9 @@ def test_progress_and_losses_are_read_on(tmp_path):
         def write(text):
             file.write(text.encode())
             file.flush()
-        write("Machine: CPU\n\rencoding:  50%|5 | 1/2 [00:00<00:01, 1.0image/s]")
+        write("Machine: CPU\nmodel.safetensors:  42%|####2     | 1.4G/3.44G [00:10<00:14, 140MB/s]\r")
+        assert logs.report(log).bar == {"title": "model.safetensors", "done": 42, "total": 100, "left": None}
+        write("\rencoding:  50%|5 | 1/2 [00:00<00:01, 1.0image/s]")
         assert logs.report(log).bar == {"title": "encoding", "done": 1, "total": 2, "left": None}
         half = BAR.format(done=20, loss="0.05")
         write("\r".join(["", BAR.format(done=10, loss="0.0822"), BAR.format(done=11, loss="0.0822"), half[:70]]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 LINES = 300  # of a log that are kept
 BAR = re.compile(  # as tqdm writes it
     r"^(?P<title>\w[^|]*?): +\d+%\|.*?\| (?P<done>\d+)/(?P<total>\d+) \[(?P<spent>[\d:]+)<[\d:?]+(?P<values>[^\]]*)\]")
+OTHER_BAR = re.compile(r"^(?P<title>[^|]*?): *(?P<percent>\d+)%\|")  # of a download, in megabytes
 AGAIN = "---- once more ----"  # between two runs of a job
 LOSS = re.compile(r"(instance|prior)=([\d.e+-]+)")
 
@@ -27,7 +28,9 @@ class Report:
         line = line.replace("\x1b[A", "").rstrip()
         if found := BAR.match(line):
             return self.take_bar(found)
-        if line and is_whole:
+        if found := OTHER_BAR.match(line):
+            self.bar = {"title": found["title"], "done": int(found["percent"]), "total": 100, "left": None}
+        elif line and is_whole:
             self.lines.append(line)
             del self.lines[:-LINES]
         if line.startswith("error: "):

@@ -10,7 +10,8 @@ export function progressText(job) {
   if (!bar.total) return job.state === "stopping" ? t("stopping_now") : t("preparing");
   const left = bar.left === null ? "" : ` · ${t("time_left", {left: clock(bar.left)})}`;
   const training = job.training?.total && bar.title !== "training" ? `${t("training_step", job.training)} · ` : "";
-  return `${training}${t(`bar_${bar.title.split(" ")[0]}`)} ${bar.done}/${bar.total}${left}`;
+  const word = `bar_${bar.title.split(" ")[0]}`; // a download has none
+  return `${training}${t(word) === word ? bar.title : t(word)} ${bar.done}/${bar.total}${left}`;
 }
 
 function clock(seconds) {
