@@ -83,7 +83,8 @@ export function showJobs(box, jobs, ended) {
 
 function curve(points) {
   // As wide as it is shown, so that letters are not scaled.
-  const [width, height, left, bottom] = [Math.min(900, $("view_job").clientWidth || 700), 220, 46, 24]; // so that letters are not scaled
+  const [height, left, bottom] = [220, 46, 24];
+  const width = Math.min(900, $("view_job").clientWidth || 700); // as it is shown, so that letters are not scaled
   const svg = (tag, attributes, text) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
