@@ -22,7 +22,7 @@ SLOW = {"accelerate", "diffusers", "huggingface_hub", "lpips", "numpy", "peft", 
 # Test files after no module: of the whole program, or of what lies beside it.
 OTHERS = {"bad_input", "benchmarks", "demo", "docs", "families", "family_trainings", "kills", "notebook", "people_flags", "people_machines", "people_models",
           "people_photos", "pretended_gpu", "properties", "single_file",
-          "structure", "webui"}
+          "structure", "webui", "webui_browser", "webui_jobs"}
 # In an interpreter that has imported nothing of the program: each module in a fork of its own. Prints {module: what is wrong}.
 ALONE = """
 import importlib, json, os, sys, traceback
