@@ -57,7 +57,7 @@ def ready(tmp_path_factory, tiny_model):
     def model(name):
         return shutil.copytree(tiny_model("sd1"), root / name)
     index = model("other") / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
     (model("index") / "model_index.json").write_text("{")
     weights = model("cut") / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:999])
@@ -136,7 +136,7 @@ TRAIN = {  # what is wrong -> (flags after those of a good training, what the li
     "no such model": (["--model_name", "nobody/nothing"], "nobody/nothing"),
     "model no name": (["--model_name", "no model"], "--model_name"),
     "model without index": (["--model_name", "photos"], "model_index.json"),
-    "model of another kind": (["--model_name", "other"], "FluxPipeline"),
+    "model of another kind": (["--model_name", "other"], "KandinskyPipeline"),
     "index broken": (["--model_name", "index"], "model_index.json"),
     "weights truncated": (["--model_name", "cut"], "--model_name cut"),
     "weights pickled": (["--model_name", "pickle"], "use_safetensors=False"),

@@ -463,7 +463,7 @@ def originals(tmp_path_factory):
         if kind not in made:
             pipeline = wide_pipeline(kind)
             pipeline.save_pretrained(root / kind)
-            made[kind] = db.original_checkpoint(pipeline), root / kind
+            made[kind] = {name: tensor.contiguous() for name, tensor in db.original_checkpoint(pipeline).items()}, root / kind
         return made[kind]
 
     return make
