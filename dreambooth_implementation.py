@@ -4718,6 +4718,7 @@ class Models:
     arithmetic: typing.Any = None  # the torch.dtype that the denoiser will compute in; None: that of its weights
     sample: dict | None = None  # sample_weights() of the weights as they were loaded
     digest: str | None = None  # the fingerprint, where it was made of the files
+    base_precision: str = "bf16"  # of the frozen weights that a LoRA stands on; "bf16": that of the arithmetic
     book: typing.Any = None  # the PromptBook of a late model, whose text encoders come and go
 
     @property
@@ -4948,12 +4949,7 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
     `parts`, {name: module}, take the place of its own; its denoiser comes in `denoiser_dtype`, and its weights from the files of
     `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
@@ -4968,6 +4964,16 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from None
     make_ready(pipeline, name, flag)
     return pipeline
+
+
+def quiet_libraries():
+    """Have diffusers and transformers say nothing by themselves: what goes wrong is raised as well."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
 
 
 def load_folder(name, flag, dtypes, parts, variant=None):
@@ -5227,6 +5233,7 @@ def load_late(name, arithmetic, variant=None, flag="--model_name"):
     """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet."""
     import torch
 
+    quiet_libraries()
     shelf = Shelf(name, flag, variant)
     book, parts = PromptBook(shelf, arithmetic), {shelf.denoiser: shelf.hollow(arithmetic)}
     texts = dict.fromkeys(shelf.texts)
@@ -5249,7 +5256,7 @@ def with_denoiser(models, dtype, base_precision):
     models.book.drop(models)
     denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
     models.pipeline.register_modules(**{shelf.denoiser: denoiser})
-    return dataclasses.replace(models, denoiser=denoiser)
+    return dataclasses.replace(models, denoiser=denoiser, base_precision=base_precision)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6214,7 +6221,8 @@ def class_image_settings(s, models, class_prompt, resolution, plan):
     """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
     steps, scale = class_image_look(s, models.family)
-    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
+    base = {} if models.base_precision == "bf16" else {"base_precision": models.base_precision}
+    return {**base, "prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
             **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
 

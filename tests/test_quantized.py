@@ -1,7 +1,12 @@
 """The frozen base of a LoRA in fewer bits."""
 
+import dataclasses
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import REPOSITORY
 from tiny_families import TINY
 from training_runs import need
 
@@ -59,3 +64,18 @@ def test_without_a_gpu_nf4_is_one_line(tiny_model, photos, run):
     need("adamw8bit")
     status, _, err = run("--train", "--model_name", tiny_model("z-image"), "--instance_data_dir", photos, *QUICK, "--base_precision", "nf4")
     assert status == 2 and ("CUDA" in err or "bitsandbytes" in err)
+
+
+def test_class_images_of_a_base_in_fewer_bits_are_others(tiny_model):
+    models, plan = db.load_late(str(tiny_model("z-image")), torch.bfloat16), db.Plan(torch.device("cpu"), "bf16")
+    whole, fewer = (db.class_image_settings(db.Settings("train"), dataclasses.replace(models, base_precision=base), "a dog", 32, plan)
+                    for base in ("bf16", "int8"))
+    assert fewer == {**whole, "base_precision": "int8"} and "base_precision" not in whole
+
+
+def test_nothing_is_printed_but_what_the_program_says(tiny_model, tmp_path):
+    """The libraries' own remarks, on parts without memory and on packages, are nobody's business."""
+    pytest.importorskip("torchao")
+    script = f"import torch, dreambooth_implementation as db; db.load_late({str(tiny_model('z-image'))!r}, torch.bfloat16)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "" and "kept in float32" not in done.stderr and "torchao" not in done.stderr

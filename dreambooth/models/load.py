@@ -30,12 +30,7 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
     `parts`, {name: module}, take the place of its own; its denoiser comes in `denoiser_dtype`, and its weights from the files of
     `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
@@ -50,6 +45,16 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from None
     make_ready(pipeline, name, flag)
     return pipeline
+
+
+def quiet_libraries():
+    """Have diffusers and transformers say nothing by themselves: what goes wrong is raised as well."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
 
 
 def load_folder(name, flag, dtypes, parts, variant=None):

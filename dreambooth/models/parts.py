@@ -26,6 +26,7 @@ class Models:
     arithmetic: typing.Any = None  # the torch.dtype that the denoiser will compute in; None: that of its weights
     sample: dict | None = None  # sample_weights() of the weights as they were loaded
     digest: str | None = None  # the fingerprint, where it was made of the files
+    base_precision: str = "bf16"  # of the frozen weights that a LoRA stands on; "bf16": that of the arithmetic
     book: typing.Any = None  # the PromptBook of a late model, whose text encoders come and go
 
     @property
