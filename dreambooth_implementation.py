@@ -56,7 +56,7 @@ import typing
 import unicodedata
 import warnings
 import zlib
-from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from dataclasses import dataclass
 from filelock import FileLock, Timeout
 from importlib.metadata import version
@@ -693,10 +693,20 @@ def load_image(path):
 
     Raises UserError if it cannot be read to its last pixel.
     """
+    return load_as(path, as_seen)
+
+
+def load_opacity(path):
+    """How opaque the picture at `path` is, upright, 8-bit: 0 where nothing is seen of it. None if it is opaque throughout."""
+    return load_as(path, opacity)
+
+
+def load_as(path, seen):
+    """What `seen` makes of a file's path and Pillow image. UserError if it cannot be read to its last pixel."""
     try:
         with warnings.catch_warnings(), unlimited():
             warnings.simplefilter("ignore")  # what matters of them is said below
-            return decoded(path)
+            return decoded(path, seen)
     except UserError:
         raise
     except Exception as problem:  # decoders raise all kinds of things on damaged files
@@ -720,11 +730,11 @@ def unlimited():
             setattr(module, name, value)
 
 
-def decoded(path):
-    """load_image(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
+def decoded(path, seen):
+    """load_as(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
     try:
         with opened(path) as image:
-            return as_seen(path, image)
+            return seen(path, image)
     except UserError:
         raise
     except Exception as problem:
@@ -737,7 +747,7 @@ def decoded(path):
         if rest == data:
             raise
         with Image.open(io.BytesIO(rest), formats=[kind]) as image:
-            return as_seen(path, image)
+            return seen(path, image)
 
 
 def opened(path):
@@ -839,12 +849,28 @@ def as_seen(path, image):
     if image.mode == "La":
         image = image.convert("LA")
     # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    alpha = alpha_of(image)
     plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
     if alpha:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def alpha_of(image):
+    """The alpha channel of a Pillow image, or None."""
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def opacity(path, image):
+    """load_opacity() of a Pillow image."""
+    if not image.has_transparency_data:
+        return None
+    image.load()
+    turn, alpha = turn_of(path, image), alpha_of(image.convert("LA") if image.mode == "La" else image)
+    if alpha.getextrema()[0] == 255:
+        return None
+    return alpha.transpose(TURNS[turn]) if turn in TURNS else alpha
 
 
 def frames_of(image):
@@ -874,7 +900,7 @@ def turn_of(path, image):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# images: Pictures: cut to squares, laid out in grids, saved with their settings inside.
+# images: Pictures: cut to size, laid out in grids, saved with their settings inside.
 #
 # Knows nothing of subjects or models.
 
@@ -882,22 +908,28 @@ def turn_of(path, image):
 LONG = 8  # times as long as wide
 
 
-def square(image, resolution):
-    """(square image, [height, width, top, left, side, side]): the middle of `image`, scaled to `resolution` pixels.
+def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
+    """(image of `size`, [height, width, top, left, height, width of `size`]): `image` scaled until it covers `size`, and cut to it.
 
-    The numbers are SDXL's size conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
+    `at` is how far to the right and down the cut lies, from 0 to 1; 0.5 cuts out the middle. The numbers are SDXL's size
+    conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
-        x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
-        box = (x, y, min(x + side, width), min(y + side, height))
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
+    (width, height), (across, down) = image.size, size
+    scale = max(across / width, down / height)
+    scaled = (max(across, round(width * scale)), max(down, round(height * scale)))
+    left, top = int((scaled[0] - across) * at[0]), int((scaled[1] - down) * at[1])
+    if max(scaled) > LONG * min(size):  # a strip: all of it, scaled, would not fit into memory
+        x, y = left / scaled[0] * width, top / scaled[1] * height
+        box = (x, y, min(x + across / scale, width), min(y + down / scale, height))
+        image = image.resize(size, resampling, box)
     else:
-        image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
-    return image, [height, width, top, left, resolution, resolution]
+        image = image.resize(scaled, resampling).crop((left, top, left + across, top + down))
+    return image, [height, width, top, left, down, across]
+
+
+def square(image, resolution):
+    """fitted() to a square of `resolution` pixels around the middle."""
+    return fitted(image, (resolution, resolution))
 
 
 def load_square(path):
@@ -1175,6 +1207,16 @@ class Settings:
                                          shown='the class prompt with the identifier: "a sks dog"')
     concepts: str | None = _field("train+evaluate", None, "JSON list of several subjects to learn together, instead of the "
                                                           "flags above", shown="none")
+    caption: str | None = _field("train", None, "captions of single photos: files beside them, or none", choices=["files", "none"],
+                                 shown="files, where there are any")
+    mask: str | None = _field("train", None, "masks, white where the subject is: files beside the photos and the photos' own "
+                              "transparency; auto: these, and for the others what --mask_model draws; or none",
+                              choices=["auto", "files", "none"], shown="files, where there are any")
+    unmasked_weight: float | None = _field("train", None, "how much what is not the subject counts, of 1, where there is a mask",
+                                           minimum=0, maximum=1, shown="0.1")
+    mask_model: str | None = _field("train", None, "CLIPSeg network that finds the class in a photo, a folder or hub id",
+                                    shown="CIDAS/clipseg-rd64-refined")
+    mask_dir: str = _field("train", "./drawn_masks", "cache of masks that the program draws")
     random_flip: bool = _field("train", False, "also train on mirrored photos (not for subjects with a left and a right)")
 
     # Prior preservation
@@ -1342,7 +1384,8 @@ class Settings:
 
 
 PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path",
-              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
+              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir", "mask_model",
+              "mask_dir")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 
@@ -1483,6 +1526,8 @@ EFFECTIVE = {
     "repeats": ("--num_train_epochs or --validation_epochs",
                 lambda s: (s.num_train_epochs and not s.steps) or (s.validation_epochs and not s.validation_steps)),
     "validation_epochs": ("no --validation_steps", lambda s: s.validation_steps is None),
+    "unmasked_weight": ("masks, which --mask none rules out", lambda s: s.mask != "none"),
+    **dict.fromkeys(("mask_model", "mask_dir"), ("--mask auto", lambda s: s.mask == "auto")),
     "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
 }
 
@@ -2046,6 +2091,108 @@ def fill_class(prompt, names, subjects):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# subjects/masks: Masks that a person gives to photos: white where the subject is. A file beside the photo or in a folder `masks`, or what of the
+# photo is transparent.
+#
+# Knows nothing of what is done with them.
+
+
+MASK_ENDS = (".mask", "-masklabel")  # of names: dog.mask.png or dog-masklabel.png for dog.jpg
+MASK_FOLDER = "masks"  # beside the photos: masks/dog.png
+LARGEST_MASK = 1024  # pixels along a side; more are not kept
+LEAST_SHARE = 0.002  # of a picture that a subject has to cover
+
+
+def is_mask_name(path):
+    """Whether a file says by its name that it is a mask."""
+    return path.stem.casefold().endswith(MASK_ENDS)
+
+
+def masked_stem(path):
+    """The name of the photo that a mask of this name belongs to, folded."""
+    stem = folded(path.stem)
+    return next((stem.removesuffix(end) for end in MASK_ENDS if stem.endswith(end)), stem)
+
+
+def find_masks(folder, photos):
+    """{photo: its mask, an "L" picture} of those photos that have one; says how many. UserError for a mask that is of no use.
+
+    A mask is as large as its photo, but for what LARGEST_MASK leaves of it.
+    """
+    files, masks = mask_files(folder, photos), {}
+    for photo in photos:
+        opacity = None if photo in files else load_opacity(photo)
+        if photo in files:
+            masks[photo] = smaller(read_mask(files[photo], photo))
+        elif opacity:
+            check_covers(opacity, photo, "is transparent nearly everywhere; give it a mask that shows the subject, or remove it")
+            masks[photo] = smaller(opacity)
+    if masks:
+        own = len(masks) - len(files)
+        say(f"Masks: {len(masks)} of {len(photos)} photos in {folder} have one" + f", {own} by their own transparency" * (own > 0) + ".")
+    return masks
+
+
+def mask_files(folder, photos):
+    """{photo: its mask file}. Says which are of no photo; UserError where two might be a photo's."""
+    inside = next((path for path in folder.iterdir() if folded(path.name) == MASK_FOLDER and path.is_dir()), None)
+    beside = [path for path in sorted(folder.iterdir()) if is_mask_name(path) and path not in photos]
+    by_stem, found = {}, {}
+    for path in (*beside, *(sorted(inside.iterdir()) if inside else ())):
+        if os.path.isfile(path) and not path.name.startswith("."):
+            by_stem.setdefault(masked_stem(path), []).append(path)
+    for photo in photos:
+        several = by_stem.get(folded(photo.stem), []) + by_stem.get(folded(photo.name), [])
+        if len(several) > 1:
+            raise UserError(f"{several[0]} and {several[1]} may both be the mask of {photo.name}; keep one of them")
+        if several:
+            found[photo] = several[0]
+    for path in (path for paths in by_stem.values() for path in paths if path not in found.values()):
+        say(f"Skipped {path}: no image in {folder} has the name of this mask.")
+    return found
+
+
+def read_mask(path, photo):
+    """The mask in a file, an "L" picture of its photo's size. UserError if it is of another size or shows nothing."""
+    mask, opacity, size = load_image(path).convert("L"), load_opacity(path), load_image(photo).size
+    if opacity:  # what is seen through is no subject
+        mask = ImageChops.multiply(mask, opacity)
+    if mask.size != size:
+        raise UserError(f"{path}: {mask.width} x {mask.height} pixels, but {photo.name} has {size[0]} x {size[1]}; a mask has to be of "
+                        f"its photo's size")
+    check_covers(mask, path, "is black nearly everywhere; paint the subject white, or remove it")
+    if is_inside_out(mask):
+        say(f"Note: {path} is white along the borders and black in the middle. White is what is learnt: is it inverted?")
+    return mask
+
+
+def check_covers(mask, path, problem):
+    """UserError, which names `problem`, unless a mask shows something."""
+    if share_of(mask) < LEAST_SHARE:
+        raise UserError(f"{path} {problem}")
+
+
+def share_of(mask):
+    """How much of a picture its mask covers, from 0 to 1."""
+    small = mask.resize((64, 64), Image.Resampling.BOX)
+    return small.convert("F").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) / 255
+
+
+def is_inside_out(mask):
+    """Whether nearly all of the border is white and most of the middle black."""
+    small = mask.resize((16, 16), Image.Resampling.BOX)
+    inner = small.crop((4, 4, 12, 12))
+    border = [small.getpixel((x, y)) for x in range(16) for y in range(16) if x in (0, 15) or y in (0, 15)]
+    return sum(border) > 0.9 * 255 * len(border) and share_of(inner) < 0.5
+
+
+def smaller(mask):
+    """A mask of at most LARGEST_MASK pixels along a side."""
+    share = LARGEST_MASK / max(mask.size)
+    return mask if share >= 1 else mask.resize([max(1, round(side * share)) for side in mask.size], Image.Resampling.BOX)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
 #
 # Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
@@ -2204,7 +2351,7 @@ def has_picture_suffix(path):
 
 def is_picture(path):
     """Whether a file, or one that a link leads to, counts as an image: by its name, or else by its first bytes."""
-    if path.name.startswith(".") or not os.path.isfile(path):
+    if path.name.startswith(".") or is_mask_name(path) or not os.path.isfile(path):
         return False
     return has_picture_suffix(path) or path.suffix.lower() not in OTHER_PICTURES and picture_kind(path) is not None
 
@@ -2213,6 +2360,8 @@ def why_skipped(path):
     """Why what lies in a folder of images is left out, as the end of a sentence; None if it is not worth a word."""
     if path.name.startswith("."):  # what systems keep there, such as ._dog.jpg on Macs, is not
         return ": its name begins with a dot, which hides it; rename it to use it." if picture_kind(path) else None
+    if is_mask_name(path) or folded(path.name) == MASK_FOLDER:
+        return None  # whoever uses masks tells of those that are of no use
     if os.path.isdir(path):
         return f"{os.sep}: folders inside {path.parent} are not searched."
     if not os.path.exists(path):
@@ -2239,7 +2388,7 @@ def holds_pictures(folder):
         return False
 
 
-def find_photos(concept, flag="--instance_data_dir"):
+def find_photos(concept, flag="--instance_data_dir", takes_captions=True):
     """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
 
     Photos and class prompt that came with the program are left out as soon as there are others beside them.
@@ -2247,7 +2396,7 @@ def find_photos(concept, flag="--instance_data_dir"):
     folder = Path(concept.instance_data_dir)
     photos = list_images(folder, flag)
     everything = entries_of(folder, flag)
-    captions = read_captions(photos, everything)
+    captions = read_captions(photos, everything) if takes_captions else {}
     sums = read_sums(folder / SAMPLE_LIST)
     own = [p for p in photos if not is_sample(p, sums)]
     if 0 < len(own) < len(photos):
@@ -2365,6 +2514,9 @@ def tell_strangers(folder, concepts):
 # Knows nothing of methods and models: whoever calls says whether there are class images and whether prompts name the class.
 
 
+FOUND = ("photos", "masks")  # of a Concept: what is found, and not given
+
+
 @dataclass(frozen=True)
 class Concept:
     """A subject as its owner describes it: an entry of --concepts, or the flags of these names."""
@@ -2377,6 +2529,7 @@ class Concept:
     identifier: str = "auto"
     instance_prompt: str | None = None  # "a [identifier] dog"
     photos: tuple = ()  # (path, its own caption or None)
+    masks: dict = dataclasses.field(default_factory=dict, compare=False)  # photo path -> "L" picture
 
 
 def read_concepts(s, needs_class, names_class):
@@ -2392,7 +2545,9 @@ def read_concepts(s, needs_class, names_class):
         concept = Concept(**{"instance_data_dir": SAMPLE_PHOTOS, "class_data_dir": s.class_data_dir,
                              "num_class_images": s.num_class_images, **entry})
         where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
-        concepts.append(complete_concept(concept, where, needs_class, names_class))
+        concept = complete_concept(concept, where, needs_class, names_class, s.caption != "none")
+        given = find_masks(Path(concept.instance_data_dir), [path for path, _ in concept.photos]) if s.mask != "none" else {}
+        concepts.append(dataclasses.replace(concept, masks=given))
     for field in ("name", "identifier"):
         values = [value for concept in concepts if (value := getattr(concept, field)) not in ("", "auto")]
         for value in values:
@@ -2431,7 +2586,7 @@ def read_concept_file(path):
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
                         f'"class_prompt": "a dog"}}, ...]')
-    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name != "photos"}
+    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name not in FOUND}
     for number, entry in enumerate(entries, 1):
         if unknown := entry.keys() - kinds.keys():
             raise UserError(f'--concepts {path}: entry {number} has "{min(unknown)}"; known are {", ".join(kinds)}')
@@ -2449,10 +2604,10 @@ def read_concept_file(path):
     return entries
 
 
-def complete_concept(concept, where, needs_class, names_class):
+def complete_concept(concept, where, needs_class, names_class, takes_captions=True):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
-    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
+    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir", takes_captions)
     if class_prompt is None and (needs_class or concept.instance_prompt is None):
         reason = ("prior preservation needs it" if concept.instance_prompt else
                   f"say what kind of thing is in {concept.instance_data_dir}")
@@ -2945,6 +3100,12 @@ class Family:
     def latent_shape(self, pipeline, side):
         """(C, h, w) of a square's latents."""
         return (pipeline.transformer.config.in_channels, *[side // self.latent_scale(pipeline)] * 2)
+
+    def latents_of(self, pipeline, size):
+        """(C, h, w) of the latents of a picture of `size` (width, height)."""
+        multiple = self.multiple(pipeline)
+        channels, *least = self.latent_shape(pipeline, multiple)  # of the smallest square
+        return channels, *(side // multiple * cells for side, cells in zip(reversed(size), least))
 
     def tokens(self, pipeline, side):
         """How many tokens the denoiser makes of a square's latents."""
@@ -3930,6 +4091,51 @@ def load_single_file(name, flag, dtypes, parts):
     if "requires_safety_checker" in pipeline.config:
         pipeline.register_to_config(requires_safety_checker=False)
     return pipeline
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/vision: Networks that look at pictures, each a folder or a hub id: loaded whole and from safetensors, or not at all.
+
+
+SAFETENSORS_AT = {  # main has only pickles
+    "facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15", "CIDAS/clipseg-rd64-refined": "refs/pr/5",
+    "Salesforce/blip-image-captioning-base": "refs/pr/38"}
+
+
+def revision_of(name):
+    return {"revision": SAFETENSORS_AT[name]} if name in SAFETENSORS_AT and not Path(name).is_dir() else {}
+
+
+def check_network(flag, name, kind):
+    """UserError unless a network of this model_type is at hand, or the hub has one. Neither torch nor the network is loaded."""
+    try:
+        path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except Exception as problem:  # of the file, or whatever the hub's client raises
+        raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
+                        f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
+    if found != kind:
+        raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
+
+
+def load_network(flag, name, kind, *others, **options):
+    """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
+    transformers.logging.disable_progress_bar()
+    for cached_only in (True,) if Path(name).is_dir() else (True, False):
+        where = {"local_files_only": cached_only, **revision_of(name)}
+        try:
+            model, report = kind.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                                                 **options, **where)
+            if report["missing_keys"]:  # transformers would make them up
+                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+            return [model.eval(), *(other.from_pretrained(name, **where) for other in others)]
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+            reason = " ".join(str(problem).split())[:300]
+    raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5318,7 +5524,8 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     levels = noise_kind.levels(len(rows), source)
     if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
         noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
-    return {
+    masks = {} if cache.mask is None else {"mask": cache.mask[rows]}
+    return masks | {
         "latents": latents,
         "noise": noise,
         "levels": levels,
@@ -5330,12 +5537,143 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# data/views: How training sees a picture: at which size, which part of it, and how much each place counts.
+
+
+USUAL_FLOOR = 0.1  # what counts of a photo beside its subject
+TINT = (214, 39, 130)
+
+
+@dataclass(frozen=True)
+class View:
+    """How training sees a picture: scaled until it covers `size`, and cut to that."""
+
+    size: tuple  # (width, height) in pixels
+    at: tuple = (0.5, 0.5)  # how far to the right and down the cut lies, as in fitted()
+    mask: typing.Any = None  # "L" picture of all of it, white where the subject is
+
+    def seen(self, image):
+        """(the picture as it is trained on, its size record): see fitted()."""
+        return fitted(image, self.size, self.at)
+
+    def seen_mask(self):
+        """The mask cut as the picture is."""
+        return fitted(self.mask, self.size, self.at, Image.Resampling.BILINEAR)[0]
+
+    def weights(self, floor, shape):
+        """What each place of latents of `shape` (h, w) counts, [1, h, w], 1 on average: in the subject 1, elsewhere `floor`."""
+        import numpy as np
+        import torch
+
+        white = torch.from_numpy(np.array(self.seen_mask(), dtype=np.float32))[None] / 255
+        weights = torch.nn.functional.adaptive_avg_pool2d(white, shape).clamp(min=floor)
+        return weights / weights.mean().clamp(min=1e-6)
+
+    def tinted(self, image):
+        """What seen() gives, with a tint over what is not the subject."""
+        picture = self.seen(image)[0]
+        if self.mask is None:
+            return picture
+        grey = picture.convert("L").convert("RGB")  # a tint alone would not show on its own colour
+        return Image.composite(picture, Image.blend(grey, Image.new("RGB", picture.size, TINT), 0.4), self.seen_mask())
+
+    def traits(self):
+        """What tells this view from the usual one, a square from the middle, as a list."""
+        shape = [] if self.size[0] == self.size[1] and self.at == (0.5, 0.5) else [*self.size, *self.at]
+        return shape + ([pixels_digest(self.mask)] if self.mask else [])
+
+
+def views_of(concepts, side):
+    """{photo: View} of all photos, in squares of `side` pixels."""
+    return {path: View((side, side), mask=concept.masks.get(path)) for concept in concepts for path, _ in concept.photos}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/segment: Masks that the program draws: where in a photo a network of CLIPSeg's kind sees what the class noun says.
+#
+# Each is drawn once and kept under a name made of the photo's content, the network and the noun.
+
+
+MASK_MODEL = "CIDAS/clipseg-rd64-refined"
+FEWEST, MOST = 0.01, 0.95  # of a photo that a mask which is of use covers
+DOUBT = 0.25  # what is nowhere likelier than this to be the subject is not taken for it
+
+
+def drawn_masks(s, concepts):
+    """{photo: file of the mask that is, or is to be, drawn} of all photos without one. UserError if no noun says what to look for."""
+    model, files = default(s.mask_model, MASK_MODEL), {}
+    weights = [file_digest(path) for path in sorted(Path(model).glob("*.safetensors"))] or [model, revision_of(model)]
+    for concept in concepts:
+        if not concept.class_prompt:
+            raise UserError("--mask auto: --class_prompt is missing; say what to look for in the photos, such as \"a dog\"")
+        for path in (path for path, _ in concept.photos if path not in concept.masks):
+            key = json.dumps([file_digest(path), noun_of(concept.class_prompt), weights])
+            files[path] = Path(s.mask_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.png"
+    return files
+
+
+def check_drawing_masks(s, concepts):
+    """UserError if masks are to be drawn and the network for it is not to be had."""
+    if s.mask == "auto" and not all(file.is_file() for file in drawn_masks(s, concepts).values()):
+        check_network("--mask_model", default(s.mask_model, MASK_MODEL), "clipseg")
+
+
+def with_drawn_masks(s, concepts, device):
+    """`concepts` with a mask for each photo that has none, with --mask auto; says which are of no use."""
+    if s.mask != "auto":
+        return concepts
+    files = drawn_masks(s, concepts)
+    nouns = {path: noun_of(concept.class_prompt) for concept in concepts for path, _ in concept.photos}
+    if missing := [path for path, file in files.items() if not file.is_file()]:
+        draw_masks(s, {path: (nouns[path], files[path]) for path in missing}, device)
+    masks = {path: mask for path, file in files.items() if (mask := of_use(path, load_image(file).convert("L"), nouns[path]))}
+    if files:
+        say(f"Masks: {len(masks)} of {len(files)} photos without one have one that the program drew, kept in {s.mask_dir}.")
+    return [dataclasses.replace(c, masks=c.masks | {path: masks[path] for path, _ in c.photos if path in masks}) for c in concepts]
+
+
+def of_use(path, likely, noun):
+    """The mask made of how likely each place shows the noun, its most likely place white; None, and says so, if it tells nothing."""
+    most = likely.getextrema()[1]
+    mask = likely.point([min(255, round(value / max(1, most) * 255)) for value in range(256)])
+    share = share_of(mask.point([255 * (value > 127) for value in range(256)]))
+    if most < DOUBT * 255 or share < FEWEST:
+        say(f"Note: {path}: no {noun} was found in it; it is trained on without a mask. Beside it you can lay one of your own.")
+    elif share > MOST:
+        say(f"Note: {path}: the {noun} would be all of it; it is trained on without a mask.")
+    else:
+        return mask
+
+
+def draw_masks(s, jobs, device):
+    """Draw the masks of `jobs`, {photo: (noun, file)}."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPSegForImageSegmentation
+
+    name = default(s.mask_model, MASK_MODEL)
+    network, prepare, tokenizer = load_network("--mask_model", name, CLIPSegForImageSegmentation, AutoImageProcessor, AutoTokenizer)
+    network.to(device)
+    Path(s.mask_dir).mkdir(parents=True, exist_ok=True)
+    for path, (noun, file) in progress(list(jobs.items()), "masks", "photo", hidden=not is_first_process()):
+        image = load_image(path)
+        pixels, words = prepare([image], return_tensors="pt"), tokenizer([noun], return_tensors="pt")
+        with torch.no_grad():
+            logits = network(pixel_values=pixels.pixel_values.to(device), input_ids=words.input_ids.to(device),
+                             attention_mask=words.attention_mask.to(device)).logits
+        likely = (255 * logits.sigmoid()).round().byte().cpu().reshape(logits.shape[-2:])
+        share = min(1, LARGEST_MASK / max(image.size))
+        size = [max(1, round(side * share)) for side in image.size]
+        with whole_file(file) as part:
+            Image.fromarray(likely.numpy()).resize(size, Image.Resampling.BILINEAR).save(part, format="PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # data/latents: The latent cache: every training picture passes through the VAE once.
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """The VAE's view of every training picture, one row each, on the CPU; a mirrored picture is a row of its own.
+    """The VAE's view of every training picture of one shape, one row each, on the CPU; a mirrored picture is a row of its own.
 
     A row keeps mean and deviation, so that each step samples its latents afresh (the VAE is not run again), together
     with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
@@ -5348,40 +5686,93 @@ class LatentCache:
     prompts: list
     photos: list  # for each subject the rows of its photos
     class_images: list  # for each subject the rows of its class images; empty without prior preservation
+    mask: typing.Any = None  # [N, 1, h, w]: what each place counts; None: all the same
+
+    @property
+    def shelves(self):
+        """The caches of the several shapes: this one."""
+        return [self]
 
 
-def cache_latents(models, photos, class_images, resolution, device, random_flip=False):
-    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a LatentCache.
+@dataclass(frozen=True)
+class ShapedCache:
+    """Pictures of several shapes: for each a LatentCache, of the same subjects and prompts; subjects may have no rows in one."""
 
-    The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as the photos are.
+    shelves: list
+
+    @property
+    def prompts(self):
+        return self.shelves[0].prompts
+
+    @property
+    def class_images(self):
+        """Whether there are any, as a list."""
+        return [pool for shelf in self.shelves for pool in shelf.class_images if pool]
+
+
+def cache_latents(models, photos, class_images, resolution, device, random_flip=False, views=None, floor=USUAL_FLOOR):
+    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a cache of one shape or several.
+
+    `views` are {path: View} of those that are not squares of `resolution` pixels from the middle; `floor` is what the rest of a
+    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as
+    the photos are.
     """
-    import numpy as np
-    import torch
-
-    vae = models.vae.to(device)
     own = {picture for pool in photos for picture in pool}
     pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
     prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    variants, shape = 2 if random_flip else 1, models.family.latent_shape(models.pipeline, resolution)
+    usual = View((resolution, resolution))
+    view_of = {picture: (views or {}).get(picture[0], usual) for picture in pictures}
+    shelves = {}
+    for picture, view in view_of.items():
+        shelves.setdefault(view.size, []).append(picture)
+    vae, bar = models.vae.to(device), progress(pictures, "encoding", "image", hidden=not is_first_process())
+    seen = iter(bar)
+    encoded = [encode_shelf(models, shelf, view_of, prompts, own, device, 2 if random_flip else 1, floor, seen)
+               for shelf in shelves.values()]
+    next(seen, None)  # which ends the bar
+    vae.to("cpu")
+    caches = []
+    for rows_of, tensors, mask in encoded:
+        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind] for kind in (photos, class_images)]
+        caches.append(LatentCache(*tensors, prompts, *pools, mask))
+    return caches[0] if len(caches) == 1 else ShapedCache(caches)
+
+
+def encode_shelf(models, pictures, view_of, prompts, own, device, variants, floor, bar):
+    """({picture: its rows}, (mean, std, sizes, prompt), mask or None) of pictures that are seen at one size, `bar` advancing."""
+    import numpy as np
+    import torch
+
+    vae, size = models.vae, view_of[pictures[0]].size
     rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
     # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(pictures), *shape)
+    mean, std = torch.empty(2, variants * len(pictures), *models.family.latents_of(models.pipeline, size))
+    has_masks = any(view_of[picture].mask for picture in pictures)
+    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if has_masks else None
     sizes, prompt = [], []
-    for picture in progress(pictures, "encoding", "image", hidden=not is_first_process()):
-        path, caption = picture
+    for picture in pictures:
+        next(bar)
+        (path, caption), view = picture, view_of[picture]
         image = load_image(path)
-        if min(image.size) < resolution and picture in own:
-            say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
-        image, size = square(image, resolution)
+        if picture in own:
+            tell_enlarged(path, image, size)
+        image, record = view.seen(image)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, variant in zip(rows_of[picture], (pixels, pixels.flip(-1))):
+        for row, turn in zip(rows_of[picture], (lambda rows: rows, lambda rows: rows.flip(-1))):
             with torch.no_grad():
-                (mean[row],), (std[row],) = models.family.moments(vae, variant)
-            sizes.append(size)
+                (mean[row],), (std[row],) = models.family.moments(vae, turn(pixels))
+            if view.mask:
+                mask[row] = turn(view.weights(floor, tuple(mean.shape[2:])))
+            sizes.append(record)
             prompt.append(prompts.index(caption))
-    vae.to("cpu")
-    pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
-    return LatentCache(mean, std, torch.tensor(sizes, dtype=torch.float32), torch.tensor(prompt), prompts, *pools)
+    return rows_of, (mean, std, torch.tensor(sizes, dtype=torch.float32), torch.tensor(prompt)), mask
+
+
+def tell_enlarged(path, image, size):
+    """Say if a photo is smaller than what is trained on."""
+    if image.width < size[0] or image.height < size[1]:
+        name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+        say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5600,7 +5991,6 @@ def score_table(results):
 
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
 BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
-SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 EMOJI_WORDS = "e643ecfb7275a7a74447bdeb066b6f98cadb98650bbed4a2d9688b3742efbbf8"  # sha256 of the bundled model's vocabulary
 METRIC_BATCH = 50  # pictures that a metric network sees at once
@@ -5653,14 +6043,7 @@ def metric_models(s, bases):
                             f"{usual['dino']} and {usual['clip']}; bring the folder demo from its repository, or give others")
     names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
     for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
-        try:
-            path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
-            found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        except Exception as problem:  # of the file, or whatever the hub's client raises
-            raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
-                            f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
-        if found != kind:
-            raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
+        check_network(flag, name, kind)
     return names
 
 
@@ -5672,10 +6055,6 @@ def knows_only_emoji(base):
     except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
         return False
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest() == EMOJI_WORDS
-
-
-def revision_of(name):
-    return {"revision": SAFETENSORS_AT[name]} if name in SAFETENSORS_AT and not Path(name).is_dir() else {}
 
 
 def load_metrics(dino, clip, device):
@@ -5696,26 +6075,6 @@ def load_metrics(dino, clip, device):
         look = "scaled to 256 pixels and cut to the middle 224, as in DINO's own evaluation"
     say(f"DINO: {dino}, pictures {look}. CLIP: {clip}.")
     return Metrics(vit.to(device), model.to(device), prepare_dino, prepare_clip, tokenizer)
-
-
-def load_network(flag, name, kind, *others, **options):
-    """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
-    transformers.logging.disable_progress_bar()
-    for cached_only in (True,) if Path(name).is_dir() else (True, False):
-        where = {"local_files_only": cached_only, **revision_of(name)}
-        try:
-            model, report = kind.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-                                                 **options, **where)
-            if report["missing_keys"]:  # transformers would make them up
-                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
-            return [model.eval(), *(other.from_pretrained(name, **where) for other in others)]
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
-            reason = " ".join(str(problem).split())[:300]
-    raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
 
 
 def load_lpips(device):
@@ -6114,11 +6473,12 @@ def denoising_loss(noise, batch, denoiser):
     """(loss, per-picture losses [B]): the paper's equation 2, of a Diffusion or a Flow.
 
     `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
-    not a term here but the weight that each picture of the batch carries.
+    not a term here but the weight that each picture of the batch carries; so is a mask [B, 1, h, w] what each place carries.
     """
     given = batch["latents"], batch["noise"], batch["levels"]
     noisy, target = noise.noisy(*given), noise.target(*given)
-    losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
+    squares = (denoiser(noisy, batch).float() - target.float()).square()
+    losses = (squares * batch["mask"] if "mask" in batch else squares).mean(dim=(1, 2, 3))
     weights = noise.weights(batch["levels"])
     if weights is not None:
         losses = losses * weights
@@ -6542,7 +6902,8 @@ def tell_unseen(s, course, photos, class_images, processes):
 
 
 # Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
-FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "mask", "mask_model",
+              "mask_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
@@ -6553,8 +6914,8 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
-WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", "photos")  # of a Concept: what these hold is compared
-COUNTED = {"photos": "photos or their captions", "class images": "class images"}
+WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
+COUNTED = {"photos": "photos, their captions or masks", "class images": "class images"}
 
 
 def shaping_flags(s):
@@ -6574,9 +6935,10 @@ def origin_of(s, course, groups, fingerprint, pictures, processes):
     return origin
 
 
-def pictures_digest(photos, class_images):
-    """A hex digest of everything in these pools of (path, caption)."""
-    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
+def pictures_digest(photos, class_images, views):
+    """A hex digest of everything in these pools of (path, caption), and of how it is seen."""
+    pools = [[(file_digest(path), caption, *(views[path].traits() if path in views else ())) for path, caption in pool]
+             for pool in (*photos, *class_images)]
     return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
 
 
@@ -6585,7 +6947,8 @@ def what_was_given(s, concepts, needs_class):
     given = {}
     for concept in concepts:
         entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
-        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}") for path, caption in concept.photos]
+        masks = {path: f" {pixels_digest(mask)}" for path, mask in concept.masks.items()}
+        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}{masks.get(path, '')}") for path, caption in concept.photos]
         own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
         given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
     return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
@@ -7906,10 +8269,10 @@ PHOTO_SHEET, LOSS_PLOT = "photos.png", "losses.png"
 COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
 
 
-def save_photo_sheet(folder, s, concepts, resolution):
-    """One picture of all photos, cropped as they are trained on."""
-    side, paths = min(256, resolution), [path for concept in concepts for path, _ in concept.photos]
-    crops = [square(load_image(path), resolution)[0].resize((side, side)) for path in paths]
+def save_photo_sheet(folder, s, concepts, views):
+    """One picture of all photos, cropped as they are trained on, with a tint over what a mask leaves out."""
+    crops = [views[path].tinted(load_image(path)) for concept in concepts for path, _ in concept.photos]
+    crops = [crop.resize((side, side)) for crop in crops for side in [min(256, crop.width)]]
     image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
     say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
 
@@ -8541,6 +8904,8 @@ def train(s):
     clear_environment()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
+    with accelerator.main_process_first():
+        concepts = with_drawn_masks(s, concepts, plan.device)
     given = what_was_given(s, concepts, preserves_prior(s))
     with accelerator.main_process_first():
         finish_renaming(s)
@@ -8551,13 +8916,13 @@ def train(s):
         return publish(s) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
-        subjects, run = prepare(s, name, concepts, plan, accelerator)
+        subjects, views, run = prepare(s, name, concepts, plan, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite, logs_in(s))
-            save_photo_sheet(folder, s, concepts, run.course.resolution)
+            save_photo_sheet(folder, s, concepts, views)
         prepared = time.monotonic()
         with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):
             optimize(run, folder, viewer)
@@ -8587,6 +8952,9 @@ def settle_beforehand(s):
         check_class_folders(concepts)
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.mask == "auto":
+        check_writable(s.mask_dir, "--mask_dir")
+        check_drawing_masks(s, concepts)
     if s.export:
         check_export(s)
     check_publishing(s)
@@ -8603,7 +8971,7 @@ def settle_beforehand(s):
 
 
 def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
+    """(subjects, {photo: View}, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
     is_adapter = METHODS[s.method].is_adapter
@@ -8615,6 +8983,7 @@ def prepare(s, name, concepts, plan, accelerator):
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)
+    views = views_of(concepts, course.resolution)
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
@@ -8630,14 +8999,15 @@ def prepare(s, name, concepts, plan, accelerator):
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
     check_space(s, course, models, groups)
-    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
+    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip, views,
+                          default(s.unmasked_weight, USUAL_FLOOR))
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
     tell_unseen(s, course, photos, class_images, accelerator.num_processes)
-    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
-    return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
+    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images, views), accelerator.num_processes)
+    return subjects, views, prepare_training(s, course, models, groups, cache, accelerator, origin)
 
 
 def settle_subjects(s, models, concepts):

@@ -49,7 +49,8 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     levels = noise_kind.levels(len(rows), source)
     if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
         noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
-    return {
+    masks = {} if cache.mask is None else {"mask": cache.mask[rows]}
+    return masks | {
         "latents": latents,
         "noise": noise,
         "levels": levels,
