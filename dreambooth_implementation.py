@@ -56,7 +56,8 @@ import typing
 import unicodedata
 import warnings
 import zlib
-from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from collections import Counter
 from dataclasses import dataclass
 from filelock import FileLock, Timeout
 from importlib.metadata import version
@@ -1207,8 +1208,11 @@ class Settings:
                                          shown='the class prompt with the identifier: "a sks dog"')
     concepts: str | None = _field("train+evaluate", None, "JSON list of several subjects to learn together, instead of the "
                                                           "flags above", shown="none")
-    caption: str | None = _field("train", None, "captions of single photos: files beside them, or none", choices=["files", "none"],
+    caption: str | None = _field("train", None, "captions of single photos: files beside them; auto: these, and where there is "
+                                 "none --caption_model writes one; or none", choices=["auto", "files", "none"],
                                  shown="files, where there are any")
+    caption_model: str | None = _field("train", None, "BLIP network that writes captions, a folder or hub id",
+                                       shown="Salesforce/blip-image-captioning-base")
     mask: str | None = _field("train", None, "masks, white where the subject is: files beside the photos and the photos' own "
                               "transparency; auto: these, and for the others what --mask_model draws; or none",
                               choices=["auto", "files", "none"], shown="files, where there are any")
@@ -1217,6 +1221,8 @@ class Settings:
     mask_model: str | None = _field("train", None, "CLIPSeg network that finds the class in a photo, a folder or hub id",
                                     shown="CIDAS/clipseg-rd64-refined")
     mask_dir: str = _field("train", "./drawn_masks", "cache of masks that the program draws")
+    aspect_ratio_buckets: bool | None = _field("train", None, "train photos in shapes near their own, not in squares; a batch has one",
+                                               shown="on from 512 pixels on, below that if the photos differ in shape")
     random_flip: bool = _field("train", False, "also train on mirrored photos (not for subjects with a left and a right)")
 
     # Prior preservation
@@ -1385,7 +1391,7 @@ class Settings:
 
 PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path",
               "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir", "mask_model",
-              "mask_dir")
+              "mask_dir", "caption_model")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 
@@ -1527,6 +1533,7 @@ EFFECTIVE = {
                 lambda s: (s.num_train_epochs and not s.steps) or (s.validation_epochs and not s.validation_steps)),
     "validation_epochs": ("no --validation_steps", lambda s: s.validation_steps is None),
     "unmasked_weight": ("masks, which --mask none rules out", lambda s: s.mask != "none"),
+    "caption_model": ("--caption auto", lambda s: s.caption == "auto"),
     **dict.fromkeys(("mask_model", "mask_dir"), ("--mask auto", lambda s: s.mask == "auto")),
     "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
 }
@@ -2129,7 +2136,8 @@ def find_masks(folder, photos):
             masks[photo] = smaller(opacity)
     if masks:
         own = len(masks) - len(files)
-        say(f"Masks: {len(masks)} of {len(photos)} photos in {folder} have one" + f", {own} by their own transparency" * (own > 0) + ".")
+        by_themselves = f", {own} by their own transparency" * (own > 0)
+        say(f"Masks: {len(masks)} of {len(photos)} photos in {folder} have one{by_themselves}.")
     return masks
 
 
@@ -2158,8 +2166,8 @@ def read_mask(path, photo):
     if opacity:  # what is seen through is no subject
         mask = ImageChops.multiply(mask, opacity)
     if mask.size != size:
-        raise UserError(f"{path}: {mask.width} x {mask.height} pixels, but {photo.name} has {size[0]} x {size[1]}; a mask has to be of "
-                        f"its photo's size")
+        raise UserError(f"{path}: {mask.width} x {mask.height} pixels, but {photo.name} has {size[0]} x {size[1]}; a mask has to "
+                        f"be of its photo's size")
     check_covers(mask, path, "is black nearly everywhere; paint the subject white, or remove it")
     if is_inside_out(mask):
         say(f"Note: {path} is white along the borders and black in the middle. White is what is learnt: is it inverted?")
@@ -2436,8 +2444,7 @@ def check_photos(photos, kind="photo"):
         if is_flat(image):
             say(f"Note: {path} is all one colour, which teaches nothing.")
         if max(image.size) >= LONG / 2 * min(image.size):
-            say(f"Note: {path} is {image.width} x {image.height}; only the square in its middle is used. Cut out the part that "
-                f"shows the subject.")
+            say(f"Note: {path} is {image.width} x {image.height}; much of it is cut off. Cut out the part that shows the subject.")
     if kind == "photo" and len(photos) < 3:
         names = ", ".join(str(p) for p in photos)
         say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")
@@ -5503,18 +5510,41 @@ def balanced(pools, start, count, *key):
     return rows
 
 
+def choose_rows(cache, s, turn):
+    """(the LatentCache of one shape, rows of its photos, rows of its class images) of the batch whose turn it is.
+
+    Where there are several shapes, the first photo is drawn from all of them and the others from those of its shape.
+    """
+    count = s.train_batch_size
+    if len(cache.shelves) == 1:
+        (shelf,) = cache.shelves
+        rows = balanced(shelf.photos, turn * count, count, s.seed, "photos")
+    else:
+        everywhere = [[(number, row) for number, shelf in enumerate(cache.shelves) for row in shelf.photos[subject]]
+                      for subject in range(len(cache.shelves[0].photos))]
+        ((number, first),) = balanced(everywhere, turn, 1, s.seed, "photos")
+        shelf = cache.shelves[number]
+        rows = [first, *fellows(shelf.photos, first, count - 1, s.seed, "beside", turn)]
+    pools = [pool for pool in shelf.class_images if pool]
+    return shelf, rows, balanced(pools, turn * count, count, s.seed, "class images") if pools else []
+
+
+def fellows(pools, first, count, *key):
+    """`count` rows to go with the row `first`, which comes again only where there are no others."""
+    others = [rest for pool in pools if (rest := [row for row in pool if row != first])]
+    return balanced(others, 0, count, *key) if others else [first] * count
+
+
 def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
 
     Photos and class images are drawn independently, each row with its own noise and level (paper equation 2), and
-    from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
-    loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
+    from all subjects equally often; all have one shape. The batch depends on nothing but seed, micro-step and process. `weight` [B]
+    makes the loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
     """
     import torch
 
-    start = (micro_step * num_processes + process) * s.train_batch_size
-    rows = balanced(cache.photos, start, s.train_batch_size, s.seed, "photos")
-    classes = balanced(cache.class_images, start, s.train_batch_size, s.seed, "class images") if cache.class_images else []
+    cache, rows, classes = choose_rows(cache, s, micro_step * num_processes + process)
     weight = [1 / len(rows)] * len(rows) + [s.prior_loss_weight / len(rows)] * len(classes)
     is_class = torch.arange(len(weight)) >= len(rows)
     rows = torch.tensor(rows + classes)
@@ -5534,6 +5564,374 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
         "is_class": is_class,
         "weight": torch.tensor(weight),
     }
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/crops: Which part of a picture is kept where some of it has to be cut off: that with the subject.
+
+
+CELLS = 512  # along a side, for finding where the subject is
+BETTER = 1.1  # times as much of what stands out has to be seen off the middle as in it
+
+
+def place_of(interest, picture_size, size, better=1.0):
+    """Where a cut to `size` (width, height) keeps most of what is of interest: the `at` of fitted(); 0.5 along a side not cut.
+
+    `interest` is an "L" picture of the whole. The middle stays where nothing else shows `better` times as much.
+    """
+    scale = max(cut / whole for cut, whole in zip(size, picture_size))
+    shares = [cut / (whole * scale) for cut, whole in zip(size, picture_size)]
+    return tuple(0.5 if share > 0.995 else place_along(profile(interest, axis), share, better) for axis, share in enumerate(shares))
+
+
+def profile(interest, axis):
+    """How much of interest there is in each of CELLS columns (axis 0) or rows (1), as an array."""
+    import numpy as np
+
+    cells = (CELLS, 1) if axis == 0 else (1, CELLS)
+    return np.asarray(interest.convert("F").resize(cells, Image.Resampling.BOX), dtype=np.float64).ravel()
+
+
+def place_along(amounts, share, better):
+    """Where, from 0 to 1, a window of this share of a side lies that holds the most, and has its middle in the middle of that."""
+    import numpy as np
+
+    length = max(1, round(share * len(amounts)))
+    held = np.convolve(amounts, np.ones(length), "valid")
+    last = len(held) - 1
+    if last < 1 or held.max() <= better * held[last // 2] + 1e-9 * held.max() and better > 1 or held.max() <= 0:
+        return 0.5
+    best = np.flatnonzero(held >= 0.999 * held.max())
+    run = [place for place in best if abs(place - held.argmax()) < len(best)]  # those beside the best one
+    middle = (amounts * (np.arange(len(amounts)) + 0.5)).sum() / amounts.sum()
+    return round(float(np.clip(middle - length / 2, run[0], run[-1])) / last, 3)
+
+
+def salience(image):
+    """What stands out in a picture, an "L" picture: what no part of its border has the colour of, and more so in the middle."""
+    import numpy as np
+
+    share = 64 / max(image.size)
+    small = image.resize([max(8, round(side * share)) for side in image.size], Image.Resampling.BOX).convert("YCbCr")
+    pixels = np.asarray(small, dtype=np.float64)
+    edges = pixels[:2].mean(0), pixels[-2:].mean(0), pixels[:, :2].mean(1), pixels[:, -2:].mean(1)
+    border = [edge[start:start + 4].mean(0) for edge in edges for start in range(0, len(edge), 4)]
+    distance = np.min([((pixels - colour) ** 2).sum(-1) ** 0.5 for colour in border], axis=0)
+    down, across = (1 - 0.5 * np.abs(2 * (np.arange(side) + 0.5) / side - 1) for side in distance.shape)
+    distance = distance**2 * down[:, None] * across
+    return Image.fromarray((255 * distance / max(1e-9, distance.max())).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/shapes: Shapes that pictures are trained in: of about as many pixels as the square, with sides that the model can take.
+
+
+LONGEST = 2.5  # times as long as wide
+COARSE = 64  # pixels by which the sides of shapes differ, or an eighth of the square's side if that is less
+FROM_SIDE = 512  # pixels of the square from which on photos keep their shapes unless they are told not to
+
+
+def shapes_for(side, multiple):
+    """[(width, height)], the square of `side` first: none has more pixels than that, and sides are multiples of `multiple`."""
+    step = max(multiple, min(COARSE, side // 8) // multiple * multiple)
+    tall = [(short, side * side // short // step * step) for short in range(step, side, step)]
+    tall = [(width, height) for width, height in tall if width < height <= LONGEST * width]
+    return [(side, side), *tall, *((height, width) for width, height in tall)]
+
+
+def nearest_shape(size, shapes):
+    """The one of these shapes that least of a picture of `size` (width, height) is cut off for."""
+    return min(shapes, key=lambda shape: abs(math.log(size[0] * shape[1] / size[1] / shape[0])))
+
+
+def shapes_of(s, sizes, side, multiple, fewest):
+    """The shapes that photos of these `sizes` are trained in: the square alone, unless --aspect_ratio_buckets has it otherwise.
+
+    If that is open, models of FROM_SIDE pixels keep shapes, and smaller ones do if the photos differ in shape. `fewest` is the
+    number of pictures that a person has given of a class, each of which has one shape; None if the program draws them.
+    """
+    shapes = shapes_for(side, multiple)
+    used = Counter(nearest_shape(size, shapes) for size in sizes)
+    wants = s.aspect_ratio_buckets
+    if wants is None:
+        wants = side >= FROM_SIDE or len(used) > 1
+    if wants and fewest is not None and fewest < len(used):
+        say(f"Note: the photos have {len(used)} shapes, but there are only {fewest} class images of your own: all become squares.")
+        wants = False
+    if not wants:
+        return shapes[:1]
+    if set(used) != {shapes[0]}:
+        say("Shapes: " + ", ".join(f"{count} of {width} x {height}" for (width, height), count in used.most_common())
+            + " pixels; class images likewise.")
+    return shapes
+
+
+def apportioned(total, counts):
+    """{shape: how many of `total` pictures it gets}, in the proportions of `counts`, and each at least one."""
+    whole = sum(counts.values())
+    shares = {shape: max(1, int(total * count / whole)) for shape, count in counts.items()}
+    by_rest = sorted(counts, key=lambda shape: (shares[shape] - total * counts[shape] / whole, shape))
+    for shape in by_rest[:max(0, total - sum(shares.values()))]:
+        shares[shape] += 1
+    return shares
+
+
+def dealt(sizes, counts):
+    """Which shape each picture of these `sizes` gets, if shapes are to have the proportions of `counts`: tall ones the tall
+    shapes."""
+    def slimness(size):
+        return size[0] / size[1]
+    shares = apportioned(len(sizes), counts)
+    shapes = [shape for shape in sorted(shares, key=slimness) for _ in range(shares[shape])]
+    order = sorted(range(len(sizes)), key=lambda number: (slimness(sizes[number]), number))
+    given = dict(zip(order, shapes))
+    return [given[number] for number in range(len(sizes))]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/quality: A short report on photos before they are trained on: how many and how large, and what to do about those that teach badly.
+
+
+LOOKED_AT = 512  # pixels along the longer side
+BLURRED, BLURRED_BESIDE = 6.0, 0.25  # contrast of the sharpest places: of any photo, and as a share of what is usual for the others
+SMALL = 0.06  # of a photo that a subject should cover
+ALIKE = 5.0  # of 255: how much two photos differ on average that may stand for one
+SAME_PLACE = 0.7  # of the colours along the borders that all photos have in common
+
+
+def tell_photos(concepts):
+    """Say of each subject's photos how they are, in no more lines than there are photos."""
+    for concept in concepts:
+        looks = {path: Look(load_image(path), concept.masks.get(path)) for path, _ in concept.photos}
+        for line in report_lines(concept.name, looks)[:len(looks)]:
+            say(line)
+
+
+class Look:
+    """What is to be known of one photo."""
+
+    def __init__(self, image, mask=None):
+        import numpy as np
+
+        self.size, self.share = image.size, mask and share_of(mask)
+        image.thumbnail((LOOKED_AT, LOOKED_AT), Image.Resampling.BOX)
+        self.sharpness = sharpness(np.asarray(image.convert("L"), dtype=np.float64))
+        self.tiny = np.asarray(image.resize((24, 24), Image.Resampling.BOX), dtype=np.float64)
+        border = np.ones((24, 24), bool)
+        border[4:-1, 4:-4] = False  # of the bottom little: there subjects stand
+        bins = (self.tiny[border] // 64).astype(int) @ [16, 4, 1]
+        self.colours = np.bincount(bins, minlength=64) / len(bins)
+
+
+def sharpness(grey):
+    """The contrast between neighbours in the sharpest tenth of a picture's places [h, w]."""
+    import numpy as np
+
+    if min(grey.shape) < 3:
+        return 0.0
+    edges = np.abs(4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:])
+    return float(np.sort(edges.ravel())[-max(1, edges.size // 10):].mean())
+
+
+def report_lines(name, looks):
+    """The lines on a subject's {path: Look}: sizes first, then what is worst."""
+    import numpy as np
+
+    sizes = sorted({look.size for look in looks.values()}, key=lambda size: (size[0] * size[1], size))
+    words = [f"{width} x {height}" for width, height in (sizes[0], sizes[-1])[:len(sizes)]]
+    lines = [f'Photos of "{name}": {len(looks)}, {" to ".join(words)} pixels.']
+    if pairs := [(a, b) for a, b in itertools.combinations(looks, 2) if 0 < difference(looks[a], looks[b]) < ALIKE]:
+        lines.append(f"Note: nearly the same picture: {listed(f'{a.name} and {b.name}' for a, b in pairs)}; keep one of each, they "
+                     f"teach nothing more.")
+    usual = float(np.median([look.sharpness for look in looks.values()]))
+    if blurred := [path for path, look in looks.items() if look.sharpness < max(BLURRED, BLURRED_BESIDE * usual)]:
+        lines.append(f"Note: blurred: {listed(path.name for path in blurred)}; leave them out if there are sharper ones.")
+    if small := [path for path, look in looks.items() if look.share is not None and look.share < SMALL]:
+        lines.append(f"Note: the subject is small in {listed(path.name for path in small)}; cut them closer to it.")
+    if len(looks) > 2 and None in [look.share for look in looks.values()] and is_one_place(looks.values()):
+        lines.append("Note: all have the same background, which is learnt with the subject; add photos from elsewhere, give masks "
+                     "(--mask) or name it in captions.")
+    return lines
+
+
+def difference(one, other):
+    """How much two Looks differ on average, of 255."""
+    import numpy as np
+
+    return float(np.abs(one.tiny - other.tiny).mean())
+
+
+def is_one_place(looks):
+    """Whether any two of the photos have most of the colours along their borders in common."""
+    import numpy as np
+
+    return all(np.minimum(a.colours, b.colours).sum() > SAME_PLACE for a, b in itertools.combinations(looks, 2))
+
+
+def listed(names, most=5):
+    """The first of the names, in words."""
+    names = list(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/describe: Captions that the program writes: what a network of BLIP's kind says of a photo once it is told what the subject is.
+
+
+CAPTION_MODEL = "Salesforce/blip-image-captioning-base"
+LONGEST_CAPTION = 30  # tokens
+
+
+def without_caption(concept):
+    """{photo: the file that its caption is to be in} of those that have none, not even an empty one."""
+    stems, has_file = [folded(path.stem) for path, _ in concept.photos], files_beside(concept)
+
+    def file_of(path):
+        return path.with_name((path.name if stems.count(folded(path.stem)) > 1 else path.stem) + CAPTION_SUFFIXES[0])
+    return {path: file_of(path) for path, caption in concept.photos if not caption and path not in has_file}
+
+
+def files_beside(concept):
+    """{photo: its caption file} of those that have one."""
+    return caption_files([path for path, _ in concept.photos], sorted(Path(concept.instance_data_dir).iterdir()))
+
+
+def check_describing(s, concepts):
+    """UserError if captions are to be written and cannot be, or the network for it is not to be had."""
+    wanting = [concept for concept in concepts if s.caption == "auto" and without_caption(concept)]
+    for concept in wanting:
+        if not concept.class_prompt:
+            raise UserError('--caption auto: --class_prompt is missing; say what the subject is, such as "a dog"')
+        check_writable(concept.instance_data_dir, "--caption auto writes beside the photos:")
+    if wanting:
+        check_network("--caption_model", default(s.caption_model, CAPTION_MODEL), "blip")
+
+
+def described(s, concepts, device):
+    """`concepts` with a caption for each photo that had none, with --caption auto: written beside the photo, and said."""
+    if s.caption != "auto":
+        return concepts
+    jobs = {path: (concept, file) for concept in concepts for path, file in without_caption(concept).items()}
+    if jobs and is_first_process():
+        name = default(s.caption_model, CAPTION_MODEL)
+        for path, text in continuations(name, {path: concept.class_prompt for path, (concept, _) in jobs.items()}, device):
+            concept, file = jobs[path]
+            caption = f"{concept.instance_prompt} {text}".strip()
+            with whole_file(file) as part:
+                part.write_text(caption + "\n", encoding="utf-8")
+            say(f'Caption of {path.name}: "{caption}". Change it in {short_path(file)} if it is not true.')
+    return [with_files(concept) for concept in concepts]
+
+
+def with_files(concept):
+    """`concept` with what is in its caption files by now, whichever process has written it."""
+    texts = {path: " ".join(read_text(file).split()) for path, file in files_beside(concept).items()}
+    photos = tuple((path, caption or texts.get(path) or None) for path, caption in concept.photos)
+    return dataclasses.replace(concept, photos=photos)
+
+
+def continuations(name, photos, device):
+    """(photo, how the network goes on after the class prompt) of each of {photo: class prompt}: "lying on a sofa"."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
+
+    kinds = BlipForConditionalGeneration, AutoImageProcessor, AutoTokenizer
+    network, prepare, tokenizer = load_network("--caption_model", name, *kinds)
+    network.to(device)
+    for path, class_prompt in progress(list(photos.items()), "captions", "photo"):
+        pixels, begun = prepare([load_image(path)], return_tensors="pt"), tokenizer([class_prompt.lower()], return_tensors="pt")
+        with torch.no_grad():
+            tokens = network.generate(pixels.pixel_values.to(device), begun.input_ids.to(device), begun.attention_mask.to(device),
+                                      max_new_tokens=LONGEST_CAPTION, num_beams=3)
+        told = tokenizer.decode(begun.input_ids[0], skip_special_tokens=True)
+        yield path, tidy_continuation(tokenizer.decode(tokens[0], skip_special_tokens=True), told)
+
+
+def tidy_continuation(text, begun):
+    """What a network's words say after those that it was given, without marks and without a word twice in a row."""
+    words = re.sub(r"[^\w\s,'’-]", " ", text.strip().removeprefix(begun)).split()
+    return " ".join(word for i, word in enumerate(words) if i == 0 or word != words[i - 1]).strip(" ,-")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/segment: Masks that the program draws: where in a photo a network of CLIPSeg's kind sees what the class noun says.
+#
+# Each is drawn once and kept under a name made of the photo's content, the network and the noun.
+
+
+MASK_MODEL = "CIDAS/clipseg-rd64-refined"
+FEWEST, MOST = 0.01, 0.95  # of a photo that a mask which is of use covers
+DOUBT = 0.25  # what is nowhere likelier than this to be the subject is not taken for it
+
+
+def drawn_masks(s, concepts):
+    """{photo: file of the mask that is, or is to be, drawn} of all photos without one. UserError if no noun says what to look
+    for."""
+    model, files = default(s.mask_model, MASK_MODEL), {}
+    weights = [file_digest(path) for path in sorted(Path(model).glob("*.safetensors"))] or [model, revision_of(model)]
+    for concept in concepts:
+        if not concept.class_prompt:
+            raise UserError("--mask auto: --class_prompt is missing; say what to look for in the photos, such as \"a dog\"")
+        for path in (path for path, _ in concept.photos if path not in concept.masks):
+            key = json.dumps([file_digest(path), noun_of(concept.class_prompt), weights])
+            files[path] = Path(s.mask_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.png"
+    return files
+
+
+def check_drawing_masks(s, concepts):
+    """UserError if masks are to be drawn and the network for it is not to be had."""
+    if s.mask == "auto" and not all(file.is_file() for file in drawn_masks(s, concepts).values()):
+        check_network("--mask_model", default(s.mask_model, MASK_MODEL), "clipseg")
+
+
+def with_drawn_masks(s, concepts, device):
+    """`concepts` with a mask for each photo that has none, with --mask auto; says which are of no use."""
+    if s.mask != "auto":
+        return concepts
+    files = drawn_masks(s, concepts)
+    nouns = {path: noun_of(concept.class_prompt) for concept in concepts for path, _ in concept.photos}
+    if missing := [path for path, file in files.items() if not file.is_file()]:
+        draw_masks(s, {path: (nouns[path], files[path]) for path in missing}, device)
+    masks = {path: mask for path, file in files.items() if (mask := of_use(path, load_image(file).convert("L"), nouns[path]))}
+    if files:
+        say(f"Masks: {len(masks)} of {len(files)} photos without one have one that the program drew, kept in {s.mask_dir}.")
+    return [dataclasses.replace(c, masks=c.masks | {path: masks[path] for path, _ in c.photos if path in masks}) for c in concepts]
+
+
+def of_use(path, likely, noun):
+    """The mask made of how likely each place shows the noun, its most likely place white; None, and says so, if it tells
+    nothing."""
+    most = likely.getextrema()[1]
+    mask = likely.point([min(255, round(value / max(1, most) * 255)) for value in range(256)])
+    share = share_of(mask.point([255 * (value > 127) for value in range(256)]))
+    if most < DOUBT * 255 or share < FEWEST:
+        say(f"Note: {path}: no {noun} was found in it; it is trained on without a mask. Beside it you can lay one of your own.")
+    elif share > MOST:
+        say(f"Note: {path}: the {noun} would be all of it; it is trained on without a mask.")
+    else:
+        return mask
+
+
+def draw_masks(s, jobs, device):
+    """Draw the masks of `jobs`, {photo: (noun, file)}."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPSegForImageSegmentation
+
+    name = default(s.mask_model, MASK_MODEL)
+    network, prepare, tokenizer = load_network("--mask_model", name, CLIPSegForImageSegmentation, AutoImageProcessor, AutoTokenizer)
+    network.to(device)
+    Path(s.mask_dir).mkdir(parents=True, exist_ok=True)
+    for path, (noun, file) in progress(list(jobs.items()), "masks", "photo", hidden=not is_first_process()):
+        image = load_image(path)
+        pixels, words = prepare([image], return_tensors="pt"), tokenizer([noun], return_tensors="pt")
+        with torch.no_grad():
+            logits = network(pixel_values=pixels.pixel_values.to(device), input_ids=words.input_ids.to(device),
+                             attention_mask=words.attention_mask.to(device)).logits
+        likely = (255 * logits.sigmoid()).round().byte().cpu().reshape(logits.shape[-2:])
+        share = min(1, LARGEST_MASK / max(image.size))
+        size = [max(1, round(side * share)) for side in image.size]
+        with whole_file(file) as part:
+            Image.fromarray(likely.numpy()).resize(size, Image.Resampling.BILINEAR).save(part, format="PNG")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5583,88 +5981,163 @@ class View:
         return shape + ([pixels_digest(self.mask)] if self.mask else [])
 
 
-def views_of(concepts, side):
-    """{photo: View} of all photos, in squares of `side` pixels."""
-    return {path: View((side, side), mask=concept.masks.get(path)) for concept in concepts for path, _ in concept.photos}
+def views_of(s, concepts, side, multiple):
+    """{photo: View} of all photos: in shapes of about `side`² pixels whose sides are multiples of `multiple`, cut where the mask
+    has its middle, or else what stands out."""
+    masks = {path: mask for concept in concepts for path, mask in concept.masks.items()}
+    sizes = {path: load_image(path).size for concept in concepts for path, _ in concept.photos}
+    shapes = shapes_of(s, sizes.values(), side, multiple, fewest_own(s, concepts))
+    views = {}
+    for path, size in sizes.items():
+        shape, mask = nearest_shape(size, shapes), masks.get(path)
+        at = (0.5, 0.5)
+        if size[0] * shape[1] != size[1] * shape[0]:
+            at = place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
+        views[path] = View(shape, at, mask)
+    return views
+
+
+def fewest_own(s, concepts):
+    """How many class images a person has given, where that is fewest; None where the program draws all."""
+    own = [len(own_class_images(c.class_data_dir)[:c.num_class_images]) for c in concepts] if preserves_prior(s) else []
+    return min(filter(None, own), default=None)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# data/segment: Masks that the program draws: where in a photo a network of CLIPSeg's kind sees what the class noun says.
+# data/class_images: Class images: pictures of the class by the model as it was, which keep it from being forgotten (paper, section 3.2).
 #
-# Each is drawn once and kept under a name made of the photo's content, the network and the noun.
+# They are cached by all that shapes them, so that no stale one is ever trained on.
 
 
-MASK_MODEL = "CIDAS/clipseg-rd64-refined"
-FEWEST, MOST = 0.01, 0.95  # of a photo that a mask which is of use covers
-DOUBT = 0.25  # what is nowhere likelier than this to be the subject is not taken for it
+MANIFEST = "MANIFEST.sha256"
 
 
-def drawn_masks(s, concepts):
-    """{photo: file of the mask that is, or is to be, drawn} of all photos without one. UserError if no noun says what to look for."""
-    model, files = default(s.mask_model, MASK_MODEL), {}
-    weights = [file_digest(path) for path in sorted(Path(model).glob("*.safetensors"))] or [model, revision_of(model)]
+def class_image_plan(s, plan):
+    """The Plan of drawing class images. UserError for fp16 without a CUDA GPU."""
+    if s.prior_generation_precision == "fp16" and plan.device.type != "cuda":
+        raise UserError("--prior_generation_precision fp16 needs a CUDA GPU and this machine has none; give fp32 or bf16")
+    precision = {None: plan.precision, "fp32": "no"}.get(s.prior_generation_precision, s.prior_generation_precision)
+    return dataclasses.replace(plan, precision=precision)
+
+
+def class_image_look(s, family):
+    """(denoising steps, guidance scale) of the class images."""
+    scale = default(s.class_guidance_scale, family.class_guidance)
+    guided, unguided = family.class_steps
+    return guided if scale > 1 else unguided, scale
+
+
+def class_image_settings(s, models, class_prompt, size, plan):
+    """Everything that shapes a class image of `size`. Two runs that differ in any of it never share a cache folder."""
+    configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
+    steps, scale = class_image_look(s, models.family)
+    resolution = size[0] if size[0] == size[1] else list(size)
+    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
+            **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
+            "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
+
+
+def missing_class_images(folder, count):
+    """Indices of the first `count` class images that `folder` lacks, or holds other than as they were made."""
+    made = read_sums(folder / MANIFEST)
+    names = {i: class_image_name(i) for i in range(count)}
+    return [i for i, name in names.items()
+            if not (folder / name).is_file() or made.get(name) != file_digest(folder / name)]
+
+
+def class_image_name(index):
+    return f"{index:05d}.png"
+
+
+def class_pools(s, models, concepts, views, plan, accelerator):
+    """(a list of (path, class prompt) for each concept, {path: View} of these): in the shapes of the concepts' photos and in their
+    proportions. Concepts of one class share its images."""
+    groups, paths_of, class_views = {}, {}, {}
     for concept in concepts:
-        if not concept.class_prompt:
-            raise UserError("--mask auto: --class_prompt is missing; say what to look for in the photos, such as \"a dog\"")
-        for path in (path for path, _ in concept.photos if path not in concept.masks):
-            key = json.dumps([file_digest(path), noun_of(concept.class_prompt), weights])
-            files[path] = Path(s.mask_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.png"
-    return files
+        groups.setdefault((concept.class_prompt, concept.class_data_dir), []).append(concept)
+    for (prompt, folder), group in groups.items():
+        if own := own_class_images(Path(folder))[:max(concept.num_class_images for concept in group)]:
+            say(f"Class images: the {len(own)} pictures in {folder} are used as they are.")
+            paths, shapes = {c.name: own[:c.num_class_images] for c in group}, own_shapes(own, group, views)
+        else:
+            paths, shapes = drawn_in_shapes(group, views, functools.partial(
+                prepare_class_images, s, models, prompt, folder, plan=plan, accelerator=accelerator))
+        paths_of, class_views = paths_of | paths, class_views | {path: View(size) for path, size in shapes.items()}
+    return [[(path, concept.class_prompt) for path in paths_of[concept.name]] for concept in concepts], class_views
 
 
-def check_drawing_masks(s, concepts):
-    """UserError if masks are to be drawn and the network for it is not to be had."""
-    if s.mask == "auto" and not all(file.is_file() for file in drawn_masks(s, concepts).values()):
-        check_network("--mask_model", default(s.mask_model, MASK_MODEL), "clipseg")
+def shapes_count(concepts, views):
+    """How many of the photos have each shape."""
+    return Counter(views[path].size for concept in concepts for path, _ in concept.photos)
 
 
-def with_drawn_masks(s, concepts, device):
-    """`concepts` with a mask for each photo that has none, with --mask auto; says which are of no use."""
-    if s.mask != "auto":
-        return concepts
-    files = drawn_masks(s, concepts)
-    nouns = {path: noun_of(concept.class_prompt) for concept in concepts for path, _ in concept.photos}
-    if missing := [path for path, file in files.items() if not file.is_file()]:
-        draw_masks(s, {path: (nouns[path], files[path]) for path in missing}, device)
-    masks = {path: mask for path, file in files.items() if (mask := of_use(path, load_image(file).convert("L"), nouns[path]))}
-    if files:
-        say(f"Masks: {len(masks)} of {len(files)} photos without one have one that the program drew, kept in {s.mask_dir}.")
-    return [dataclasses.replace(c, masks=c.masks | {path: masks[path] for path, _ in c.photos if path in masks}) for c in concepts]
+def own_shapes(own, concepts, views):
+    """{path: shape} of a person's own class images."""
+    return dict(zip(own, dealt([load_image(path).size for path in own], shapes_count(concepts, views))))
 
 
-def of_use(path, likely, noun):
-    """The mask made of how likely each place shows the noun, its most likely place white; None, and says so, if it tells nothing."""
-    most = likely.getextrema()[1]
-    mask = likely.point([min(255, round(value / max(1, most) * 255)) for value in range(256)])
-    share = share_of(mask.point([255 * (value > 127) for value in range(256)]))
-    if most < DOUBT * 255 or share < FEWEST:
-        say(f"Note: {path}: no {noun} was found in it; it is trained on without a mask. Beside it you can lay one of your own.")
-    elif share > MOST:
-        say(f"Note: {path}: the {noun} would be all of it; it is trained on without a mask.")
-    else:
-        return mask
+def drawn_in_shapes(concepts, views, prepare):
+    """({name of a concept: its class images}, {path: shape}): `prepare` draws so many of one shape."""
+    shares, needed = {c.name: apportioned(c.num_class_images, shapes_count([c], views)) for c in concepts}, {}
+    for size, count in (share for counts in shares.values() for share in counts.items()):
+        needed[size] = max(count, needed.get(size, 0))
+    drawn = {size: prepare(count, size) for size, count in needed.items()}
+    paths = {name: [path for size, count in counts.items() for path in drawn[size][:count]] for name, counts in shares.items()}
+    return paths, {path: size for size, paths in drawn.items() for path in paths}
 
 
-def draw_masks(s, jobs, device):
-    """Draw the masks of `jobs`, {photo: (noun, file)}."""
-    import torch
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPSegForImageSegmentation
+def prepare_class_images(s, models, class_prompt, class_data_dir, count, size, plan, accelerator):
+    """Paths of `count` class images of `size` (paper section 3.2: samples of the frozen model), making only what is missing.
 
-    name = default(s.mask_model, MASK_MODEL)
-    network, prepare, tokenizer = load_network("--mask_model", name, CLIPSegForImageSegmentation, AutoImageProcessor, AutoTokenizer)
-    network.to(device)
-    Path(s.mask_dir).mkdir(parents=True, exist_ok=True)
-    for path, (noun, file) in progress(list(jobs.items()), "masks", "photo", hidden=not is_first_process()):
-        image = load_image(path)
-        pixels, words = prepare([image], return_tensors="pt"), tokenizer([noun], return_tensors="pt")
-        with torch.no_grad():
-            logits = network(pixel_values=pixels.pixel_values.to(device), input_ids=words.input_ids.to(device),
-                             attention_mask=words.attention_mask.to(device)).logits
-        likely = (255 * logits.sigmoid()).round().byte().cpu().reshape(logits.shape[-2:])
-        share = min(1, LARGEST_MASK / max(image.size))
-        size = [max(1, round(side * share)) for side in image.size]
-        with whole_file(file) as part:
-            Image.fromarray(likely.numpy()).resize(size, Image.Resampling.BILINEAR).save(part, format="PNG")
+    Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
+    of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
+    """
+    root = Path(class_data_dir)
+    settings = class_image_settings(s, models, class_prompt, size, plan)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = root / f"{slug(class_prompt)}-{key}"
+    paths = [folder / class_image_name(i) for i in range(count)]
+    missing = missing_class_images(folder, count)
+    say(f"Class images: {len(paths) - len(missing)} of {len(paths)} are in {folder}"
+        + (f"; drawing {len(missing)} in {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}."
+           if missing else "."))
+    accelerator.wait_for_everyone()  # all have counted before any draws
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        share = missing[accelerator.process_index::accelerator.num_processes]
+        draw_class_images(s, models, settings, plan, folder, share)
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def draw_class_images(s, models, settings, plan, folder, indices):
+    """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
+    # In another precision the model is read a second time, but for a denoiser that is in that precision already: what is to be
+    # trained keeps all its digits.
+    pipeline, shares = models.pipeline, models.denoiser.dtype == plan.dtype
+    if plan.precision != "no" or not shares:
+        parts = {models.family.denoiser: models.denoiser.to(plan.device)} if shares else {}
+        parts |= dict.fromkeys(models.book.shelf.texts) if models.book else {}
+        pipeline = load_pipeline(models.name, plan.dtype, parts=parts, variant=s.variant)
+    own_scheduler = pipeline.scheduler
+    pipeline.scheduler = models.family.class_scheduler(own_scheduler)
+    placed(pipeline, plan.device)
+    width, height = settings["resolution"] if isinstance(settings["resolution"], list) else [settings["resolution"]] * 2
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
+                width=width, height=height)
+    pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
+    for picture, index in zip(pictures, indices):
+        if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
+            picture = next(draw(pipeline, [(settings["prompt"], index + 2**32)], batch_size=1, **look))
+        name = class_image_name(index)
+        with whole_file(folder / name) as part:
+            picture.save(part, format="PNG")
+        with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
+            manifest.write(f"{file_digest(folder / name)}  {name}\n")
+    pipeline.scheduler = own_scheduler
+    pipeline.remove_all_hooks()
+    models.denoiser.to("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5714,175 +6187,65 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a cache of one shape or several.
 
     `views` are {path: View} of those that are not squares of `resolution` pixels from the middle; `floor` is what the rest of a
-    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as
-    the photos are.
+    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored
+    as the photos are.
     """
+    import torch
+
     own = {picture for pool in photos for picture in pool}
     pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
     prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    usual = View((resolution, resolution))
-    view_of = {picture: (views or {}).get(picture[0], usual) for picture in pictures}
-    shelves = {}
-    for picture, view in view_of.items():
-        shelves.setdefault(view.size, []).append(picture)
-    vae, bar = models.vae.to(device), progress(pictures, "encoding", "image", hidden=not is_first_process())
-    seen = iter(bar)
-    encoded = [encode_shelf(models, shelf, view_of, prompts, own, device, 2 if random_flip else 1, floor, seen)
-               for shelf in shelves.values()]
+    by_size, usual, variants = {}, View((resolution, resolution)), 2 if random_flip else 1
+    for picture in pictures:
+        view = (views or {}).get(picture[0], usual)
+        by_size.setdefault(view.size, {})[picture] = view
+    models.vae.to(device)
+    seen, shelves = seen_pictures(by_size.values(), own), []
+    for shelf in by_size.values():
+        rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(shelf)}
+        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind]
+                 for kind in (photos, class_images)]
+        tensors, mask = encode_shelf(models, shelf, seen, device, variants, floor)
+        prompt = torch.tensor([prompts.index(caption) for _, caption in shelf for _ in range(variants)])
+        shelves.append(LatentCache(*tensors, prompt, prompts, *pools, mask))
     next(seen, None)  # which ends the bar
-    vae.to("cpu")
-    caches = []
-    for rows_of, tensors, mask in encoded:
-        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind] for kind in (photos, class_images)]
-        caches.append(LatentCache(*tensors, prompts, *pools, mask))
-    return caches[0] if len(caches) == 1 else ShapedCache(caches)
+    models.vae.to("cpu")
+    return shelves[0] if len(shelves) == 1 else ShapedCache(shelves)
 
 
-def encode_shelf(models, pictures, view_of, prompts, own, device, variants, floor, bar):
-    """({picture: its rows}, (mean, std, sizes, prompt), mask or None) of pictures that are seen at one size, `bar` advancing."""
+def seen_pictures(shelves, own):
+    """(the picture as it is trained on, its size record) of all in these {(path, caption): View}, one after the other.
+
+    Says which of a person's `own` are enlarged.
+    """
+    jobs = [(picture, view) for shelf in shelves for picture, view in shelf.items()]
+    for picture, view in progress(jobs, "encoding", "image", hidden=not is_first_process()):
+        image, size = load_image(picture[0]), view.size
+        if picture in own and (image.width < size[0] or image.height < size[1]):
+            name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+            say(f"Note: {picture[0]} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
+        yield view.seen(image)
+
+
+def encode_shelf(models, shelf, seen, device, variants, floor):
+    """((mean, std, sizes), mask or None) of {picture: View} that are seen at one size; `seen` gives the pictures."""
     import numpy as np
     import torch
 
-    vae, size = models.vae, view_of[pictures[0]].size
-    rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
+    size, sizes = next(iter(shelf.values())).size, []
     # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(pictures), *models.family.latents_of(models.pipeline, size))
-    has_masks = any(view_of[picture].mask for picture in pictures)
-    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if has_masks else None
-    sizes, prompt = [], []
-    for picture in pictures:
-        next(bar)
-        (path, caption), view = picture, view_of[picture]
-        image = load_image(path)
-        if picture in own:
-            tell_enlarged(path, image, size)
-        image, record = view.seen(image)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, turn in zip(rows_of[picture], (lambda rows: rows, lambda rows: rows.flip(-1))):
+    mean, std = torch.empty(2, variants * len(shelf), *models.family.latents_of(models.pipeline, size))
+    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if any(view.mask for view in shelf.values()) else None
+    for number, view in enumerate(shelf.values()):
+        image, record = next(seen)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, models.vae.dtype) / 127.5 - 1  # [1, 3, H, W]
+        for row, turned in zip(range(variants * number, variants * (number + 1)), (lambda rows: rows, lambda rows: rows.flip(-1))):
             with torch.no_grad():
-                (mean[row],), (std[row],) = models.family.moments(vae, turn(pixels))
+                (mean[row],), (std[row],) = models.family.moments(models.vae, turned(pixels))
             if view.mask:
-                mask[row] = turn(view.weights(floor, tuple(mean.shape[2:])))
+                mask[row] = turned(view.weights(floor, tuple(mean.shape[2:])))
             sizes.append(record)
-            prompt.append(prompts.index(caption))
-    return rows_of, (mean, std, torch.tensor(sizes, dtype=torch.float32), torch.tensor(prompt)), mask
-
-
-def tell_enlarged(path, image, size):
-    """Say if a photo is smaller than what is trained on."""
-    if image.width < size[0] or image.height < size[1]:
-        name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
-        say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# data/class_images: Class images: pictures of the class by the model as it was, which keep it from being forgotten (paper, section 3.2).
-#
-# They are cached by all that shapes them, so that no stale one is ever trained on.
-
-
-MANIFEST = "MANIFEST.sha256"
-
-
-def class_image_plan(s, plan):
-    """The Plan of drawing class images. UserError for fp16 without a CUDA GPU."""
-    if s.prior_generation_precision == "fp16" and plan.device.type != "cuda":
-        raise UserError("--prior_generation_precision fp16 needs a CUDA GPU and this machine has none; give fp32 or bf16")
-    precision = {None: plan.precision, "fp32": "no"}.get(s.prior_generation_precision, s.prior_generation_precision)
-    return dataclasses.replace(plan, precision=precision)
-
-
-def class_image_look(s, family):
-    """(denoising steps, guidance scale) of the class images."""
-    scale = default(s.class_guidance_scale, family.class_guidance)
-    guided, unguided = family.class_steps
-    return guided if scale > 1 else unguided, scale
-
-
-def class_image_settings(s, models, class_prompt, resolution, plan):
-    """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
-    configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
-    steps, scale = class_image_look(s, models.family)
-    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
-            **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
-            "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
-
-
-def missing_class_images(folder, count):
-    """Indices of the first `count` class images that `folder` lacks, or holds other than as they were made."""
-    made = read_sums(folder / MANIFEST)
-    names = {i: class_image_name(i) for i in range(count)}
-    return [i for i, name in names.items()
-            if not (folder / name).is_file() or made.get(name) != file_digest(folder / name)]
-
-
-def class_image_name(index):
-    return f"{index:05d}.png"
-
-
-def class_pools(s, models, concepts, resolution, plan, accelerator):
-    """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
-    counts, keys = {}, [(c.class_prompt, c.class_data_dir) for c in concepts]
-    for key, concept in zip(keys, concepts):
-        counts[key] = max(concept.num_class_images, counts.get(key, 0))
-    paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
-    return [[(path, c.class_prompt) for path in paths[key][:c.num_class_images]] for key, c in zip(keys, concepts)]
-
-
-def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolution, plan, accelerator):
-    """Paths of `count` class images (paper section 3.2: samples of the frozen model), making only what is missing.
-
-    Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
-    of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
-    """
-    root = Path(class_data_dir)
-    if own := own_class_images(root)[:count]:
-        say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
-        return own
-    settings = class_image_settings(s, models, class_prompt, resolution, plan)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = root / f"{slug(class_prompt)}-{key}"
-    paths = [folder / class_image_name(i) for i in range(count)]
-    missing = missing_class_images(folder, count)
-    say(f"Class images: {len(paths) - len(missing)} of {len(paths)} are in {folder}"
-        + (f"; drawing {len(missing)} in {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}."
-           if missing else "."))
-    accelerator.wait_for_everyone()  # all have counted before any draws
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        share = missing[accelerator.process_index::accelerator.num_processes]
-        draw_class_images(s, models, settings, plan, folder, share)
-    accelerator.wait_for_everyone()
-    return paths
-
-
-def draw_class_images(s, models, settings, plan, folder, indices):
-    """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
-    # In another precision the model is read a second time, but for a denoiser that is in that precision already: what is to be
-    # trained keeps all its digits.
-    pipeline, shares = models.pipeline, models.denoiser.dtype == plan.dtype
-    if plan.precision != "no" or not shares:
-        parts = {models.family.denoiser: models.denoiser.to(plan.device)} if shares else {}
-        parts |= dict.fromkeys(models.book.shelf.texts) if models.book else {}
-        pipeline = load_pipeline(models.name, plan.dtype, parts=parts, variant=s.variant)
-    own_scheduler = pipeline.scheduler
-    pipeline.scheduler = models.family.class_scheduler(own_scheduler)
-    placed(pipeline, plan.device)
-    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
-                height=settings["resolution"], width=settings["resolution"])
-    pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
-    for picture, index in zip(pictures, indices):
-        if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
-            picture = next(draw(pipeline, [(settings["prompt"], index + 2**32)], batch_size=1, **look))
-        name = class_image_name(index)
-        with whole_file(folder / name) as part:
-            picture.save(part, format="PNG")
-        with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
-            manifest.write(f"{file_digest(folder / name)}  {name}\n")
-    pipeline.scheduler = own_scheduler
-    pipeline.remove_all_hooks()
-    models.denoiser.to("cpu")
+    return (mean, std, torch.tensor(sizes, dtype=torch.float32)), mask
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6902,7 +7265,7 @@ def tell_unseen(s, course, photos, class_images, processes):
 
 
 # Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
-FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "mask", "mask_model",
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_model", "aspect_ratio_buckets", "mask", "mask_model",
               "mask_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
@@ -6948,7 +7311,8 @@ def what_was_given(s, concepts, needs_class):
     for concept in concepts:
         entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
         masks = {path: f" {pixels_digest(mask)}" for path, mask in concept.masks.items()}
-        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}{masks.get(path, '')}") for path, caption in concept.photos]
+        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}{masks.get(path, '')}")
+                           for path, caption in concept.photos]
         own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
         given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
     return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
@@ -8272,7 +8636,9 @@ COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
 def save_photo_sheet(folder, s, concepts, views):
     """One picture of all photos, cropped as they are trained on, with a tint over what a mask leaves out."""
     crops = [views[path].tinted(load_image(path)) for concept in concepts for path, _ in concept.photos]
-    crops = [crop.resize((side, side)) for crop in crops for side in [min(256, crop.width)]]
+    crops = [crop.resize([round(side * min(1, 256 / max(crop.size))) for side in crop.size]) for crop in crops]
+    cell = [max(sides) for sides in zip(*(crop.size for crop in crops))]
+    crops = [ImageOps.pad(crop, cell, color="white") if list(crop.size) != cell else crop for crop in crops]
     image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
     say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
 
@@ -8905,7 +9271,9 @@ def train(s):
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
     with accelerator.main_process_first():
-        concepts = with_drawn_masks(s, concepts, plan.device)
+        concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
+    if accelerator.is_main_process:
+        tell_photos(concepts)
     given = what_was_given(s, concepts, preserves_prior(s))
     with accelerator.main_process_first():
         finish_renaming(s)
@@ -8955,6 +9323,7 @@ def settle_beforehand(s):
     if s.mask == "auto":
         check_writable(s.mask_dir, "--mask_dir")
         check_drawing_masks(s, concepts)
+    check_describing(s, concepts)
     if s.export:
         check_export(s)
     check_publishing(s)
@@ -8983,7 +9352,7 @@ def prepare(s, name, concepts, plan, accelerator):
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)
-    views = views_of(concepts, course.resolution)
+    views = views_of(s, concepts, course.resolution, models.family.multiple(models.pipeline))
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
@@ -8993,7 +9362,8 @@ def prepare(s, name, concepts, plan, accelerator):
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
-        class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
+        class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)
+        views = class_views | views
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)

@@ -270,7 +270,7 @@ def parse_arguments():
     parser.add_argument("--subjects", nargs="+", metavar="FOLDER", help="instead of the round's")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the round's")
     parser.add_argument("--photos", type=Path, default=SUBJECTS,
-                        help="folder with a folder of photos to learn for each subject; what is learnt is measured against demo/subjects")
+                        help="folder with a folder of photos to learn for each subject; they are measured against demo/subjects")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, metavar="VARIANT",
                         help=f"{', '.join(VARIANTS)}; all of them unless --variant is given")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more; repeatable")

@@ -8,7 +8,9 @@ import time
 
 from dreambooth.base import default, own_command, say
 from dreambooth.data.class_images import class_image_plan, class_pools
+from dreambooth.data.describe import check_describing, described
 from dreambooth.data.latents import cache_latents
+from dreambooth.data.quality import tell_photos
 from dreambooth.data.segment import check_drawing_masks, with_drawn_masks
 from dreambooth.data.views import USUAL_FLOOR, views_of
 from dreambooth.device import machine_name, plan_device
@@ -64,7 +66,9 @@ def train(s):
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
     with accelerator.main_process_first():
-        concepts = with_drawn_masks(s, concepts, plan.device)
+        concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
+    if accelerator.is_main_process:
+        tell_photos(concepts)
     given = what_was_given(s, concepts, preserves_prior(s))
     with accelerator.main_process_first():
         finish_renaming(s)
@@ -114,6 +118,7 @@ def settle_beforehand(s):
     if s.mask == "auto":
         check_writable(s.mask_dir, "--mask_dir")
         check_drawing_masks(s, concepts)
+    check_describing(s, concepts)
     if s.export:
         check_export(s)
     check_publishing(s)
@@ -142,7 +147,7 @@ def prepare(s, name, concepts, plan, accelerator):
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)
-    views = views_of(concepts, course.resolution)
+    views = views_of(s, concepts, course.resolution, models.family.multiple(models.pipeline))
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
@@ -152,7 +157,8 @@ def prepare(s, name, concepts, plan, accelerator):
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
-        class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
+        class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)
+        views = class_views | views
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)

@@ -19,7 +19,8 @@ def found(folder, *names):
     return db.find_masks(folder, [folder / name for name in names or ("0.png", "1.png", "2.png")])
 
 
-@pytest.mark.parametrize("name", ["1.mask.png", "1-masklabel.png", "1.MASK.PNG", "1.png.mask.png", "masks/1.png", "Masks/1.mask.png"])
+@pytest.mark.parametrize("name", ["1.mask.png", "1-masklabel.png", "1.MASK.PNG", "1.png.mask.png", "masks/1.png",
+                                  "Masks/1.mask.png"])
 def test_where_a_mask_may_lie(name, photos, capsys):
     (photos / name).parent.mkdir(exist_ok=True)
     disc().save(photos / name)

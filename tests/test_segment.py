@@ -22,11 +22,13 @@ def clipseg(tmp_path_factory):
     torch.manual_seed(0)
     tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=1.0)
     text = dict(tower, vocab_size=397, max_position_embeddings=32, bos_token_id=395, eos_token_id=396, pad_token_id=396)
-    config = CLIPSegConfig(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=8, extract_layers=[0, 1],
-                           reduce_dim=8, decoder_num_attention_heads=2, decoder_intermediate_size=16, conditional_layer=0)
+    config = CLIPSegConfig(text_config=text, vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=8,
+                           extract_layers=[0, 1], reduce_dim=8, decoder_num_attention_heads=2,
+                           decoder_intermediate_size=16, conditional_layer=0)
     CLIPSegForImageSegmentation(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(REPOSITORY / "demo" / "metrics" / "clip" / name, folder)
     return folder
@@ -37,8 +39,8 @@ def settings(clipseg, folder):
 
 
 def concept(photos, class_prompt="a dog", **options):
-    return db.Concept(str(photos), "", 0, class_prompt=class_prompt, photos=tuple((path, None) for path in sorted(photos.glob("*.png"))),
-                      **options)
+    paths = tuple((path, None) for path in sorted(photos.glob("*.png")))
+    return db.Concept(str(photos), "", 0, class_prompt=class_prompt, photos=paths, **options)
 
 
 def test_masks_are_what_the_network_sees_and_are_drawn_once(clipseg, photos, tmp_path, monkeypatch):
@@ -58,7 +60,7 @@ def test_masks_are_what_the_network_sees_and_are_drawn_once(clipseg, photos, tmp
     monkeypatch.setattr(db, "draw_masks", lambda s, jobs, device: pytest.fail("drawn again"))
     shutil.copy(photos / "0.png", photos / "0-copy.png")
     (photos / "0.png").unlink()
-    db.check_drawing_masks(db.Settings("train", mask="auto", mask_model="gone/away", mask_dir=str(cache)), [concept(tmp_path)])  # of none
+    db.check_drawing_masks(settings("gone/away", cache), [concept(tmp_path)])  # of no photos
     db.with_drawn_masks(s, [concept(photos, masks={photos / "0-copy.png": "of its own"})], torch.device("cpu"))
     monkeypatch.setattr(db, "draw_masks", lambda s, jobs, device: drawn.extend(path.name for path in jobs) or [
         Image.new("L", (48, 40), 255).save(file) for _, file in jobs.values()])

@@ -52,62 +52,62 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a cache of one shape or several.
 
     `views` are {path: View} of those that are not squares of `resolution` pixels from the middle; `floor` is what the rest of a
-    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as
-    the photos are.
+    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored
+    as the photos are.
     """
+    import torch
+
     own = {picture for pool in photos for picture in pool}
     pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
     prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    usual = View((resolution, resolution))
-    view_of = {picture: (views or {}).get(picture[0], usual) for picture in pictures}
-    shelves = {}
-    for picture, view in view_of.items():
-        shelves.setdefault(view.size, []).append(picture)
-    vae, bar = models.vae.to(device), progress(pictures, "encoding", "image", hidden=not is_first_process())
-    seen = iter(bar)
-    encoded = [encode_shelf(models, shelf, view_of, prompts, own, device, 2 if random_flip else 1, floor, seen)
-               for shelf in shelves.values()]
+    by_size, usual, variants = {}, View((resolution, resolution)), 2 if random_flip else 1
+    for picture in pictures:
+        view = (views or {}).get(picture[0], usual)
+        by_size.setdefault(view.size, {})[picture] = view
+    models.vae.to(device)
+    seen, shelves = seen_pictures(by_size.values(), own), []
+    for shelf in by_size.values():
+        rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(shelf)}
+        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind]
+                 for kind in (photos, class_images)]
+        tensors, mask = encode_shelf(models, shelf, seen, device, variants, floor)
+        prompt = torch.tensor([prompts.index(caption) for _, caption in shelf for _ in range(variants)])
+        shelves.append(LatentCache(*tensors, prompt, prompts, *pools, mask))
     next(seen, None)  # which ends the bar
-    vae.to("cpu")
-    caches = []
-    for rows_of, tensors, mask in encoded:
-        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind] for kind in (photos, class_images)]
-        caches.append(LatentCache(*tensors, prompts, *pools, mask))
-    return caches[0] if len(caches) == 1 else ShapedCache(caches)
+    models.vae.to("cpu")
+    return shelves[0] if len(shelves) == 1 else ShapedCache(shelves)
 
 
-def encode_shelf(models, pictures, view_of, prompts, own, device, variants, floor, bar):
-    """({picture: its rows}, (mean, std, sizes, prompt), mask or None) of pictures that are seen at one size, `bar` advancing."""
+def seen_pictures(shelves, own):
+    """(the picture as it is trained on, its size record) of all in these {(path, caption): View}, one after the other.
+
+    Says which of a person's `own` are enlarged.
+    """
+    jobs = [(picture, view) for shelf in shelves for picture, view in shelf.items()]
+    for picture, view in progress(jobs, "encoding", "image", hidden=not is_first_process()):
+        image, size = load_image(picture[0]), view.size
+        if picture in own and (image.width < size[0] or image.height < size[1]):
+            name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+            say(f"Note: {picture[0]} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
+        yield view.seen(image)
+
+
+def encode_shelf(models, shelf, seen, device, variants, floor):
+    """((mean, std, sizes), mask or None) of {picture: View} that are seen at one size; `seen` gives the pictures."""
     import numpy as np
     import torch
 
-    vae, size = models.vae, view_of[pictures[0]].size
-    rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
+    size, sizes = next(iter(shelf.values())).size, []
     # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(pictures), *models.family.latents_of(models.pipeline, size))
-    has_masks = any(view_of[picture].mask for picture in pictures)
-    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if has_masks else None
-    sizes, prompt = [], []
-    for picture in pictures:
-        next(bar)
-        (path, caption), view = picture, view_of[picture]
-        image = load_image(path)
-        if picture in own:
-            tell_enlarged(path, image, size)
-        image, record = view.seen(image)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, turn in zip(rows_of[picture], (lambda rows: rows, lambda rows: rows.flip(-1))):
+    mean, std = torch.empty(2, variants * len(shelf), *models.family.latents_of(models.pipeline, size))
+    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if any(view.mask for view in shelf.values()) else None
+    for number, view in enumerate(shelf.values()):
+        image, record = next(seen)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, models.vae.dtype) / 127.5 - 1  # [1, 3, H, W]
+        for row, turned in zip(range(variants * number, variants * (number + 1)), (lambda rows: rows, lambda rows: rows.flip(-1))):
             with torch.no_grad():
-                (mean[row],), (std[row],) = models.family.moments(vae, turn(pixels))
+                (mean[row],), (std[row],) = models.family.moments(models.vae, turned(pixels))
             if view.mask:
-                mask[row] = turn(view.weights(floor, tuple(mean.shape[2:])))
+                mask[row] = turned(view.weights(floor, tuple(mean.shape[2:])))
             sizes.append(record)
-            prompt.append(prompts.index(caption))
-    return rows_of, (mean, std, torch.tensor(sizes, dtype=torch.float32), torch.tensor(prompt)), mask
-
-
-def tell_enlarged(path, image, size):
-    """Say if a photo is smaller than what is trained on."""
-    if image.width < size[0] or image.height < size[1]:
-        name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
-        say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
+    return (mean, std, torch.tensor(sizes, dtype=torch.float32)), mask

@@ -24,7 +24,8 @@ DOUBT = 0.25  # what is nowhere likelier than this to be the subject is not take
 
 
 def drawn_masks(s, concepts):
-    """{photo: file of the mask that is, or is to be, drawn} of all photos without one. UserError if no noun says what to look for."""
+    """{photo: file of the mask that is, or is to be, drawn} of all photos without one. UserError if no noun says what to look
+    for."""
     model, files = default(s.mask_model, MASK_MODEL), {}
     weights = [file_digest(path) for path in sorted(Path(model).glob("*.safetensors"))] or [model, revision_of(model)]
     for concept in concepts:
@@ -57,7 +58,8 @@ def with_drawn_masks(s, concepts, device):
 
 
 def of_use(path, likely, noun):
-    """The mask made of how likely each place shows the noun, its most likely place white; None, and says so, if it tells nothing."""
+    """The mask made of how likely each place shows the noun, its most likely place white; None, and says so, if it tells
+    nothing."""
     most = likely.getextrema()[1]
     mask = likely.point([min(255, round(value / max(1, most) * 255)) for value in range(256)])
     share = share_of(mask.point([255 * (value > 127) for value in range(256)]))

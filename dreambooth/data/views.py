@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from dreambooth.data.crops import BETTER, place_of, salience
+from dreambooth.data.shapes import nearest_shape, shapes_of
+from dreambooth.decode import load_image
 from dreambooth.images import fitted
+from dreambooth.methods.table import preserves_prior
+from dreambooth.subjects.class_folders import own_class_images
 from dreambooth.subjects.photos import pixels_digest
 
 USUAL_FLOOR = 0.1  # what counts of a photo beside its subject
@@ -51,6 +56,23 @@ class View:
         return shape + ([pixels_digest(self.mask)] if self.mask else [])
 
 
-def views_of(concepts, side):
-    """{photo: View} of all photos, in squares of `side` pixels."""
-    return {path: View((side, side), mask=concept.masks.get(path)) for concept in concepts for path, _ in concept.photos}
+def views_of(s, concepts, side, multiple):
+    """{photo: View} of all photos: in shapes of about `side`² pixels whose sides are multiples of `multiple`, cut where the mask
+    has its middle, or else what stands out."""
+    masks = {path: mask for concept in concepts for path, mask in concept.masks.items()}
+    sizes = {path: load_image(path).size for concept in concepts for path, _ in concept.photos}
+    shapes = shapes_of(s, sizes.values(), side, multiple, fewest_own(s, concepts))
+    views = {}
+    for path, size in sizes.items():
+        shape, mask = nearest_shape(size, shapes), masks.get(path)
+        at = (0.5, 0.5)
+        if size[0] * shape[1] != size[1] * shape[0]:
+            at = place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
+        views[path] = View(shape, at, mask)
+    return views
+
+
+def fewest_own(s, concepts):
+    """How many class images a person has given, where that is fewest; None where the program draws all."""
+    own = [len(own_class_images(c.class_data_dir)[:c.num_class_images]) for c in concepts] if preserves_prior(s) else []
+    return min(filter(None, own), default=None)

@@ -44,7 +44,8 @@ def find_masks(folder, photos):
             masks[photo] = smaller(opacity)
     if masks:
         own = len(masks) - len(files)
-        say(f"Masks: {len(masks)} of {len(photos)} photos in {folder} have one" + f", {own} by their own transparency" * (own > 0) + ".")
+        by_themselves = f", {own} by their own transparency" * (own > 0)
+        say(f"Masks: {len(masks)} of {len(photos)} photos in {folder} have one{by_themselves}.")
     return masks
 
 
@@ -73,8 +74,8 @@ def read_mask(path, photo):
     if opacity:  # what is seen through is no subject
         mask = ImageChops.multiply(mask, opacity)
     if mask.size != size:
-        raise UserError(f"{path}: {mask.width} x {mask.height} pixels, but {photo.name} has {size[0]} x {size[1]}; a mask has to be of "
-                        f"its photo's size")
+        raise UserError(f"{path}: {mask.width} x {mask.height} pixels, but {photo.name} has {size[0]} x {size[1]}; a mask has to "
+                        f"be of its photo's size")
     check_covers(mask, path, "is black nearly everywhere; paint the subject white, or remove it")
     if is_inside_out(mask):
         say(f"Note: {path} is white along the borders and black in the middle. White is what is learnt: is it inverted?")

@@ -154,8 +154,7 @@ def check_photos(photos, kind="photo"):
         if is_flat(image):
             say(f"Note: {path} is all one colour, which teaches nothing.")
         if max(image.size) >= LONG / 2 * min(image.size):
-            say(f"Note: {path} is {image.width} x {image.height}; only the square in its middle is used. Cut out the part that "
-                f"shows the subject.")
+            say(f"Note: {path} is {image.width} x {image.height}; much of it is cut off. Cut out the part that shows the subject.")
     if kind == "photo" and len(photos) < 3:
         names = ", ".join(str(p) for p in photos)
         say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")

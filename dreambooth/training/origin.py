@@ -13,7 +13,7 @@ from dreambooth.subjects.photos import pixels_digest
 from dreambooth.training.course import decisions
 
 # Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
-FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "mask", "mask_model",
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_model", "aspect_ratio_buckets", "mask", "mask_model",
               "mask_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
@@ -59,7 +59,8 @@ def what_was_given(s, concepts, needs_class):
     for concept in concepts:
         entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
         masks = {path: f" {pixels_digest(mask)}" for path, mask in concept.masks.items()}
-        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}{masks.get(path, '')}") for path, caption in concept.photos]
+        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}{masks.get(path, '')}")
+                           for path, caption in concept.photos]
         own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
         given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
     return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
