@@ -1,9 +1,8 @@
 """Paint held-out subjects five times in one scene each, with masks and captions: the case where the background is learnt with them.
 
     python benchmarks/one_scene.py --output_dir output-one-scene        needs what demo/requirements.txt names
-    python benchmarks/compare_methods.py --round choice --photos output-one-scene --results benchmarks/results/one_scene.json \\
-        --variant "plain=--mask none --caption none" --variant "masks=--caption none" --variant "captions=--mask none" \\
-        --variant "both=" --against plain
+    python benchmarks/compare_methods.py --photos output-one-scene --results output-one-scene.json --against plain \\
+        --variant "plain=--mask none --caption none" --variant "masks=--caption none" --variant "captions=--mask none" --variant "both="
 
 The masks are the drawings' own outlines, and the captions name the scene, as the bundled model's own captions do. What was learnt
 is measured against the pictures in demo/subjects, which are in five other places.
