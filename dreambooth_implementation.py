@@ -5599,7 +5599,8 @@ def place_along(amounts, share, better):
     length = max(1, round(share * len(amounts)))
     held = np.convolve(amounts, np.ones(length), "valid")
     last = len(held) - 1
-    if last < 1 or held.max() <= better * held[last // 2] + 1e-9 * held.max() and better > 1 or held.max() <= 0:
+    is_no_better = better > 1 and held.max() <= better * held[last // 2]
+    if last < 1 or is_no_better or held.max() <= 0:
         return 0.5
     best = np.flatnonzero(held >= 0.999 * held.max())
     run = [place for place in best if abs(place - held.argmax()) < len(best)]  # those beside the best one
@@ -5667,12 +5668,17 @@ def shapes_of(s, sizes, side, multiple, fewest):
 
 
 def apportioned(total, counts):
-    """{shape: how many of `total` pictures it gets}, in the proportions of `counts`, and each at least one."""
+    """{shape: how many of `total` pictures it gets}, in the proportions of `counts`, and each at least one.
+
+    Their sum is `total`, or the number of shapes if that is more.
+    """
     whole = sum(counts.values())
     shares = {shape: max(1, int(total * count / whole)) for shape, count in counts.items()}
     by_rest = sorted(counts, key=lambda shape: (shares[shape] - total * counts[shape] / whole, shape))
     for shape in by_rest[:max(0, total - sum(shares.values()))]:
         shares[shape] += 1
+    while sum(shares.values()) > max(total, len(shares)):  # small shares have been raised to one
+        shares[max(shares, key=lambda shape: (shares[shape], shape))] -= 1
     return shares
 
 

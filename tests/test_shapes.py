@@ -47,6 +47,7 @@ def test_class_images_have_the_photos_proportions():
     assert sorted(db.apportioned(10, {a: 1, b: 1, c: 1}).values()) == [3, 3, 4]
     assert db.apportioned(1, {a: 5, b: 1}) == {a: 1, b: 1}
     assert db.apportioned(7, {a: 1}) == {a: 7}
+    assert db.apportioned(3, {a: 8, b: 1, c: 1}) == {a: 1, b: 1, c: 1} and db.apportioned(2, {a: 8, b: 1, c: 1}) == {a: 1, b: 1, c: 1}
     for counts in ({a: 1, b: 7, c: 3}, {a: 2, b: 2, c: 5}):
         shares = db.apportioned(100, counts)
         assert sum(shares.values()) == 100 and all(abs(shares[k] - 100 * counts[k] / sum(counts.values())) < 1 for k in counts)

@@ -31,7 +31,8 @@ def place_along(amounts, share, better):
     length = max(1, round(share * len(amounts)))
     held = np.convolve(amounts, np.ones(length), "valid")
     last = len(held) - 1
-    if last < 1 or held.max() <= better * held[last // 2] + 1e-9 * held.max() and better > 1 or held.max() <= 0:
+    is_no_better = better > 1 and held.max() <= better * held[last // 2]
+    if last < 1 or is_no_better or held.max() <= 0:
         return 0.5
     best = np.flatnonzero(held >= 0.999 * held.max())
     run = [place for place in best if abs(place - held.argmax()) < len(best)]  # those beside the best one

@@ -46,12 +46,17 @@ def shapes_of(s, sizes, side, multiple, fewest):
 
 
 def apportioned(total, counts):
-    """{shape: how many of `total` pictures it gets}, in the proportions of `counts`, and each at least one."""
+    """{shape: how many of `total` pictures it gets}, in the proportions of `counts`, and each at least one.
+
+    Their sum is `total`, or the number of shapes if that is more.
+    """
     whole = sum(counts.values())
     shares = {shape: max(1, int(total * count / whole)) for shape, count in counts.items()}
     by_rest = sorted(counts, key=lambda shape: (shares[shape] - total * counts[shape] / whole, shape))
     for shape in by_rest[:max(0, total - sum(shares.values()))]:
         shares[shape] += 1
+    while sum(shares.values()) > max(total, len(shares)):  # small shares have been raised to one
+        shares[max(shares, key=lambda shape: (shares[shape], shape))] -= 1
     return shares
 
 
