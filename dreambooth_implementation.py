@@ -56,7 +56,8 @@ import typing
 import unicodedata
 import warnings
 import zlib
-from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from collections import Counter
 from dataclasses import dataclass
 from filelock import FileLock, Timeout
 from importlib.metadata import version
@@ -792,10 +793,20 @@ def load_image(path):
 
     Raises UserError if it cannot be read to its last pixel.
     """
+    return load_as(path, as_seen)
+
+
+def load_opacity(path):
+    """How opaque the picture at `path` is, upright, 8-bit: 0 where nothing is seen of it. None if it is opaque throughout."""
+    return load_as(path, opacity)
+
+
+def load_as(path, seen):
+    """What `seen` makes of a file's path and Pillow image. UserError if it cannot be read to its last pixel."""
     try:
         with warnings.catch_warnings(), unlimited():
             warnings.simplefilter("ignore")  # what matters of them is said below
-            return decoded(path)
+            return decoded(path, seen)
     except UserError:
         raise
     except Exception as problem:  # decoders raise all kinds of things on damaged files
@@ -819,11 +830,11 @@ def unlimited():
             setattr(module, name, value)
 
 
-def decoded(path):
-    """load_image(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
+def decoded(path, seen):
+    """load_as(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
     try:
         with opened(path) as image:
-            return as_seen(path, image)
+            return seen(path, image)
     except UserError:
         raise
     except Exception as problem:
@@ -836,7 +847,7 @@ def decoded(path):
         if rest == data:
             raise
         with Image.open(io.BytesIO(rest), formats=[kind]) as image:
-            return as_seen(path, image)
+            return seen(path, image)
 
 
 def opened(path):
@@ -938,12 +949,28 @@ def as_seen(path, image):
     if image.mode == "La":
         image = image.convert("LA")
     # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    alpha = alpha_of(image)
     plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
     if alpha:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def alpha_of(image):
+    """The alpha channel of a Pillow image, or None."""
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def opacity(path, image):
+    """load_opacity() of a Pillow image."""
+    if not image.has_transparency_data:
+        return None
+    image.load()
+    turn, alpha = turn_of(path, image), alpha_of(image.convert("LA") if image.mode == "La" else image)
+    if alpha.getextrema()[0] == 255:
+        return None
+    return alpha.transpose(TURNS[turn]) if turn in TURNS else alpha
 
 
 def frames_of(image):
@@ -973,7 +1000,7 @@ def turn_of(path, image):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# images: Pictures: cut to squares, laid out in grids, saved with their settings inside.
+# images: Pictures: cut to size, laid out in grids, saved with their settings inside.
 #
 # Knows nothing of subjects or models.
 
@@ -981,22 +1008,28 @@ def turn_of(path, image):
 LONG = 8  # times as long as wide
 
 
-def square(image, resolution):
-    """(square image, [height, width, top, left, side, side]): the middle of `image`, scaled to `resolution` pixels.
+def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
+    """(image of `size`, [height, width, top, left, height, width of `size`]): `image` scaled until it covers `size`, and cut to it.
 
-    The numbers are SDXL's size conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
+    `at` is how far to the right and down the cut lies, from 0 to 1; 0.5 cuts out the middle. The numbers are SDXL's size
+    conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
-        x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
-        box = (x, y, min(x + side, width), min(y + side, height))
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
+    (width, height), (across, down) = image.size, size
+    scale = max(across / width, down / height)
+    scaled = (max(across, round(width * scale)), max(down, round(height * scale)))
+    left, top = int((scaled[0] - across) * at[0]), int((scaled[1] - down) * at[1])
+    if max(scaled) > LONG * min(size):  # a strip: all of it, scaled, would not fit into memory
+        x, y = left / scaled[0] * width, top / scaled[1] * height
+        box = (x, y, min(x + across / scale, width), min(y + down / scale, height))
+        image = image.resize(size, resampling, box)
     else:
-        image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
-    return image, [height, width, top, left, resolution, resolution]
+        image = image.resize(scaled, resampling).crop((left, top, left + across, top + down))
+    return image, [height, width, top, left, down, across]
+
+
+def square(image, resolution):
+    """fitted() to a square of `resolution` pixels around the middle."""
+    return fitted(image, (resolution, resolution))
 
 
 def load_square(path):
@@ -1292,6 +1325,21 @@ class Settings:
                                          shown='the class prompt with the identifier: "a sks dog"')
     concepts: str | None = _field("train+evaluate", None, "JSON list of several subjects to learn together, instead of the "
                                                           "flags above", shown="none")
+    caption: str | None = _field("train", None, "captions of single photos: files beside them; auto: these, and where there is "
+                                 "none --caption_model writes one; or none", choices=["auto", "files", "none"],
+                                 shown="files, where there are any")
+    caption_model: str | None = _field("train", None, "BLIP network that writes captions, a folder or hub id",
+                                       shown="Salesforce/blip-image-captioning-base")
+    mask: str | None = _field("train", None, "masks, white where the subject is: files beside the photos and the photos' own "
+                              "transparency; auto: these, and for the others what --mask_model draws; or none",
+                              choices=["auto", "files", "none"], shown="files, where there are any")
+    unmasked_weight: float | None = _field("train", None, "how much what is not the subject counts, of 1, where there is a mask",
+                                           minimum=0, maximum=1, shown="0.1")
+    mask_model: str | None = _field("train", None, "CLIPSeg network that finds the class in a photo, a folder or hub id",
+                                    shown="CIDAS/clipseg-rd64-refined")
+    mask_dir: str = _field("train", "./drawn_masks", "cache of masks that the program draws")
+    aspect_ratio_buckets: bool | None = _field("train", None, "train photos in shapes near their own, not in squares; a batch has one",
+                                               shown="on from 512 pixels on, below that if the photos differ in shape")
     random_flip: bool = _field("train", False, "also train on mirrored photos (not for subjects with a left and a right)")
 
     # Prior preservation
@@ -1462,7 +1510,8 @@ class Settings:
 
 
 PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path",
-              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
+              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir", "mask_model",
+              "mask_dir", "caption_model")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 
@@ -1603,6 +1652,9 @@ EFFECTIVE = {
     "repeats": ("--num_train_epochs or --validation_epochs",
                 lambda s: (s.num_train_epochs and not s.steps) or (s.validation_epochs and not s.validation_steps)),
     "validation_epochs": ("no --validation_steps", lambda s: s.validation_steps is None),
+    "unmasked_weight": ("masks, which --mask none rules out", lambda s: s.mask != "none"),
+    "caption_model": ("--caption auto", lambda s: s.caption == "auto"),
+    **dict.fromkeys(("mask_model", "mask_dir"), ("--mask auto", lambda s: s.mask == "auto")),
     "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
 }
 
@@ -2167,6 +2219,109 @@ def fill_class(prompt, names, subjects):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# subjects/masks: Masks that a person gives to photos: white where the subject is. A file beside the photo or in a folder `masks`, or what of the
+# photo is transparent.
+#
+# Knows nothing of what is done with them.
+
+
+MASK_ENDS = (".mask", "-masklabel")  # of names: dog.mask.png or dog-masklabel.png for dog.jpg
+MASK_FOLDER = "masks"  # beside the photos: masks/dog.png
+LARGEST_MASK = 1024  # pixels along a side; more are not kept
+LEAST_SHARE = 0.002  # of a picture that a subject has to cover
+
+
+def is_mask_name(path):
+    """Whether a file says by its name that it is a mask."""
+    return path.stem.casefold().endswith(MASK_ENDS)
+
+
+def masked_stem(path):
+    """The name of the photo that a mask of this name belongs to, folded."""
+    stem = folded(path.stem)
+    return next((stem.removesuffix(end) for end in MASK_ENDS if stem.endswith(end)), stem)
+
+
+def find_masks(folder, photos):
+    """{photo: its mask, an "L" picture} of those photos that have one; says how many. UserError for a mask that is of no use.
+
+    A mask is as large as its photo, but for what LARGEST_MASK leaves of it.
+    """
+    files, masks = mask_files(folder, photos), {}
+    for photo in photos:
+        opacity = None if photo in files else load_opacity(photo)
+        if photo in files:
+            masks[photo] = smaller(read_mask(files[photo], photo))
+        elif opacity:
+            check_covers(opacity, photo, "is transparent nearly everywhere; give it a mask that shows the subject, or remove it")
+            masks[photo] = smaller(opacity)
+    if masks:
+        own = len(masks) - len(files)
+        by_themselves = f", {own} by their own transparency" * (own > 0)
+        say(f"Masks: {len(masks)} of {len(photos)} photos in {folder} have one{by_themselves}.")
+    return masks
+
+
+def mask_files(folder, photos):
+    """{photo: its mask file}. Says which are of no photo; UserError where two might be a photo's."""
+    inside = next((path for path in folder.iterdir() if folded(path.name) == MASK_FOLDER and path.is_dir()), None)
+    beside = [path for path in sorted(folder.iterdir()) if is_mask_name(path) and path not in photos]
+    by_stem, found = {}, {}
+    for path in (*beside, *(sorted(inside.iterdir()) if inside else ())):
+        if os.path.isfile(path) and not path.name.startswith("."):
+            by_stem.setdefault(masked_stem(path), []).append(path)
+    for photo in photos:
+        several = by_stem.get(folded(photo.stem), []) + by_stem.get(folded(photo.name), [])
+        if len(several) > 1:
+            raise UserError(f"{several[0]} and {several[1]} may both be the mask of {photo.name}; keep one of them")
+        if several:
+            found[photo] = several[0]
+    for path in (path for paths in by_stem.values() for path in paths if path not in found.values()):
+        say(f"Skipped {path}: no image in {folder} has the name of this mask.")
+    return found
+
+
+def read_mask(path, photo):
+    """The mask in a file, an "L" picture of its photo's size. UserError if it is of another size or shows nothing."""
+    mask, opacity, size = load_image(path).convert("L"), load_opacity(path), load_image(photo).size
+    if opacity:  # what is seen through is no subject
+        mask = ImageChops.multiply(mask, opacity)
+    if mask.size != size:
+        raise UserError(f"{path}: {mask.width} x {mask.height} pixels, but {photo.name} has {size[0]} x {size[1]}; a mask has to "
+                        f"be of its photo's size")
+    check_covers(mask, path, "is black nearly everywhere; paint the subject white, or remove it")
+    if is_inside_out(mask):
+        say(f"Note: {path} is white along the borders and black in the middle. White is what is learnt: is it inverted?")
+    return mask
+
+
+def check_covers(mask, path, problem):
+    """UserError, which names `problem`, unless a mask shows something."""
+    if share_of(mask) < LEAST_SHARE:
+        raise UserError(f"{path} {problem}")
+
+
+def share_of(mask):
+    """How much of a picture its mask covers, from 0 to 1."""
+    small = mask.resize((64, 64), Image.Resampling.BOX)
+    return small.convert("F").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) / 255
+
+
+def is_inside_out(mask):
+    """Whether nearly all of the border is white and most of the middle black."""
+    small = mask.resize((16, 16), Image.Resampling.BOX)
+    inner = small.crop((4, 4, 12, 12))
+    border = [small.getpixel((x, y)) for x in range(16) for y in range(16) if x in (0, 15) or y in (0, 15)]
+    return sum(border) > 0.9 * 255 * len(border) and share_of(inner) < 0.5
+
+
+def smaller(mask):
+    """A mask of at most LARGEST_MASK pixels along a side."""
+    share = LARGEST_MASK / max(mask.size)
+    return mask if share >= 1 else mask.resize([max(1, round(side * share)) for side in mask.size], Image.Resampling.BOX)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
 #
 # Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
@@ -2329,7 +2484,7 @@ def has_picture_suffix(path):
 
 def is_picture(path):
     """Whether a file, or one that a link leads to, counts as an image: by its name, or else by its first bytes."""
-    if path.name.startswith(".") or not os.path.isfile(path):
+    if path.name.startswith(".") or is_mask_name(path) or not os.path.isfile(path):
         return False
     return has_picture_suffix(path) or path.suffix.lower() not in OTHER_PICTURES and picture_kind(path) is not None
 
@@ -2338,6 +2493,8 @@ def why_skipped(path):
     """Why what lies in a folder of images is left out, as the end of a sentence; None if it is not worth a word."""
     if path.name.startswith("."):  # what systems keep there, such as ._dog.jpg on Macs, is not
         return ": its name begins with a dot, which hides it; rename it to use it." if picture_kind(path) else None
+    if is_mask_name(path) or folded(path.name) == MASK_FOLDER:
+        return None  # whoever uses masks tells of those that are of no use
     if os.path.isdir(path):
         return f"{os.sep}: folders inside {path.parent} are not searched."
     if not os.path.exists(path):
@@ -2364,7 +2521,7 @@ def holds_pictures(folder):
         return False
 
 
-def find_photos(concept, flag="--instance_data_dir"):
+def find_photos(concept, flag="--instance_data_dir", takes_captions=True):
     """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
 
     Photos and class prompt that came with the program are left out as soon as there are others beside them.
@@ -2372,7 +2529,7 @@ def find_photos(concept, flag="--instance_data_dir"):
     folder = Path(concept.instance_data_dir)
     photos = list_images(folder, flag)
     everything = entries_of(folder, flag)
-    captions = read_captions(photos, everything)
+    captions = read_captions(photos, everything) if takes_captions else {}
     sums = read_sums(folder / SAMPLE_LIST)
     own = [p for p in photos if not is_sample(p, sums)]
     if 0 < len(own) < len(photos):
@@ -2412,8 +2569,7 @@ def check_photos(photos, kind="photo"):
         if is_flat(image):
             say(f"Note: {path} is all one colour, which teaches nothing.")
         if max(image.size) >= LONG / 2 * min(image.size):
-            say(f"Note: {path} is {image.width} x {image.height}; only the square in its middle is used. Cut out the part that "
-                f"shows the subject.")
+            say(f"Note: {path} is {image.width} x {image.height}; much of it is cut off. Cut out the part that shows the subject.")
     if kind == "photo" and len(photos) < 3:
         names = ", ".join(str(p) for p in photos)
         say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")
@@ -2491,6 +2647,9 @@ def tell_strangers(folder, concepts):
 # Knows nothing of methods and models: whoever calls says whether there are class images and whether prompts name the class.
 
 
+FOUND = ("photos", "masks")  # of a Concept: what is found, and not given
+
+
 @dataclass(frozen=True)
 class Concept:
     """A subject as its owner describes it: an entry of --concepts, or the flags of these names."""
@@ -2503,6 +2662,7 @@ class Concept:
     identifier: str = "auto"
     instance_prompt: str | None = None  # "a [identifier] dog"
     photos: tuple = ()  # (path, its own caption or None)
+    masks: dict = dataclasses.field(default_factory=dict, compare=False)  # photo path -> "L" picture
 
 
 def read_concepts(s, needs_class, names_class):
@@ -2518,7 +2678,9 @@ def read_concepts(s, needs_class, names_class):
         concept = Concept(**{"instance_data_dir": SAMPLE_PHOTOS, "class_data_dir": s.class_data_dir,
                              "num_class_images": s.num_class_images, **entry})
         where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
-        concepts.append(complete_concept(concept, where, needs_class, names_class))
+        concept = complete_concept(concept, where, needs_class, names_class, s.caption != "none")
+        given = find_masks(Path(concept.instance_data_dir), [path for path, _ in concept.photos]) if s.mask != "none" else {}
+        concepts.append(dataclasses.replace(concept, masks=given))
     for field in ("name", "identifier"):
         values = [value for concept in concepts if (value := getattr(concept, field)) not in ("", "auto")]
         for value in values:
@@ -2557,7 +2719,7 @@ def read_concept_file(path):
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
                         f'"class_prompt": "a dog"}}, ...]')
-    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name != "photos"}
+    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name not in FOUND}
     for number, entry in enumerate(entries, 1):
         if unknown := entry.keys() - kinds.keys():
             raise UserError(f'--concepts {path}: entry {number} has "{min(unknown)}"; known are {", ".join(kinds)}')
@@ -2575,10 +2737,10 @@ def read_concept_file(path):
     return entries
 
 
-def complete_concept(concept, where, needs_class, names_class):
+def complete_concept(concept, where, needs_class, names_class, takes_captions=True):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
-    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
+    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir", takes_captions)
     if class_prompt is None and (needs_class or concept.instance_prompt is None):
         reason = ("prior preservation needs it" if concept.instance_prompt else
                   f"say what kind of thing is in {concept.instance_data_dir}")
@@ -3087,6 +3249,12 @@ class Family:
     def latent_shape(self, pipeline, side):
         """(C, h, w) of a square's latents."""
         return (pipeline.transformer.config.in_channels, *[side // self.latent_scale(pipeline)] * 2)
+
+    def latents_of(self, pipeline, size):
+        """(C, h, w) of the latents of a picture of `size` (width, height)."""
+        multiple = self.multiple(pipeline)
+        channels, *least = self.latent_shape(pipeline, multiple)  # of the smallest square
+        return channels, *(side // multiple * cells for side, cells in zip(reversed(size), least))
 
     def tokens(self, pipeline, side):
         """How many tokens the denoiser makes of a square's latents."""
@@ -4575,6 +4743,51 @@ def with_kind(notes, kind, more=()):
     """A model's notes as those of a "lora" or "textual-inversion" for it, and some `more`."""
     architecture = notes.get("modelspec.architecture")
     return {**notes, **({"modelspec.architecture": f"{architecture}/{kind}"} if architecture else {}), **dict(more)}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/vision: Networks that look at pictures, each a folder or a hub id: loaded whole and from safetensors, or not at all.
+
+
+SAFETENSORS_AT = {  # main has only pickles
+    "facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15", "CIDAS/clipseg-rd64-refined": "refs/pr/5",
+    "Salesforce/blip-image-captioning-base": "refs/pr/38"}
+
+
+def revision_of(name):
+    return {"revision": SAFETENSORS_AT[name]} if name in SAFETENSORS_AT and not Path(name).is_dir() else {}
+
+
+def check_network(flag, name, kind):
+    """UserError unless a network of this model_type is at hand, or the hub has one. Neither torch nor the network is loaded."""
+    try:
+        path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except Exception as problem:  # of the file, or whatever the hub's client raises
+        raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
+                        f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
+    if found != kind:
+        raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
+
+
+def load_network(flag, name, kind, *others, **options):
+    """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
+    transformers.logging.disable_progress_bar()
+    for cached_only in (True,) if Path(name).is_dir() else (True, False):
+        where = {"local_files_only": cached_only, **revision_of(name)}
+        try:
+            model, report = kind.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                                                 **options, **where)
+            if report["missing_keys"]:  # transformers would make them up
+                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+            return [model.eval(), *(other.from_pretrained(name, **where) for other in others)]
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+            reason = " ".join(str(problem).split())[:300]
+    raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6106,18 +6319,41 @@ def balanced(pools, start, count, *key):
     return rows
 
 
+def choose_rows(cache, s, turn):
+    """(the LatentCache of one shape, rows of its photos, rows of its class images) of the batch whose turn it is.
+
+    Where there are several shapes, the first photo is drawn from all of them and the others from those of its shape.
+    """
+    count = s.train_batch_size
+    if len(cache.shelves) == 1:
+        (shelf,) = cache.shelves
+        rows = balanced(shelf.photos, turn * count, count, s.seed, "photos")
+    else:
+        everywhere = [[(number, row) for number, shelf in enumerate(cache.shelves) for row in shelf.photos[subject]]
+                      for subject in range(len(cache.shelves[0].photos))]
+        ((number, first),) = balanced(everywhere, turn, 1, s.seed, "photos")
+        shelf = cache.shelves[number]
+        rows = [first, *fellows(shelf.photos, first, count - 1, s.seed, "beside", turn)]
+    pools = [pool for pool in shelf.class_images if pool]
+    return shelf, rows, balanced(pools, turn * count, count, s.seed, "class images") if pools else []
+
+
+def fellows(pools, first, count, *key):
+    """`count` rows to go with the row `first`, which comes again only where there are no others."""
+    others = [rest for pool in pools if (rest := [row for row in pool if row != first])]
+    return balanced(others, 0, count, *key) if others else [first] * count
+
+
 def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
 
     Photos and class images are drawn independently, each row with its own noise and level (paper equation 2), and
-    from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
-    loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
+    from all subjects equally often; all have one shape. The batch depends on nothing but seed, micro-step and process. `weight` [B]
+    makes the loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
     """
     import torch
 
-    start = (micro_step * num_processes + process) * s.train_batch_size
-    rows = balanced(cache.photos, start, s.train_batch_size, s.seed, "photos")
-    classes = balanced(cache.class_images, start, s.train_batch_size, s.seed, "class images") if cache.class_images else []
+    cache, rows, classes = choose_rows(cache, s, micro_step * num_processes + process)
     weight = [1 / len(rows)] * len(rows) + [s.prior_loss_weight / len(rows)] * len(classes)
     is_class = torch.arange(len(weight)) >= len(rows)
     rows = torch.tensor(rows + classes)
@@ -6127,7 +6363,8 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     levels = noise_kind.levels(len(rows), source)
     if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
         noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
-    return {
+    masks = {} if cache.mask is None else {"mask": cache.mask[rows]}
+    return masks | {
         "latents": latents,
         "noise": noise,
         "levels": levels,
@@ -6139,58 +6376,446 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# data/latents: The latent cache: every training picture passes through the VAE once.
+# data/crops: Which part of a picture is kept where some of it has to be cut off: that with the subject.
+
+
+CELLS = 512  # along a side, for finding where the subject is
+BETTER = 1.1  # times as much of what stands out has to be seen off the middle as in it
+
+
+def place_of(interest, picture_size, size, better=1.0):
+    """Where a cut to `size` (width, height) keeps most of what is of interest: the `at` of fitted(); 0.5 along a side not cut.
+
+    `interest` is an "L" picture of the whole. The middle stays where nothing else shows `better` times as much.
+    """
+    scale = max(cut / whole for cut, whole in zip(size, picture_size))
+    shares = [cut / (whole * scale) for cut, whole in zip(size, picture_size)]
+    return tuple(0.5 if share > 0.995 else place_along(profile(interest, axis), share, better) for axis, share in enumerate(shares))
+
+
+def profile(interest, axis):
+    """How much of interest there is in each of CELLS columns (axis 0) or rows (1), as an array."""
+    import numpy as np
+
+    cells = (CELLS, 1) if axis == 0 else (1, CELLS)
+    return np.asarray(interest.convert("F").resize(cells, Image.Resampling.BOX), dtype=np.float64).ravel()
+
+
+def place_along(amounts, share, better):
+    """Where, from 0 to 1, a window of this share of a side lies that holds the most, and has its middle in the middle of that."""
+    import numpy as np
+
+    length = max(1, round(share * len(amounts)))
+    held = np.convolve(amounts, np.ones(length), "valid")
+    last = len(held) - 1
+    is_no_better = better > 1 and held.max() <= better * held[last // 2]
+    if last < 1 or is_no_better or held.max() <= 0:
+        return 0.5
+    best = np.flatnonzero(held >= 0.999 * held.max())
+    run = [place for place in best if abs(place - held.argmax()) < len(best)]  # those beside the best one
+    middle = (amounts * (np.arange(len(amounts)) + 0.5)).sum() / amounts.sum()
+    return round(float(np.clip(middle - length / 2, run[0], run[-1])) / last, 3)
+
+
+def salience(image):
+    """What stands out in a picture, an "L" picture: what no part of its border has the colour of, and more so in the middle."""
+    import numpy as np
+
+    share = 64 / max(image.size)
+    small = image.resize([max(8, round(side * share)) for side in image.size], Image.Resampling.BOX).convert("YCbCr")
+    pixels = np.asarray(small, dtype=np.float64)
+    edges = pixels[:2].mean(0), pixels[-2:].mean(0), pixels[:, :2].mean(1), pixels[:, -2:].mean(1)
+    border = [edge[start:start + 4].mean(0) for edge in edges for start in range(0, len(edge), 4)]
+    distance = np.min([((pixels - colour) ** 2).sum(-1) ** 0.5 for colour in border], axis=0)
+    down, across = (1 - 0.5 * np.abs(2 * (np.arange(side) + 0.5) / side - 1) for side in distance.shape)
+    distance = distance**2 * down[:, None] * across
+    return Image.fromarray((255 * distance / max(1e-9, distance.max())).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/shapes: Shapes that pictures are trained in: of about as many pixels as the square, with sides that the model can take.
+
+
+LONGEST = 2.5  # times as long as wide
+COARSE = 64  # pixels by which the sides of shapes differ, or an eighth of the square's side if that is less
+FROM_SIDE = 512  # pixels of the square from which on photos keep their shapes unless they are told not to
+
+
+def shapes_for(side, multiple):
+    """[(width, height)], the square of `side` first: none has more pixels than that, and sides are multiples of `multiple`."""
+    step = max(multiple, min(COARSE, side // 8) // multiple * multiple)
+    tall = [(short, side * side // short // step * step) for short in range(step, side, step)]
+    tall = [(width, height) for width, height in tall if width < height <= LONGEST * width]
+    return [(side, side), *tall, *((height, width) for width, height in tall)]
+
+
+def nearest_shape(size, shapes):
+    """The one of these shapes that least of a picture of `size` (width, height) is cut off for."""
+    return min(shapes, key=lambda shape: abs(math.log(size[0] * shape[1] / size[1] / shape[0])))
+
+
+def shapes_of(s, sizes, side, multiple, fewest):
+    """The shapes that photos of these `sizes` are trained in: the square alone, unless --aspect_ratio_buckets has it otherwise.
+
+    If that is open, models of FROM_SIDE pixels keep shapes, and smaller ones do if the photos differ in shape. `fewest` is the
+    number of pictures that a person has given of a class, each of which has one shape; None if the program draws them.
+    """
+    shapes = shapes_for(side, multiple)
+    used = Counter(nearest_shape(size, shapes) for size in sizes)
+    wants = s.aspect_ratio_buckets
+    if wants is None:
+        wants = side >= FROM_SIDE or len(used) > 1
+    if wants and fewest is not None and fewest < len(used):
+        say(f"Note: the photos have {len(used)} shapes, but there are only {fewest} class images of your own: all become squares.")
+        wants = False
+    if not wants:
+        return shapes[:1]
+    if set(used) != {shapes[0]}:
+        say("Shapes: " + ", ".join(f"{count} of {width} x {height}" for (width, height), count in used.most_common())
+            + " pixels; class images likewise.")
+    return shapes
+
+
+def apportioned(total, counts):
+    """{shape: how many of `total` pictures it gets}, in the proportions of `counts`, and each at least one.
+
+    Their sum is `total`, or the number of shapes if that is more.
+    """
+    whole = sum(counts.values())
+    shares = {shape: max(1, int(total * count / whole)) for shape, count in counts.items()}
+    by_rest = sorted(counts, key=lambda shape: (shares[shape] - total * counts[shape] / whole, shape))
+    for shape in by_rest[:max(0, total - sum(shares.values()))]:
+        shares[shape] += 1
+    while sum(shares.values()) > max(total, len(shares)):  # small shares have been raised to one
+        shares[max(shares, key=lambda shape: (shares[shape], shape))] -= 1
+    return shares
+
+
+def dealt(sizes, counts):
+    """Which shape each picture of these `sizes` gets, if shapes are to have the proportions of `counts`: tall ones the tall
+    shapes."""
+    def slimness(size):
+        return size[0] / size[1]
+    shares = apportioned(len(sizes), counts)
+    shapes = [shape for shape in sorted(shares, key=slimness) for _ in range(shares[shape])]
+    order = sorted(range(len(sizes)), key=lambda number: (slimness(sizes[number]), number))
+    given = dict(zip(order, shapes))
+    return [given[number] for number in range(len(sizes))]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/quality: A short report on photos before they are trained on: how many and how large, and what to do about those that teach badly.
+
+
+LOOKED_AT = 512  # pixels along the longer side
+BLURRED, BLURRED_BESIDE = 6.0, 0.25  # contrast of the sharpest places: of any photo, and as a share of what is usual for the others
+SMALL = 0.06  # of a photo that a subject should cover
+ALIKE = 5.0  # of 255: how much two photos differ on average that may stand for one
+SAME_PLACE = 0.7  # of the colours along the borders that all photos have in common
+
+
+def tell_photos(concepts):
+    """Say of each subject's photos how they are, in no more lines than there are photos."""
+    for concept in concepts:
+        looks = {path: Look(load_image(path), concept.masks.get(path)) for path, _ in concept.photos}
+        for line in report_lines(concept.name, looks)[:len(looks)]:
+            say(line)
+
+
+class Look:
+    """What is to be known of one photo."""
+
+    def __init__(self, image, mask=None):
+        import numpy as np
+
+        self.size, self.share = image.size, mask and share_of(mask)
+        image.thumbnail((LOOKED_AT, LOOKED_AT), Image.Resampling.BOX)
+        self.sharpness = sharpness(np.asarray(image.convert("L"), dtype=np.float64))
+        self.tiny = np.asarray(image.resize((24, 24), Image.Resampling.BOX), dtype=np.float64)
+        border = np.ones((24, 24), bool)
+        border[4:-1, 4:-4] = False  # of the bottom little: there subjects stand
+        bins = (self.tiny[border] // 64).astype(int) @ [16, 4, 1]
+        self.colours = np.bincount(bins, minlength=64) / len(bins)
+
+
+def sharpness(grey):
+    """The contrast between neighbours in the sharpest tenth of a picture's places [h, w]."""
+    import numpy as np
+
+    if min(grey.shape) < 3:
+        return 0.0
+    edges = np.abs(4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:])
+    return float(np.sort(edges.ravel())[-max(1, edges.size // 10):].mean())
+
+
+def report_lines(name, looks):
+    """The lines on a subject's {path: Look}: sizes first, then what is worst."""
+    import numpy as np
+
+    sizes = sorted({look.size for look in looks.values()}, key=lambda size: (size[0] * size[1], size))
+    words = [f"{width} x {height}" for width, height in (sizes[0], sizes[-1])[:len(sizes)]]
+    lines = [f'Photos of "{name}": {len(looks)}, {" to ".join(words)} pixels.']
+    if pairs := [(a, b) for a, b in itertools.combinations(looks, 2) if 0 < difference(looks[a], looks[b]) < ALIKE]:
+        lines.append(f"Note: nearly the same picture: {listed(f'{a.name} and {b.name}' for a, b in pairs)}; keep one of each, they "
+                     f"teach nothing more.")
+    usual = float(np.median([look.sharpness for look in looks.values()]))
+    if blurred := [path for path, look in looks.items() if look.sharpness < max(BLURRED, BLURRED_BESIDE * usual)]:
+        lines.append(f"Note: blurred: {listed(path.name for path in blurred)}; leave them out if there are sharper ones.")
+    if small := [path for path, look in looks.items() if look.share is not None and look.share < SMALL]:
+        lines.append(f"Note: the subject is small in {listed(path.name for path in small)}; cut them closer to it.")
+    if len(looks) > 2 and None in [look.share for look in looks.values()] and is_one_place(looks.values()):
+        lines.append("Note: all have the same background, which is learnt with the subject; add photos from elsewhere, give masks "
+                     "(--mask) or name it in captions.")
+    return lines
+
+
+def difference(one, other):
+    """How much two Looks differ on average, of 255."""
+    import numpy as np
+
+    return float(np.abs(one.tiny - other.tiny).mean())
+
+
+def is_one_place(looks):
+    """Whether any two of the photos have most of the colours along their borders in common."""
+    import numpy as np
+
+    return all(np.minimum(a.colours, b.colours).sum() > SAME_PLACE for a, b in itertools.combinations(looks, 2))
+
+
+def listed(names, most=5):
+    """The first of the names, in words."""
+    names = list(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/describe: Captions that the program writes: what a network of BLIP's kind says of a photo once it is told what the subject is.
+
+
+CAPTION_MODEL = "Salesforce/blip-image-captioning-base"
+LONGEST_CAPTION = 30  # tokens
+
+
+def without_caption(concept):
+    """{photo: the file that its caption is to be in} of those that have none, not even an empty one."""
+    stems, has_file = [folded(path.stem) for path, _ in concept.photos], files_beside(concept)
+
+    def file_of(path):
+        return path.with_name((path.name if stems.count(folded(path.stem)) > 1 else path.stem) + CAPTION_SUFFIXES[0])
+    return {path: file_of(path) for path, caption in concept.photos if not caption and path not in has_file}
+
+
+def files_beside(concept):
+    """{photo: its caption file} of those that have one."""
+    return caption_files([path for path, _ in concept.photos], sorted(Path(concept.instance_data_dir).iterdir()))
+
+
+def check_describing(s, concepts):
+    """UserError if captions are to be written and cannot be, or the network for it is not to be had."""
+    wanting = [concept for concept in concepts if s.caption == "auto" and without_caption(concept)]
+    for concept in wanting:
+        if not concept.class_prompt:
+            raise UserError('--caption auto: --class_prompt is missing; say what the subject is, such as "a dog"')
+        check_writable(concept.instance_data_dir, "--caption auto writes beside the photos:")
+    if wanting:
+        check_network("--caption_model", default(s.caption_model, CAPTION_MODEL), "blip")
+
+
+def described(s, concepts, device):
+    """`concepts` with a caption for each photo that had none, with --caption auto: written beside the photo, and said."""
+    if s.caption != "auto":
+        return concepts
+    jobs = {path: (concept, file) for concept in concepts for path, file in without_caption(concept).items()}
+    if jobs and is_first_process():
+        name = default(s.caption_model, CAPTION_MODEL)
+        for path, text in continuations(name, {path: concept.class_prompt for path, (concept, _) in jobs.items()}, device):
+            concept, file = jobs[path]
+            caption = f"{concept.instance_prompt} {text}".strip()
+            with whole_file(file) as part:
+                part.write_text(caption + "\n", encoding="utf-8")
+            say(f'Caption of {path.name}: "{caption}". Change it in {short_path(file)} if it is not true.')
+    return [with_files(concept) for concept in concepts]
+
+
+def with_files(concept):
+    """`concept` with what is in its caption files by now, whichever process has written it."""
+    texts = {path: " ".join(read_text(file).split()) for path, file in files_beside(concept).items()}
+    photos = tuple((path, caption or texts.get(path) or None) for path, caption in concept.photos)
+    return dataclasses.replace(concept, photos=photos)
+
+
+def continuations(name, photos, device):
+    """(photo, how the network goes on after the class prompt) of each of {photo: class prompt}: "lying on a sofa"."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
+
+    kinds = BlipForConditionalGeneration, AutoImageProcessor, AutoTokenizer
+    network, prepare, tokenizer = load_network("--caption_model", name, *kinds)
+    network.to(device)
+    for path, class_prompt in progress(list(photos.items()), "captions", "photo"):
+        pixels, begun = prepare([load_image(path)], return_tensors="pt"), tokenizer([class_prompt.lower()], return_tensors="pt")
+        with torch.no_grad():
+            tokens = network.generate(pixels.pixel_values.to(device), begun.input_ids.to(device), begun.attention_mask.to(device),
+                                      max_new_tokens=LONGEST_CAPTION, num_beams=3)
+        told = tokenizer.decode(begun.input_ids[0], skip_special_tokens=True)
+        yield path, tidy_continuation(tokenizer.decode(tokens[0], skip_special_tokens=True), told)
+
+
+def tidy_continuation(text, begun):
+    """What a network's words say after those that it was given, without marks and without a word twice in a row."""
+    words = re.sub(r"[^\w\s,'’-]", " ", text.strip().removeprefix(begun)).split()
+    return " ".join(word for i, word in enumerate(words) if i == 0 or word != words[i - 1]).strip(" ,-")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/segment: Masks that the program draws: where in a photo a network of CLIPSeg's kind sees what the class noun says.
+#
+# Each is drawn once and kept under a name made of the photo's content, the network and the noun.
+
+
+MASK_MODEL = "CIDAS/clipseg-rd64-refined"
+FEWEST, MOST = 0.01, 0.95  # of a photo that a mask which is of use covers
+DOUBT = 0.25  # what is nowhere likelier than this to be the subject is not taken for it
+
+
+def drawn_masks(s, concepts):
+    """{photo: file of the mask that is, or is to be, drawn} of all photos without one. UserError if no noun says what to look
+    for."""
+    model, files = default(s.mask_model, MASK_MODEL), {}
+    weights = [file_digest(path) for path in sorted(Path(model).glob("*.safetensors"))] or [model, revision_of(model)]
+    for concept in concepts:
+        if not concept.class_prompt:
+            raise UserError("--mask auto: --class_prompt is missing; say what to look for in the photos, such as \"a dog\"")
+        for path in (path for path, _ in concept.photos if path not in concept.masks):
+            key = json.dumps([file_digest(path), noun_of(concept.class_prompt), weights])
+            files[path] = Path(s.mask_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.png"
+    return files
+
+
+def check_drawing_masks(s, concepts):
+    """UserError if masks are to be drawn and the network for it is not to be had."""
+    if s.mask == "auto" and not all(file.is_file() for file in drawn_masks(s, concepts).values()):
+        check_network("--mask_model", default(s.mask_model, MASK_MODEL), "clipseg")
+
+
+def with_drawn_masks(s, concepts, device):
+    """`concepts` with a mask for each photo that has none, with --mask auto; says which are of no use."""
+    if s.mask != "auto":
+        return concepts
+    files = drawn_masks(s, concepts)
+    nouns = {path: noun_of(concept.class_prompt) for concept in concepts for path, _ in concept.photos}
+    if missing := [path for path, file in files.items() if not file.is_file()]:
+        draw_masks(s, {path: (nouns[path], files[path]) for path in missing}, device)
+    masks = {path: mask for path, file in files.items() if (mask := of_use(path, load_image(file).convert("L"), nouns[path]))}
+    if files:
+        say(f"Masks: {len(masks)} of {len(files)} photos without one have one that the program drew, kept in {s.mask_dir}.")
+    return [dataclasses.replace(c, masks=c.masks | {path: masks[path] for path, _ in c.photos if path in masks}) for c in concepts]
+
+
+def of_use(path, likely, noun):
+    """The mask made of how likely each place shows the noun, its most likely place white; None, and says so, if it tells
+    nothing."""
+    most = likely.getextrema()[1]
+    mask = likely.point([min(255, round(value / max(1, most) * 255)) for value in range(256)])
+    share = share_of(mask.point([255 * (value > 127) for value in range(256)]))
+    if most < DOUBT * 255 or share < FEWEST:
+        say(f"Note: {path}: no {noun} was found in it; it is trained on without a mask. Beside it you can lay one of your own.")
+    elif share > MOST:
+        say(f"Note: {path}: the {noun} would be all of it; it is trained on without a mask.")
+    else:
+        return mask
+
+
+def draw_masks(s, jobs, device):
+    """Draw the masks of `jobs`, {photo: (noun, file)}."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPSegForImageSegmentation
+
+    name = default(s.mask_model, MASK_MODEL)
+    network, prepare, tokenizer = load_network("--mask_model", name, CLIPSegForImageSegmentation, AutoImageProcessor, AutoTokenizer)
+    network.to(device)
+    Path(s.mask_dir).mkdir(parents=True, exist_ok=True)
+    for path, (noun, file) in progress(list(jobs.items()), "masks", "photo", hidden=not is_first_process()):
+        image = load_image(path)
+        pixels, words = prepare([image], return_tensors="pt"), tokenizer([noun], return_tensors="pt")
+        with torch.no_grad():
+            logits = network(pixel_values=pixels.pixel_values.to(device), input_ids=words.input_ids.to(device),
+                             attention_mask=words.attention_mask.to(device)).logits
+        likely = (255 * logits.sigmoid()).round().byte().cpu().reshape(logits.shape[-2:])
+        share = min(1, LARGEST_MASK / max(image.size))
+        size = [max(1, round(side * share)) for side in image.size]
+        with whole_file(file) as part:
+            Image.fromarray(likely.numpy()).resize(size, Image.Resampling.BILINEAR).save(part, format="PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/views: How training sees a picture: at which size, which part of it, and how much each place counts.
+
+
+USUAL_FLOOR = 0.1  # what counts of a photo beside its subject
+TINT = (214, 39, 130)
 
 
 @dataclass(frozen=True)
-class LatentCache:
-    """The VAE's view of every training picture, one row each, on the CPU; a mirrored picture is a row of its own.
+class View:
+    """How training sees a picture: scaled until it covers `size`, and cut to that."""
 
-    A row keeps mean and deviation, so that each step samples its latents afresh (the VAE is not run again), together
-    with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
-    """
+    size: tuple  # (width, height) in pixels
+    at: tuple = (0.5, 0.5)  # how far to the right and down the cut lies, as in fitted()
+    mask: typing.Any = None  # "L" picture of all of it, white where the subject is
 
-    mean: typing.Any  # [N, C, h, w], as the denoiser takes them
-    std: typing.Any  # [N, C, h, w], likewise
-    sizes: typing.Any  # [N, 6]: original height and width, top and left of the crop, target height and width
-    prompt: typing.Any  # [N], index into `prompts`
-    prompts: list
-    photos: list  # for each subject the rows of its photos
-    class_images: list  # for each subject the rows of its class images; empty without prior preservation
+    def seen(self, image):
+        """(the picture as it is trained on, its size record): see fitted()."""
+        return fitted(image, self.size, self.at)
+
+    def seen_mask(self):
+        """The mask cut as the picture is."""
+        return fitted(self.mask, self.size, self.at, Image.Resampling.BILINEAR)[0]
+
+    def weights(self, floor, shape):
+        """What each place of latents of `shape` (h, w) counts, [1, h, w], 1 on average: in the subject 1, elsewhere `floor`."""
+        import numpy as np
+        import torch
+
+        white = torch.from_numpy(np.array(self.seen_mask(), dtype=np.float32))[None] / 255
+        weights = torch.nn.functional.adaptive_avg_pool2d(white, shape).clamp(min=floor)
+        return weights / weights.mean().clamp(min=1e-6)
+
+    def tinted(self, image):
+        """What seen() gives, with a tint over what is not the subject."""
+        picture = self.seen(image)[0]
+        if self.mask is None:
+            return picture
+        grey = picture.convert("L").convert("RGB")  # a tint alone would not show on its own colour
+        return Image.composite(picture, Image.blend(grey, Image.new("RGB", picture.size, TINT), 0.4), self.seen_mask())
+
+    def traits(self):
+        """What tells this view from the usual one, a square from the middle, as a list."""
+        shape = [] if self.size[0] == self.size[1] and self.at == (0.5, 0.5) else [*self.size, *self.at]
+        return shape + ([pixels_digest(self.mask)] if self.mask else [])
 
 
-def cache_latents(models, photos, class_images, resolution, device, random_flip=False):
-    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a LatentCache.
+def views_of(s, concepts, side, multiple):
+    """{photo: View} of all photos: in shapes of about `side`² pixels whose sides are multiples of `multiple`, cut where the mask
+    has its middle, or else what stands out."""
+    masks = {path: mask for concept in concepts for path, mask in concept.masks.items()}
+    sizes = {path: load_image(path).size for concept in concepts for path, _ in concept.photos}
+    shapes = shapes_of(s, sizes.values(), side, multiple, fewest_own(s, concepts))
+    views = {}
+    for path, size in sizes.items():
+        shape, mask = nearest_shape(size, shapes), masks.get(path)
+        at = (0.5, 0.5)
+        if size[0] * shape[1] != size[1] * shape[0]:
+            at = place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
+        views[path] = View(shape, at, mask)
+    return views
 
-    The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored as the photos are.
-    """
-    import numpy as np
-    import torch
 
-    vae = models.vae.to(device)
-    own = {picture for pool in photos for picture in pool}
-    pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
-    prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    variants, shape = 2 if random_flip else 1, models.family.latent_shape(models.pipeline, resolution)
-    rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
-    # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(pictures), *shape)
-    sizes, prompt = [], []
-    for picture in progress(pictures, "encoding", "image", hidden=not is_first_process()):
-        path, caption = picture
-        image = load_image(path)
-        if min(image.size) < resolution and picture in own:
-            say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
-        image, size = square(image, resolution)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, variant in zip(rows_of[picture], (pixels, pixels.flip(-1))):
-            with torch.no_grad():
-                (mean[row],), (std[row],) = models.family.moments(vae, variant)
-            sizes.append(size)
-            prompt.append(prompts.index(caption))
-    vae.to("cpu")
-    pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
-    return LatentCache(mean, std, torch.tensor(sizes, dtype=torch.float32), torch.tensor(prompt), prompts, *pools)
+def fewest_own(s, concepts):
+    """How many class images a person has given, where that is fewest; None where the program draws all."""
+    own = [len(own_class_images(c.class_data_dir)[:c.num_class_images]) for c in concepts] if preserves_prior(s) else []
+    return min(filter(None, own), default=None)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6217,11 +6842,12 @@ def class_image_look(s, family):
     return guided if scale > 1 else unguided, scale
 
 
-def class_image_settings(s, models, class_prompt, resolution, plan):
-    """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
+def class_image_settings(s, models, class_prompt, size, plan):
+    """Everything that shapes a class image of `size`. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
     steps, scale = class_image_look(s, models.family)
     base = {} if models.base_precision == "bf16" else {"base_precision": models.base_precision}
+    resolution = size[0] if size[0] == size[1] else list(size)
     return {**base, "prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
             **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
@@ -6239,26 +6865,51 @@ def class_image_name(index):
     return f"{index:05d}.png"
 
 
-def class_pools(s, models, concepts, resolution, plan, accelerator):
-    """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
-    counts, keys = {}, [(c.class_prompt, c.class_data_dir) for c in concepts]
-    for key, concept in zip(keys, concepts):
-        counts[key] = max(concept.num_class_images, counts.get(key, 0))
-    paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
-    return [[(path, c.class_prompt) for path in paths[key][:c.num_class_images]] for key, c in zip(keys, concepts)]
+def class_pools(s, models, concepts, views, plan, accelerator):
+    """(a list of (path, class prompt) for each concept, {path: View} of these): in the shapes of the concepts' photos and in their
+    proportions. Concepts of one class share its images."""
+    groups, paths_of, class_views = {}, {}, {}
+    for concept in concepts:
+        groups.setdefault((concept.class_prompt, concept.class_data_dir), []).append(concept)
+    for (prompt, folder), group in groups.items():
+        if own := own_class_images(Path(folder))[:max(concept.num_class_images for concept in group)]:
+            say(f"Class images: the {len(own)} pictures in {folder} are used as they are.")
+            paths, shapes = {c.name: own[:c.num_class_images] for c in group}, own_shapes(own, group, views)
+        else:
+            paths, shapes = drawn_in_shapes(group, views, functools.partial(
+                prepare_class_images, s, models, prompt, folder, plan=plan, accelerator=accelerator))
+        paths_of, class_views = paths_of | paths, class_views | {path: View(size) for path, size in shapes.items()}
+    return [[(path, concept.class_prompt) for path in paths_of[concept.name]] for concept in concepts], class_views
 
 
-def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolution, plan, accelerator):
-    """Paths of `count` class images (paper section 3.2: samples of the frozen model), making only what is missing.
+def shapes_count(concepts, views):
+    """How many of the photos have each shape."""
+    return Counter(views[path].size for concept in concepts for path, _ in concept.photos)
+
+
+def own_shapes(own, concepts, views):
+    """{path: shape} of a person's own class images."""
+    return dict(zip(own, dealt([load_image(path).size for path in own], shapes_count(concepts, views))))
+
+
+def drawn_in_shapes(concepts, views, prepare):
+    """({name of a concept: its class images}, {path: shape}): `prepare` draws so many of one shape."""
+    shares, needed = {c.name: apportioned(c.num_class_images, shapes_count([c], views)) for c in concepts}, {}
+    for size, count in (share for counts in shares.values() for share in counts.items()):
+        needed[size] = max(count, needed.get(size, 0))
+    drawn = {size: prepare(count, size) for size, count in needed.items()}
+    paths = {name: [path for size, count in counts.items() for path in drawn[size][:count]] for name, counts in shares.items()}
+    return paths, {path: size for size, paths in drawn.items() for path in paths}
+
+
+def prepare_class_images(s, models, class_prompt, class_data_dir, count, size, plan, accelerator):
+    """Paths of `count` class images of `size` (paper section 3.2: samples of the frozen model), making only what is missing.
 
     Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
     of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
     """
     root = Path(class_data_dir)
-    if own := own_class_images(root)[:count]:
-        say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
-        return own
-    settings = class_image_settings(s, models, class_prompt, resolution, plan)
+    settings = class_image_settings(s, models, class_prompt, size, plan)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{slug(class_prompt)}-{key}"
     paths = [folder / class_image_name(i) for i in range(count)]
@@ -6288,8 +6939,9 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = models.family.class_scheduler(own_scheduler)
     placed(pipeline, plan.device)
+    width, height = settings["resolution"] if isinstance(settings["resolution"], list) else [settings["resolution"]] * 2
     look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
-                height=settings["resolution"], width=settings["resolution"])
+                width=width, height=height)
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
         if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing
@@ -6302,6 +6954,114 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     pipeline.scheduler = own_scheduler
     pipeline.remove_all_hooks()
     models.denoiser.to("cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# data/latents: The latent cache: every training picture passes through the VAE once.
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The VAE's view of every training picture of one shape, one row each, on the CPU; a mirrored picture is a row of its own.
+
+    A row keeps mean and deviation, so that each step samples its latents afresh (the VAE is not run again), together
+    with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
+    """
+
+    mean: typing.Any  # [N, C, h, w], as the denoiser takes them
+    std: typing.Any  # [N, C, h, w], likewise
+    sizes: typing.Any  # [N, 6]: original height and width, top and left of the crop, target height and width
+    prompt: typing.Any  # [N], index into `prompts`
+    prompts: list
+    photos: list  # for each subject the rows of its photos
+    class_images: list  # for each subject the rows of its class images; empty without prior preservation
+    mask: typing.Any = None  # [N, 1, h, w]: what each place counts; None: all the same
+
+    @property
+    def shelves(self):
+        """The caches of the several shapes: this one."""
+        return [self]
+
+
+@dataclass(frozen=True)
+class ShapedCache:
+    """Pictures of several shapes: for each a LatentCache, of the same subjects and prompts; subjects may have no rows in one."""
+
+    shelves: list
+
+    @property
+    def prompts(self):
+        return self.shelves[0].prompts
+
+    @property
+    def class_images(self):
+        """Whether there are any, as a list."""
+        return [pool for shelf in self.shelves for pool in shelf.class_images if pool]
+
+
+def cache_latents(models, photos, class_images, resolution, device, random_flip=False, views=None, floor=USUAL_FLOOR):
+    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a cache of one shape or several.
+
+    `views` are {path: View} of those that are not squares of `resolution` pixels from the middle; `floor` is what the rest of a
+    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored
+    as the photos are.
+    """
+    import torch
+
+    own = {picture for pool in photos for picture in pool}
+    pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
+    prompts = list(dict.fromkeys(caption for _, caption in pictures))
+    by_size, usual, variants = {}, View((resolution, resolution)), 2 if random_flip else 1
+    for picture in pictures:
+        view = (views or {}).get(picture[0], usual)
+        by_size.setdefault(view.size, {})[picture] = view
+    models.vae.to(device)
+    seen, shelves = seen_pictures(by_size.values(), own), []
+    for shelf in by_size.values():
+        rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(shelf)}
+        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind]
+                 for kind in (photos, class_images)]
+        tensors, mask = encode_shelf(models, shelf, seen, device, variants, floor)
+        prompt = torch.tensor([prompts.index(caption) for _, caption in shelf for _ in range(variants)])
+        shelves.append(LatentCache(*tensors, prompt, prompts, *pools, mask))
+    next(seen, None)  # which ends the bar
+    models.vae.to("cpu")
+    return shelves[0] if len(shelves) == 1 else ShapedCache(shelves)
+
+
+def seen_pictures(shelves, own):
+    """(the picture as it is trained on, its size record) of all in these {(path, caption): View}, one after the other.
+
+    Says which of a person's `own` are enlarged.
+    """
+    jobs = [(picture, view) for shelf in shelves for picture, view in shelf.items()]
+    for picture, view in progress(jobs, "encoding", "image", hidden=not is_first_process()):
+        image, size = load_image(picture[0]), view.size
+        if picture in own and (image.width < size[0] or image.height < size[1]):
+            name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+            say(f"Note: {picture[0]} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
+        yield view.seen(image)
+
+
+def encode_shelf(models, shelf, seen, device, variants, floor):
+    """((mean, std, sizes), mask or None) of {picture: View} that are seen at one size; `seen` gives the pictures."""
+    import numpy as np
+    import torch
+
+    size, sizes = next(iter(shelf.values())).size, []
+    # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
+    mean, std = torch.empty(2, variants * len(shelf), *models.family.latents_of(models.pipeline, size))
+    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if any(view.mask for view in shelf.values()) else None
+    for number, view in enumerate(shelf.values()):
+        image, record = next(seen)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, models.vae.dtype) / 127.5 - 1  # [1, 3, H, W]
+        for row, turned in zip(range(variants * number, variants * (number + 1)), (lambda rows: rows, lambda rows: rows.flip(-1))):
+            with torch.no_grad():
+                (mean[row],), (std[row],) = models.family.moments(models.vae, turned(pixels))
+            if view.mask:
+                mask[row] = turned(view.weights(floor, tuple(mean.shape[2:])))
+            sizes.append(record)
+    return (mean, std, torch.tensor(sizes, dtype=torch.float32)), mask
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6363,12 +7123,53 @@ def harmonic_mean(dino, clip_t):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
 
 
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
 BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
-SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 EMOJI_WORDS = "e643ecfb7275a7a74447bdeb066b6f98cadb98650bbed4a2d9688b3742efbbf8"  # sha256 of the bundled model's vocabulary
 METRIC_BATCH = 50  # pictures that a metric network sees at once
@@ -6421,14 +7222,7 @@ def metric_models(s, bases):
                             f"{usual['dino']} and {usual['clip']}; bring the folder demo from its repository, or give others")
     names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
     for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
-        try:
-            path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
-            found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        except Exception as problem:  # of the file, or whatever the hub's client raises
-            raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
-                            f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
-        if found != kind:
-            raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
+        check_network(flag, name, kind)
     return names
 
 
@@ -6440,10 +7234,6 @@ def knows_only_emoji(base):
     except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
         return False
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest() == EMOJI_WORDS
-
-
-def revision_of(name):
-    return {"revision": SAFETENSORS_AT[name]} if name in SAFETENSORS_AT and not Path(name).is_dir() else {}
 
 
 def load_metrics(dino, clip, device):
@@ -6466,26 +7256,6 @@ def load_metrics(dino, clip, device):
     return Metrics(vit.to(device), model.to(device), prepare_dino, prepare_clip, tokenizer)
 
 
-def load_network(flag, name, kind, *others, **options):
-    """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
-    transformers.logging.disable_progress_bar()
-    for cached_only in (True,) if Path(name).is_dir() else (True, False):
-        where = {"local_files_only": cached_only, **revision_of(name)}
-        try:
-            model, report = kind.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-                                                 **options, **where)
-            if report["missing_keys"]:  # transformers would make them up
-                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
-            return [model.eval(), *(other.from_pretrained(name, **where) for other in others)]
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
-            reason = " ".join(str(problem).split())[:300]
-    raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
-
-
 def load_lpips(device):
     """LPIPS (Zhang et al., arXiv 1801.03924) as a function: two batches of pixels [N, 3, H, W] in -1 .. 1 to distances [N].
 
@@ -6505,48 +7275,6 @@ def load_lpips(device):
             f"measure.")
         return None
     return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6834,11 +7562,12 @@ def denoising_loss(noise, batch, denoiser):
     """(loss, per-picture losses [B]): the paper's equation 2, of a Diffusion or a Flow.
 
     `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
-    not a term here but the weight that each picture of the batch carries.
+    not a term here but the weight that each picture of the batch carries; so is a mask [B, 1, h, w] what each place carries.
     """
     given = batch["latents"], batch["noise"], batch["levels"]
     noisy, target = noise.noisy(*given), noise.target(*given)
-    losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
+    squares = (denoiser(noisy, batch).float() - target.float()).square()
+    losses = (squares * batch["mask"] if "mask" in batch else squares).mean(dim=(1, 2, 3))
     weights = noise.weights(batch["levels"])
     if weights is not None:
         losses = losses * weights
@@ -7330,7 +8059,8 @@ def tell_unseen(s, course, photos, class_images, processes):
 
 
 # Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
-FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_model", "aspect_ratio_buckets", "mask", "mask_model",
+              "mask_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
@@ -7341,8 +8071,8 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
-WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", "photos")  # of a Concept: what these hold is compared
-COUNTED = {"photos": "photos or their captions", "class images": "class images"}
+WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
+COUNTED = {"photos": "photos, their captions or masks", "class images": "class images"}
 
 
 def shaping_flags(s):
@@ -7362,9 +8092,10 @@ def origin_of(s, course, groups, fingerprint, pictures, processes):
     return origin
 
 
-def pictures_digest(photos, class_images):
-    """A hex digest of everything in these pools of (path, caption)."""
-    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
+def pictures_digest(photos, class_images, views):
+    """A hex digest of everything in these pools of (path, caption), and of how it is seen."""
+    pools = [[(file_digest(path), caption, *(views[path].traits() if path in views else ())) for path, caption in pool]
+             for pool in (*photos, *class_images)]
     return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
 
 
@@ -7373,7 +8104,9 @@ def what_was_given(s, concepts, needs_class):
     given = {}
     for concept in concepts:
         entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
-        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}") for path, caption in concept.photos]
+        masks = {path: f" {pixels_digest(mask)}" for path, mask in concept.masks.items()}
+        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}{masks.get(path, '')}")
+                           for path, caption in concept.photos]
         own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
         given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
     return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
@@ -7404,61 +8137,6 @@ def check_origin(path, state, origin):
                        for key, value in now.items() if state["origin"].get(key) != value]:
         raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "
                         f"or start without --resume")
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# training/run: A training under way: everything that its loop needs, in one place.
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
-
-    s: Settings
-    course: Course
-    models: Models  # what trains is wrapped for precision and processes
-    groups: list
-    modules: list  # those of `models` that train
-    conditioning: typing.Callable  # prompt numbers [B] -> what the denoiser is told
-    noise: typing.Any  # a Diffusion or a Flow
-    cache: LatentCache
-    optimizer: typing.Any
-    lr_scheduler: typing.Any
-    accelerator: typing.Any
-    at_once: int  # pictures that pass through the model together
-    spent: list  # norms of the gradients that the backward pass of a step has used up already
-    origin: dict  # what a resumed training must have in common with this one
-    averages: list  # of each tensor that trains, in their order; empty without --use_ema
-    history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
-    scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
-
-    def denoiser(self, noisy_latents, batch):
-        told = self.conditioning(batch["prompt"])
-        return self.models.family.predict(self.models, noisy_latents, batch["levels"], told, batch["sizes"])
-
-
-@contextlib.contextmanager
-def averaged(run):
-    """Within the block, what trains has its running average, where there is one."""
-    tensors = list(trained_tensors(run.groups).values()) if run.averages else []
-    own = [tensor.to("cpu", copy=True) for tensor in tensors]
-    for tensor, average in zip(tensors, run.averages):
-        tensor.copy_(average)
-    try:
-        yield
-    finally:
-        for tensor, values in zip(trained_tensors(run.groups).values(), own):
-            tensor.copy_(values)
-
-
-def ema_decay(step):
-    """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
-    return min(0.99, (1 + step) / (10 + step))
-
-
-def best_of(scores):
-    """The best of them, and the earliest of equals."""
-    return max(scores, key=lambda row: row["score"])
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -7519,6 +8197,61 @@ def in_float32(parameter):
     yield
     parameter.grad = None
     parameter.data = place.copy_(rounded_by_chance(parameter.data))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/run: A training under way: everything that its loop needs, in one place.
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training under way. What changes from step to step is `history`, the weights, the optimizer and the schedule."""
+
+    s: Settings
+    course: Course
+    models: Models  # what trains is wrapped for precision and processes
+    groups: list
+    modules: list  # those of `models` that train
+    conditioning: typing.Callable  # prompt numbers [B] -> what the denoiser is told
+    noise: typing.Any  # a Diffusion or a Flow
+    cache: LatentCache
+    optimizer: typing.Any
+    lr_scheduler: typing.Any
+    accelerator: typing.Any
+    at_once: int  # pictures that pass through the model together
+    spent: list  # norms of the gradients that the backward pass of a step has used up already
+    origin: dict  # what a resumed training must have in common with this one
+    averages: list  # of each tensor that trains, in their order; empty without --use_ema
+    history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
+    scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
+
+    def denoiser(self, noisy_latents, batch):
+        told = self.conditioning(batch["prompt"])
+        return self.models.family.predict(self.models, noisy_latents, batch["levels"], told, batch["sizes"])
+
+
+@contextlib.contextmanager
+def averaged(run):
+    """Within the block, what trains has its running average, where there is one."""
+    tensors = list(trained_tensors(run.groups).values()) if run.averages else []
+    own = [tensor.to("cpu", copy=True) for tensor in tensors]
+    for tensor, average in zip(tensors, run.averages):
+        tensor.copy_(average)
+    try:
+        yield
+    finally:
+        for tensor, values in zip(trained_tensors(run.groups).values(), own):
+            tensor.copy_(values)
+
+
+def ema_decay(step):
+    """How much of a running average stays at this step, counted from 0: little at first, when it is of few steps."""
+    return min(0.99, (1 + step) / (10 + step))
+
+
+def best_of(scores):
+    """The best of them, and the earliest of equals."""
+    return max(scores, key=lambda row: row["score"])
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8821,10 +9554,12 @@ PHOTO_SHEET, LOSS_PLOT = "photos.png", "losses.png"
 COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
 
 
-def save_photo_sheet(folder, s, concepts, resolution):
-    """One picture of all photos, cropped as they are trained on."""
-    side, paths = min(256, resolution), [path for concept in concepts for path, _ in concept.photos]
-    crops = [square(load_image(path), resolution)[0].resize((side, side)) for path in paths]
+def save_photo_sheet(folder, s, concepts, views):
+    """One picture of all photos, cropped as they are trained on, with a tint over what a mask leaves out."""
+    crops = [views[path].tinted(load_image(path)) for concept in concepts for path, _ in concept.photos]
+    crops = [crop.resize([round(side * min(1, 256 / max(crop.size))) for side in crop.size]) for crop in crops]
+    cell = [max(sides) for sides in zip(*(crop.size for crop in crops))]
+    crops = [ImageOps.pad(crop, cell, color="white") if list(crop.size) != cell else crop for crop in crops]
     image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
     say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
 
@@ -9647,6 +10382,10 @@ def train(s):
     clear_environment()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
+    with accelerator.main_process_first():
+        concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
+    if accelerator.is_main_process:
+        tell_photos(concepts)
     given = what_was_given(s, concepts, preserves_prior(s))
     with accelerator.main_process_first():
         finish_renaming(s)
@@ -9657,13 +10396,13 @@ def train(s):
         return publish(s) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
-        subjects, run = prepare(s, name, concepts, plan, accelerator)
+        subjects, views, run = prepare(s, name, concepts, plan, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite, logs_in(s))
-            save_photo_sheet(folder, s, concepts, run.course.resolution)
+            save_photo_sheet(folder, s, concepts, views)
         prepared = time.monotonic()
         with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):
             optimize(run, folder, viewer)
@@ -9694,6 +10433,10 @@ def settle_beforehand(s):
         check_class_folders(concepts)
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.mask == "auto":
+        check_writable(s.mask_dir, "--mask_dir")
+        check_drawing_masks(s, concepts)
+    check_describing(s, concepts)
     if s.export:
         check_export(s)
     check_publishing(s)
@@ -9711,7 +10454,7 @@ def settle_beforehand(s):
 
 
 def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
+    """(subjects, {photo: View}, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
     is_adapter = METHODS[s.method].is_adapter
@@ -9723,6 +10466,7 @@ def prepare(s, name, concepts, plan, accelerator):
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)
+    views = views_of(s, concepts, course.resolution, models.family.multiple(models.pipeline))
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
@@ -9733,20 +10477,22 @@ def prepare(s, name, concepts, plan, accelerator):
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
-        class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
+        class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)
+        views = class_views | views
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
     check_space(s, course, models, groups)
-    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
+    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip, views,
+                          default(s.unmasked_weight, USUAL_FLOOR))
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
     tell_unseen(s, course, photos, class_images, accelerator.num_processes)
-    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
-    return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
+    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images, views), accelerator.num_processes)
+    return subjects, views, prepare_training(s, course, models, groups, cache, accelerator, origin)
 
 
 def settle_subjects(s, models, concepts):

@@ -59,7 +59,7 @@ def prompts_that_keep():
 
 def train(args, subject, flags, seed, model):
     """Train a variant into the folder `model`; (seconds of training, MB of weights)."""
-    program("--train", "--model_name", args.model_name, "--instance_data_dir", SUBJECTS / subject, "--seed", seed,
+    program("--train", "--model_name", args.model_name, "--instance_data_dir", args.photos / subject, "--seed", seed,
             "--num_class_images", 100, "--class_data_dir", args.output_dir / "class_images", "--output_dir", model,
             "--num_inference_steps", 1, "--overwrite", *flags, *args.passed_on)  # few steps for samples that nobody looks at
     record = json.loads((model / "dreambooth.json").read_text(encoding="utf-8"))
@@ -269,6 +269,8 @@ def parse_arguments():
     parser.add_argument("--round", choices=ROUNDS, default="choice", help="which subjects, seeds and prompts")
     parser.add_argument("--subjects", nargs="+", metavar="FOLDER", help="instead of the round's")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the round's")
+    parser.add_argument("--photos", type=Path, default=SUBJECTS,
+                        help="folder with a folder of photos to learn for each subject; they are measured against demo/subjects")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, metavar="VARIANT",
                         help=f"{', '.join(VARIANTS)}; all of them unless --variant is given")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more; repeatable")
@@ -286,6 +288,7 @@ def parse_arguments():
     args.variants = [*(args.variants if args.variants is not None else [] if own else VARIANTS), *own]
     args.subjects, args.seeds, args.num_images = args.subjects or subjects, args.seeds or seeds, args.num_images or num_images
     args.output_dir, args.results = args.output_dir.resolve() / args.round, (args.results or RESULTS / file).resolve()
+    args.photos = args.photos.resolve()
     return args
 
 

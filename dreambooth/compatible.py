@@ -123,5 +123,8 @@ EFFECTIVE = {
     "repeats": ("--num_train_epochs or --validation_epochs",
                 lambda s: (s.num_train_epochs and not s.steps) or (s.validation_epochs and not s.validation_steps)),
     "validation_epochs": ("no --validation_steps", lambda s: s.validation_steps is None),
+    "unmasked_weight": ("masks, which --mask none rules out", lambda s: s.mask != "none"),
+    "caption_model": ("--caption auto", lambda s: s.caption == "auto"),
+    **dict.fromkeys(("mask_model", "mask_dir"), ("--mask auto", lambda s: s.mask == "auto")),
     "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
 }

@@ -40,10 +40,20 @@ def load_image(path):
 
     Raises UserError if it cannot be read to its last pixel.
     """
+    return load_as(path, as_seen)
+
+
+def load_opacity(path):
+    """How opaque the picture at `path` is, upright, 8-bit: 0 where nothing is seen of it. None if it is opaque throughout."""
+    return load_as(path, opacity)
+
+
+def load_as(path, seen):
+    """What `seen` makes of a file's path and Pillow image. UserError if it cannot be read to its last pixel."""
     try:
         with warnings.catch_warnings(), unlimited():
             warnings.simplefilter("ignore")  # what matters of them is said below
-            return decoded(path)
+            return decoded(path, seen)
     except UserError:
         raise
     except Exception as problem:  # decoders raise all kinds of things on damaged files
@@ -67,11 +77,11 @@ def unlimited():
             setattr(module, name, value)
 
 
-def decoded(path):
-    """load_image(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
+def decoded(path, seen):
+    """load_as(), with whatever decoders raise. What they refuse for what does not show is tried again without."""
     try:
         with opened(path) as image:
-            return as_seen(path, image)
+            return seen(path, image)
     except UserError:
         raise
     except Exception as problem:
@@ -84,7 +94,7 @@ def decoded(path):
         if rest == data:
             raise
         with Image.open(io.BytesIO(rest), formats=[kind]) as image:
-            return as_seen(path, image)
+            return seen(path, image)
 
 
 def opened(path):
@@ -186,12 +196,28 @@ def as_seen(path, image):
     if image.mode == "La":
         image = image.convert("LA")
     # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    alpha = alpha_of(image)
     plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
     if alpha:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def alpha_of(image):
+    """The alpha channel of a Pillow image, or None."""
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def opacity(path, image):
+    """load_opacity() of a Pillow image."""
+    if not image.has_transparency_data:
+        return None
+    image.load()
+    turn, alpha = turn_of(path, image), alpha_of(image.convert("LA") if image.mode == "La" else image)
+    if alpha.getextrema()[0] == 255:
+        return None
+    return alpha.transpose(TURNS[turn]) if turn in TURNS else alpha
 
 
 def frames_of(image):

@@ -1,4 +1,4 @@
-"""Pictures: cut to squares, laid out in grids, saved with their settings inside.
+"""Pictures: cut to size, laid out in grids, saved with their settings inside.
 
 Knows nothing of subjects or models.
 """
@@ -12,22 +12,28 @@ from dreambooth.decode import load_image
 LONG = 8  # times as long as wide
 
 
-def square(image, resolution):
-    """(square image, [height, width, top, left, side, side]): the middle of `image`, scaled to `resolution` pixels.
+def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
+    """(image of `size`, [height, width, top, left, height, width of `size`]): `image` scaled until it covers `size`, and cut to it.
 
-    The numbers are SDXL's size conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
+    `at` is how far to the right and down the cut lies, from 0 to 1; 0.5 cuts out the middle. The numbers are SDXL's size
+    conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
-    if max(scaled) > LONG * resolution:  # a strip: all of it, scaled, would not fit into memory
-        x, y, side = left / scaled[0] * width, top / scaled[1] * height, min(width, height)
-        box = (x, y, min(x + side, width), min(y + side, height))
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
+    (width, height), (across, down) = image.size, size
+    scale = max(across / width, down / height)
+    scaled = (max(across, round(width * scale)), max(down, round(height * scale)))
+    left, top = int((scaled[0] - across) * at[0]), int((scaled[1] - down) * at[1])
+    if max(scaled) > LONG * min(size):  # a strip: all of it, scaled, would not fit into memory
+        x, y = left / scaled[0] * width, top / scaled[1] * height
+        box = (x, y, min(x + across / scale, width), min(y + down / scale, height))
+        image = image.resize(size, resampling, box)
     else:
-        image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
-    return image, [height, width, top, left, resolution, resolution]
+        image = image.resize(scaled, resampling).crop((left, top, left + across, top + down))
+    return image, [height, width, top, left, down, across]
+
+
+def square(image, resolution):
+    """fitted() to a square of `resolution` pixels around the middle."""
+    return fitted(image, (resolution, resolution))
 
 
 def load_square(path):

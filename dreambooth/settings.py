@@ -64,6 +64,21 @@ class Settings:
                                          shown='the class prompt with the identifier: "a sks dog"')
     concepts: str | None = _field("train+evaluate", None, "JSON list of several subjects to learn together, instead of the "
                                                           "flags above", shown="none")
+    caption: str | None = _field("train", None, "captions of single photos: files beside them; auto: these, and where there is "
+                                 "none --caption_model writes one; or none", choices=["auto", "files", "none"],
+                                 shown="files, where there are any")
+    caption_model: str | None = _field("train", None, "BLIP network that writes captions, a folder or hub id",
+                                       shown="Salesforce/blip-image-captioning-base")
+    mask: str | None = _field("train", None, "masks, white where the subject is: files beside the photos and the photos' own "
+                              "transparency; auto: these, and for the others what --mask_model draws; or none",
+                              choices=["auto", "files", "none"], shown="files, where there are any")
+    unmasked_weight: float | None = _field("train", None, "how much what is not the subject counts, of 1, where there is a mask",
+                                           minimum=0, maximum=1, shown="0.1")
+    mask_model: str | None = _field("train", None, "CLIPSeg network that finds the class in a photo, a folder or hub id",
+                                    shown="CIDAS/clipseg-rd64-refined")
+    mask_dir: str = _field("train", "./drawn_masks", "cache of masks that the program draws")
+    aspect_ratio_buckets: bool | None = _field("train", None, "train photos in shapes near their own, not in squares; a batch has one",
+                                               shown="on from 512 pixels on, below that if the photos differ in shape")
     random_flip: bool = _field("train", False, "also train on mirrored photos (not for subjects with a left and a right)")
 
     # Prior preservation
@@ -234,7 +249,8 @@ class Settings:
 
 
 PATH_FLAGS = ("model_name", "instance_data_dir", "concepts", "class_data_dir", "output_dir", "resume", "export", "model_path",
-              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir")
+              "adapter", "image_dir", "prompts_file", "dino_model", "clip_model", "eval_dir", "cache_dir", "logging_dir", "mask_model",
+              "mask_dir", "caption_model")
 CONCEPT_FLAGS = ("instance_data_dir", "class_prompt", "identifier", "instance_prompt")  # one subject's; not for --concepts
 
 

@@ -8,7 +8,11 @@ import time
 
 from dreambooth.base import default, own_command, say
 from dreambooth.data.class_images import class_image_plan, class_pools
+from dreambooth.data.describe import check_describing, described
 from dreambooth.data.latents import cache_latents
+from dreambooth.data.quality import tell_photos
+from dreambooth.data.segment import check_drawing_masks, with_drawn_masks
+from dreambooth.data.views import USUAL_FLOOR, views_of
 from dreambooth.device import machine_name, plan_device
 from dreambooth.drawing.trained import find_trained
 from dreambooth.evaluation.networks import metric_models
@@ -61,6 +65,10 @@ def train(s):
     clear_environment()
     accelerator = make_accelerator(s, plan)
     started = time.monotonic()
+    with accelerator.main_process_first():
+        concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
+    if accelerator.is_main_process:
+        tell_photos(concepts)
     given = what_was_given(s, concepts, preserves_prior(s))
     with accelerator.main_process_first():
         finish_renaming(s)
@@ -71,13 +79,13 @@ def train(s):
         return publish(s) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
-        subjects, run = prepare(s, name, concepts, plan, accelerator)
+        subjects, views, run = prepare(s, name, concepts, plan, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite, logs_in(s))
-            save_photo_sheet(folder, s, concepts, run.course.resolution)
+            save_photo_sheet(folder, s, concepts, views)
         prepared = time.monotonic()
         with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):
             optimize(run, folder, viewer)
@@ -108,6 +116,10 @@ def settle_beforehand(s):
         check_class_folders(concepts)
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
+    if s.mask == "auto":
+        check_writable(s.mask_dir, "--mask_dir")
+        check_drawing_masks(s, concepts)
+    check_describing(s, concepts)
     if s.export:
         check_export(s)
     check_publishing(s)
@@ -125,7 +137,7 @@ def settle_beforehand(s):
 
 
 def prepare(s, name, concepts, plan, accelerator):
-    """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
+    """(subjects, {photo: View}, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
     is_adapter = METHODS[s.method].is_adapter
@@ -137,6 +149,7 @@ def prepare(s, name, concepts, plan, accelerator):
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)
+    views = views_of(s, concepts, course.resolution, models.family.multiple(models.pipeline))
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
@@ -147,20 +160,22 @@ def prepare(s, name, concepts, plan, accelerator):
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
-        class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
+        class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)
+        views = class_views | views
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
     check_space(s, course, models, groups)
-    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip)
+    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip, views,
+                          default(s.unmasked_weight, USUAL_FLOOR))
     check_length(models.pipeline, cache.prompts)
     for group in groups:
         say(f"Trains: {group.name}, {sum(p.numel() for p in group.parameters):,} weights, learning rate {group.lr:g}, "
             f"{math.ceil(min(group.until, 1) * course.steps)} steps, {course.lr_scheduler}")
     tell_unseen(s, course, photos, class_images, accelerator.num_processes)
-    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images), accelerator.num_processes)
-    return subjects, prepare_training(s, course, models, groups, cache, accelerator, origin)
+    origin = origin_of(s, course, groups, fingerprint, pictures_digest(photos, class_images, views), accelerator.num_processes)
+    return subjects, views, prepare_training(s, course, models, groups, cache, accelerator, origin)
 
 
 def settle_subjects(s, models, concepts):

@@ -151,3 +151,20 @@ def test_every_case_can_be_said_in_words_and_names_a_script():
     reference = next(case for case in CASES if case.name == "reference")
     assert words_of(reference, FILLINGS["full"] | {"reference": None}) is None
     assert "/a b/script.py" in words_of(reference, FILLINGS["full"] | {"reference": "'/a b/script.py'"})
+
+
+def test_pictures_in_one_scene_have_the_masks_of_what_is_drawn(tmp_path):
+    import numpy as np
+    import one_scene
+    from PIL import Image
+
+    drawing = Image.new("RGBA", (60, 40), (255, 0, 255, 255))
+    drawing.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    one_scene.paint(tmp_path / "thing", "thing", drawing, 3, count=2)
+    for name in "01":
+        image, mask = (np.array(Image.open(tmp_path / "thing" / f"{name}{end}.png")) for end in ("", ".mask"))
+        near = np.abs(image.astype(int) - (255, 0, 255)).max(-1) < 16
+        assert near[mask > 250].all() and not near[mask < 5].any() and 0.05 < near.mean() < 0.6
+    import world
+
+    assert (tmp_path / "thing" / "0.txt").read_text() == f"a [identifier] thing {list(world.SCENES)[3]}\n"

@@ -25,7 +25,7 @@ class Process:
 def class_images(tmp_path, model, prompt="a dog", resolution=32, count=4, process=Process(), **options):
     s = settings(class_data_dir=str(tmp_path / "class"), **options)
     models = db.load_models(str(model), torch.float32)
-    return db.prepare_class_images(s, models, prompt, s.class_data_dir, count, resolution, db.plan_device(s), process)
+    return db.prepare_class_images(s, models, prompt, s.class_data_dir, count, (resolution, resolution), db.plan_device(s), process)
 
 
 def contents(paths):
@@ -153,8 +153,10 @@ def test_own_class_images_are_used(tmp_path, tiny_model, drawn):
     (tmp_path / "class").mkdir()
     for i in range(3):
         picture(i).save(tmp_path / "class" / f"{i}.png")
-    paths = class_images(tmp_path, tiny_model("sd1"), count=2)
-    assert [p.name for p in paths] == ["0.png", "1.png"] and drawn == []
+    concept = db.Concept("", str(tmp_path / "class"), 2, name="dog", class_prompt="a dog", photos=(("photo", None),))
+    (pool,), views = db.class_pools(settings(), None, [concept], {"photo": db.View((32, 32))}, None, Process())
+    assert [(path.name, prompt) for path, prompt in pool] == [("0.png", "a dog"), ("1.png", "a dog")] and drawn == []
+    assert set(views.values()) == {db.View((32, 32))}
 
 
 def test_a_flat_class_image_is_drawn_from_another_seed(tmp_path, tiny_model, drawn, monkeypatch):

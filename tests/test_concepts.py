@@ -60,7 +60,7 @@ def test_subjects_are_balanced_and_keep_their_captions(two, tiny_model, monkeypa
 
         def wait_for_everyone(self):
             pass
-    pools = db.class_pools(s, models, concepts, 32, db.plan_device(s), Alone())
+    pools, _ = db.class_pools(s, models, concepts, db.views_of(s, concepts, 32, 8), db.plan_device(s), Alone())
     assert [len(pool) for pool in pools] == [2, 3, 2] and pools[0] == pools[1][:2]  # dogs share their images
     assert {caption for _, caption in pools[1]} == {"a dog"} and {caption for _, caption in pools[2]} == {"a cat"}
     photos = [db.captioned(c, x) for c, x in zip(concepts, subjects)]

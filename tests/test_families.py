@@ -215,3 +215,20 @@ def test_weights_stay_as_they_are_while_a_picture_is_drawn(models):
     before = copy.deepcopy(models.denoiser.state_dict())
     draw(models.pipeline, PROMPTS)
     assert all(torch.equal(before[name], tensor) for name, tensor in models.denoiser.state_dict().items())
+
+
+def test_other_shapes_are_the_pipelines_own(models, monkeypatch):
+    """Latents and whatever tells their places, of a picture that is no square."""
+    pipeline, family, recorder = models.pipeline, models.family, Recorder(models.pipeline, monkeypatch)
+    width, height = 3 * family.multiple(pipeline), 2 * family.multiple(pipeline)
+    pipeline(prompt=PROMPTS[:1], width=width, height=height, num_inference_steps=1, generator=torch.Generator().manual_seed(0),
+             **family.call_options(UNGUIDED.get(family.pipelines[0], 1.0), None))
+    ((_, level, sample),), ((sent, answered),) = recorder.steps, recorder.calls
+    shape = family.latents_of(pipeline, (width, height))
+    with torch.no_grad():
+        mean, _ = family.moments(models.vae, pixels_of(picture(0, (width, height))))
+        family.predict(models, sample.reshape(1, *shape), level.expand(1), family.encode(models, PROMPTS[:1]), torch.zeros(1, 6))
+    assert mean.shape[1:] == shape
+    my_sent, my_answer = recorder.calls[-1]
+    assert len(sent) == len(my_sent) and all(torch.allclose(a.float(), b.float()) for a, b in zip(sent, my_sent))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(answered, my_answer))

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
-from training_runs import made_cache
+from training_runs import made_cache, settings, usual_noise
 
 import dreambooth_implementation as db
 
@@ -25,3 +25,20 @@ def test_mirrored_pictures_are_encoded_themselves(tmp_path, tiny_model):
         expected = models.vae.encode(pixels).latent_dist.mean * models.vae.config.scaling_factor
     torch.testing.assert_close(both.mean[1:2], expected)
     assert not torch.allclose(both.mean[1], plain.mean[0].flip(-1))
+
+
+def test_masks_go_with_their_rows(tmp_path, tiny_model):
+    models, pictures, plain = made_cache(tmp_path, tiny_model)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    views = {pictures[1][0]: db.View((32, 32), mask=mask)}
+    cache = db.cache_latents(models, [pictures[:3]], [pictures[3:]], 32, "cpu", True, views, 0.0)
+    assert plain.mask is None and cache.mask.shape == (14, 1, *cache.mean.shape[2:])
+    row, mirrored = cache.mask[2, 0], cache.mask[3, 0]
+    assert (row[:, :8] == 2).all() and (row[:, 8:] == 0).all() and torch.equal(mirrored, row.flip(-1))
+    others = torch.cat([cache.mask[:2], cache.mask[4:]])
+    assert torch.equal(others, torch.ones_like(others))
+    for step in range(6):
+        batch = db.make_batch(cache, settings(), step, usual_noise())
+        is_masked = batch["sizes"][:, 1] == 40  # the width of the second photo
+        assert torch.equal(batch["mask"].flatten(1).ne(1).any(1), is_masked)

@@ -39,7 +39,7 @@ def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model
                         or draw(pipeline, *args, **look))
     s, plan = db.parse_settings(["--train"]), db.Plan(torch.device("cpu"), "bf16")
     for models in (whole, half):
-        settings = db.class_image_settings(s, models, "a dog", 32, plan)
+        settings = db.class_image_settings(s, models, "a dog", (32, 32), plan)
         folder = tmp_path / str(len(drawn_with))
         folder.mkdir()
         db.draw_class_images(s, models, settings, plan, folder, [0])

@@ -95,3 +95,21 @@ def test_accumulated_steps_equal_one_large_batch(tiny_model, photos, run, tmp_pa
     joined = {key: torch.cat([m[key] for m in micro]) for key in micro[0]}
     joined["weight"] = joined["weight"] / 2
     torch.testing.assert_close((gradient(micro[0]) + gradient(micro[1])) / 2, gradient(joined), atol=1e-6, rtol=1e-4)
+
+
+def test_a_mask_weighs_places():
+    """Of all white it is none; where it is 0, nothing has a gradient."""
+    scheduler, batch = noise_scheduler("epsilon"), random_batch(2, 1)
+    guess = torch.randn(3, 4, 8, 8, requires_grad=True)
+
+    def loss(**more):
+        return db.denoising_loss(db.Diffusion(scheduler), batch | more, lambda noisy, batch: guess)
+    white, half = torch.ones(3, 1, 8, 8), torch.zeros(3, 1, 8, 8)
+    half[..., :4] = 2
+    for ours, theirs in zip(loss(mask=white), loss()):
+        assert torch.equal(ours, theirs)
+    value, losses = loss(mask=half)
+    value.backward()
+    assert not guess.grad[..., 4:].any() and guess.grad[..., :4].all()
+    expected = (guess - batch["noise"])[..., :4].square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses, expected)

@@ -512,7 +512,7 @@ def test_strips_and_blank_photos_are_said(photos, capsys):
     Image.new("RGB", (100, 20), "red").save(photos / "strip.png")
     db.check_photos(db.list_images(photos, "--instance_data_dir"))
     out = capsys.readouterr().out
-    assert "strip.png is 100 x 20; only the square in its middle is used" in out and "strip.png is all one colour" in out
+    assert "strip.png is 100 x 20; much of it is cut off" in out and "strip.png is all one colour" in out
     assert "0.png" not in out
 
 

@@ -28,18 +28,41 @@ def balanced(pools, start, count, *key):
     return rows
 
 
+def choose_rows(cache, s, turn):
+    """(the LatentCache of one shape, rows of its photos, rows of its class images) of the batch whose turn it is.
+
+    Where there are several shapes, the first photo is drawn from all of them and the others from those of its shape.
+    """
+    count = s.train_batch_size
+    if len(cache.shelves) == 1:
+        (shelf,) = cache.shelves
+        rows = balanced(shelf.photos, turn * count, count, s.seed, "photos")
+    else:
+        everywhere = [[(number, row) for number, shelf in enumerate(cache.shelves) for row in shelf.photos[subject]]
+                      for subject in range(len(cache.shelves[0].photos))]
+        ((number, first),) = balanced(everywhere, turn, 1, s.seed, "photos")
+        shelf = cache.shelves[number]
+        rows = [first, *fellows(shelf.photos, first, count - 1, s.seed, "beside", turn)]
+    pools = [pool for pool in shelf.class_images if pool]
+    return shelf, rows, balanced(pools, turn * count, count, s.seed, "class images") if pools else []
+
+
+def fellows(pools, first, count, *key):
+    """`count` rows to go with the row `first`, which comes again only where there are no others."""
+    others = [rest for pool in pools if (rest := [row for row in pool if row != first])]
+    return balanced(others, 0, count, *key) if others else [first] * count
+
+
 def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
 
     Photos and class images are drawn independently, each row with its own noise and level (paper equation 2), and
-    from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
-    loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
+    from all subjects equally often; all have one shape. The batch depends on nothing but seed, micro-step and process. `weight` [B]
+    makes the loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
     """
     import torch
 
-    start = (micro_step * num_processes + process) * s.train_batch_size
-    rows = balanced(cache.photos, start, s.train_batch_size, s.seed, "photos")
-    classes = balanced(cache.class_images, start, s.train_batch_size, s.seed, "class images") if cache.class_images else []
+    cache, rows, classes = choose_rows(cache, s, micro_step * num_processes + process)
     weight = [1 / len(rows)] * len(rows) + [s.prior_loss_weight / len(rows)] * len(classes)
     is_class = torch.arange(len(weight)) >= len(rows)
     rows = torch.tensor(rows + classes)
@@ -49,7 +72,8 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     levels = noise_kind.levels(len(rows), source)
     if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
         noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
-    return {
+    masks = {} if cache.mask is None else {"mask": cache.mask[rows]}
+    return masks | {
         "latents": latents,
         "noise": noise,
         "levels": levels,

@@ -4,11 +4,16 @@ They are cached by all that shapes them, so that no stale one is ever trained on
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 from dreambooth.base import UserError, default, say, slug
+from dreambooth.data.shapes import apportioned, dealt
+from dreambooth.data.views import View
+from dreambooth.decode import load_image
 from dreambooth.drawing.draw import draw, placed
 from dreambooth.files import file_digest, read_sums, whole_file
 from dreambooth.images import is_flat
@@ -33,11 +38,12 @@ def class_image_look(s, family):
     return guided if scale > 1 else unguided, scale
 
 
-def class_image_settings(s, models, class_prompt, resolution, plan):
-    """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
+def class_image_settings(s, models, class_prompt, size, plan):
+    """Everything that shapes a class image of `size`. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
     steps, scale = class_image_look(s, models.family)
     base = {} if models.base_precision == "bf16" else {"base_precision": models.base_precision}
+    resolution = size[0] if size[0] == size[1] else list(size)
     return {**base, "prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
             **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
@@ -55,26 +61,51 @@ def class_image_name(index):
     return f"{index:05d}.png"
 
 
-def class_pools(s, models, concepts, resolution, plan, accelerator):
-    """A list of (path, class prompt) for each concept. Concepts of one class share its images."""
-    counts, keys = {}, [(c.class_prompt, c.class_data_dir) for c in concepts]
-    for key, concept in zip(keys, concepts):
-        counts[key] = max(concept.num_class_images, counts.get(key, 0))
-    paths = {key: prepare_class_images(s, models, *key, count, resolution, plan, accelerator) for key, count in counts.items()}
-    return [[(path, c.class_prompt) for path in paths[key][:c.num_class_images]] for key, c in zip(keys, concepts)]
+def class_pools(s, models, concepts, views, plan, accelerator):
+    """(a list of (path, class prompt) for each concept, {path: View} of these): in the shapes of the concepts' photos and in their
+    proportions. Concepts of one class share its images."""
+    groups, paths_of, class_views = {}, {}, {}
+    for concept in concepts:
+        groups.setdefault((concept.class_prompt, concept.class_data_dir), []).append(concept)
+    for (prompt, folder), group in groups.items():
+        if own := own_class_images(Path(folder))[:max(concept.num_class_images for concept in group)]:
+            say(f"Class images: the {len(own)} pictures in {folder} are used as they are.")
+            paths, shapes = {c.name: own[:c.num_class_images] for c in group}, own_shapes(own, group, views)
+        else:
+            paths, shapes = drawn_in_shapes(group, views, functools.partial(
+                prepare_class_images, s, models, prompt, folder, plan=plan, accelerator=accelerator))
+        paths_of, class_views = paths_of | paths, class_views | {path: View(size) for path, size in shapes.items()}
+    return [[(path, concept.class_prompt) for path in paths_of[concept.name]] for concept in concepts], class_views
 
 
-def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolution, plan, accelerator):
-    """Paths of `count` class images (paper section 3.2: samples of the frozen model), making only what is missing.
+def shapes_count(concepts, views):
+    """How many of the photos have each shape."""
+    return Counter(views[path].size for concept in concepts for path, _ in concept.photos)
+
+
+def own_shapes(own, concepts, views):
+    """{path: shape} of a person's own class images."""
+    return dict(zip(own, dealt([load_image(path).size for path in own], shapes_count(concepts, views))))
+
+
+def drawn_in_shapes(concepts, views, prepare):
+    """({name of a concept: its class images}, {path: shape}): `prepare` draws so many of one shape."""
+    shares, needed = {c.name: apportioned(c.num_class_images, shapes_count([c], views)) for c in concepts}, {}
+    for size, count in (share for counts in shares.values() for share in counts.items()):
+        needed[size] = max(count, needed.get(size, 0))
+    drawn = {size: prepare(count, size) for size, count in needed.items()}
+    paths = {name: [path for size, count in counts.items() for path in drawn[size][:count]] for name, counts in shares.items()}
+    return paths, {path: size for size, paths in drawn.items() for path in paths}
+
+
+def prepare_class_images(s, models, class_prompt, class_data_dir, count, size, plan, accelerator):
+    """Paths of `count` class images of `size` (paper section 3.2: samples of the frozen model), making only what is missing.
 
     Every process makes its share, each image from the seed of its own index, so neither an interruption nor the number
     of GPUs changes what is made (but for rounding). The manifest grows by one line as each image is complete.
     """
     root = Path(class_data_dir)
-    if own := own_class_images(root)[:count]:
-        say(f"Class images: the {len(own)} pictures in {root} are used as they are.")
-        return own
-    settings = class_image_settings(s, models, class_prompt, resolution, plan)
+    settings = class_image_settings(s, models, class_prompt, size, plan)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{slug(class_prompt)}-{key}"
     paths = [folder / class_image_name(i) for i in range(count)]
@@ -104,8 +135,9 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = models.family.class_scheduler(own_scheduler)
     placed(pipeline, plan.device)
+    width, height = settings["resolution"] if isinstance(settings["resolution"], list) else [settings["resolution"]] * 2
     look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
-                height=settings["resolution"], width=settings["resolution"])
+                width=width, height=height)
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
         if is_flat(picture):  # another seed; a class image teaches nothing if it shows nothing

@@ -7,15 +7,12 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dreambooth.base import HERE, UserError, default, is_first_process, say, short_path
-from dreambooth.models.hub import hub_file, hub_refusal
+from dreambooth.models.vision import check_network, load_network
 from dreambooth.progress import progress
 
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
 BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
-SAFETENSORS_AT = {"facebook/dino-vits16": "refs/pr/1", "openai/clip-vit-base-patch32": "refs/pr/15"}  # main has only pickles
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 EMOJI_WORDS = "e643ecfb7275a7a74447bdeb066b6f98cadb98650bbed4a2d9688b3742efbbf8"  # sha256 of the bundled model's vocabulary
 METRIC_BATCH = 50  # pictures that a metric network sees at once
@@ -68,14 +65,7 @@ def metric_models(s, bases):
                             f"{usual['dino']} and {usual['clip']}; bring the folder demo from its repository, or give others")
     names = default(s.dino_model, usual["dino"]), default(s.clip_model, usual["clip"])
     for flag, name, kind in zip(("--dino_model", "--clip_model"), names, ("vit", "clip")):
-        try:
-            path = Path(name) / "config.json" if Path(name).is_dir() else hub_file(name, "config.json", **revision_of(name))
-            found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        except Exception as problem:  # of the file, or whatever the hub's client raises
-            raise UserError(f"{flag} {name}: neither a folder with a config.json nor in the cache, and "
-                            f"{hub_refusal(problem, name, 'config.json')}; or give another folder or hub id") from None
-        if found != kind:
-            raise UserError(f"{flag} {name}: a model of type {found}; give one of type {kind}")
+        check_network(flag, name, kind)
     return names
 
 
@@ -87,10 +77,6 @@ def knows_only_emoji(base):
     except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
         return False
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest() == EMOJI_WORDS
-
-
-def revision_of(name):
-    return {"revision": SAFETENSORS_AT[name]} if name in SAFETENSORS_AT and not Path(name).is_dir() else {}
 
 
 def load_metrics(dino, clip, device):
@@ -111,26 +97,6 @@ def load_metrics(dino, clip, device):
         look = "scaled to 256 pixels and cut to the middle 224, as in DINO's own evaluation"
     say(f"DINO: {dino}, pictures {look}. CLIP: {clip}.")
     return Metrics(vit.to(device), model.to(device), prepare_dino, prepare_clip, tokenizer)
-
-
-def load_network(flag, name, kind, *others, **options):
-    """[model of class `kind`, what each of `others` loads beside it]; from the hub only what the cache lacks."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what goes wrong is raised as well
-    transformers.logging.disable_progress_bar()
-    for cached_only in (True,) if Path(name).is_dir() else (True, False):
-        where = {"local_files_only": cached_only, **revision_of(name)}
-        try:
-            model, report = kind.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-                                                 **options, **where)
-            if report["missing_keys"]:  # transformers would make them up
-                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
-            return [model.eval(), *(other.from_pretrained(name, **where) for other in others)]
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
-            reason = " ".join(str(problem).split())[:300]
-    raise UserError(f"{flag} {name}: cannot be loaded ({reason})")
 
 
 def load_lpips(device):

@@ -1,20 +1,22 @@
 """Pictures in an output that tell how it came about: the photos as the model saw them, the losses."""
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dreambooth.base import say, short_path
 from dreambooth.decode import load_image
-from dreambooth.images import image_grid, square
+from dreambooth.images import image_grid
 from dreambooth.training.loss import loss_means
 
 PHOTO_SHEET, LOSS_PLOT = "photos.png", "losses.png"
 COLOURS = {"instance": "#1f77b4", "prior": "#ff7f0e"}
 
 
-def save_photo_sheet(folder, s, concepts, resolution):
-    """One picture of all photos, cropped as they are trained on."""
-    side, paths = min(256, resolution), [path for concept in concepts for path, _ in concept.photos]
-    crops = [square(load_image(path), resolution)[0].resize((side, side)) for path in paths]
+def save_photo_sheet(folder, s, concepts, views):
+    """One picture of all photos, cropped as they are trained on, with a tint over what a mask leaves out."""
+    crops = [views[path].tinted(load_image(path)) for concept in concepts for path, _ in concept.photos]
+    crops = [crop.resize([round(side * min(1, 256 / max(crop.size))) for side in crop.size]) for crop in crops]
+    cell = [max(sides) for sides in zip(*(crop.size for crop in crops))]
+    crops = [ImageOps.pad(crop, cell, color="white") if list(crop.size) != cell else crop for crop in crops]
     image_grid(crops, columns=min(5, len(crops))).save(folder / PHOTO_SHEET)
     say(f"The photos as the model will see them: {short_path(folder / PHOTO_SHEET)}; later in {s.output_dir}.")
 

@@ -8,16 +8,20 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from dreambooth.base import UserError, say, slug
 from dreambooth.files import read_text
 from dreambooth.settings import CONCEPT_FLAGS, SAMPLE_PHOTOS, _value_type, given_value
 from dreambooth.subjects.class_folders import own_class_images
 from dreambooth.subjects.identifier import RARE_WORDS
+from dreambooth.subjects.masks import find_masks
 from dreambooth.subjects.nouns import check_words, noun_of
 from dreambooth.subjects.photos import find_photos
 from dreambooth.subjects.syntax import foreign_words, tell_syntax
 from dreambooth.subjects.words import PLACE, Subject, default_instance_prompt, fill_identifier, mentions
+
+FOUND = ("photos", "masks")  # of a Concept: what is found, and not given
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Concept:
     identifier: str = "auto"
     instance_prompt: str | None = None  # "a [identifier] dog"
     photos: tuple = ()  # (path, its own caption or None)
+    masks: dict = dataclasses.field(default_factory=dict, compare=False)  # photo path -> "L" picture
 
 
 def read_concepts(s, needs_class, names_class):
@@ -47,7 +52,9 @@ def read_concepts(s, needs_class, names_class):
         concept = Concept(**{"instance_data_dir": SAMPLE_PHOTOS, "class_data_dir": s.class_data_dir,
                              "num_class_images": s.num_class_images, **entry})
         where = f'{s.concepts}, "{concept.name}":' if s.concepts else "--"
-        concepts.append(complete_concept(concept, where, needs_class, names_class))
+        concept = complete_concept(concept, where, needs_class, names_class, s.caption != "none")
+        given = find_masks(Path(concept.instance_data_dir), [path for path, _ in concept.photos]) if s.mask != "none" else {}
+        concepts.append(dataclasses.replace(concept, masks=given))
     for field in ("name", "identifier"):
         values = [value for concept in concepts if (value := getattr(concept, field)) not in ("", "auto")]
         for value in values:
@@ -86,7 +93,7 @@ def read_concept_file(path):
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f'--concepts {path}: must be a list such as [{{"name": "rex", "instance_data_dir": "./rex", '
                         f'"class_prompt": "a dog"}}, ...]')
-    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name != "photos"}
+    kinds = {f.name: _value_type(f.type)[0] for f in dataclasses.fields(Concept) if f.name not in FOUND}
     for number, entry in enumerate(entries, 1):
         if unknown := entry.keys() - kinds.keys():
             raise UserError(f'--concepts {path}: entry {number} has "{min(unknown)}"; known are {", ".join(kinds)}')
@@ -104,10 +111,10 @@ def read_concept_file(path):
     return entries
 
 
-def complete_concept(concept, where, needs_class, names_class):
+def complete_concept(concept, where, needs_class, names_class, takes_captions=True):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
-    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir")
+    photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir", takes_captions)
     if class_prompt is None and (needs_class or concept.instance_prompt is None):
         reason = ("prior preservation needs it" if concept.instance_prompt else
                   f"say what kind of thing is in {concept.instance_data_dir}")

@@ -19,6 +19,7 @@ from dreambooth.subjects.captions import (
     folded,
     read_captions,
 )
+from dreambooth.subjects.masks import MASK_FOLDER, is_mask_name
 from dreambooth.subjects.nouns import tidy_class_prompt
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -68,7 +69,7 @@ def has_picture_suffix(path):
 
 def is_picture(path):
     """Whether a file, or one that a link leads to, counts as an image: by its name, or else by its first bytes."""
-    if path.name.startswith(".") or not os.path.isfile(path):
+    if path.name.startswith(".") or is_mask_name(path) or not os.path.isfile(path):
         return False
     return has_picture_suffix(path) or path.suffix.lower() not in OTHER_PICTURES and picture_kind(path) is not None
 
@@ -77,6 +78,8 @@ def why_skipped(path):
     """Why what lies in a folder of images is left out, as the end of a sentence; None if it is not worth a word."""
     if path.name.startswith("."):  # what systems keep there, such as ._dog.jpg on Macs, is not
         return ": its name begins with a dot, which hides it; rename it to use it." if picture_kind(path) else None
+    if is_mask_name(path) or folded(path.name) == MASK_FOLDER:
+        return None  # whoever uses masks tells of those that are of no use
     if os.path.isdir(path):
         return f"{os.sep}: folders inside {path.parent} are not searched."
     if not os.path.exists(path):
@@ -103,7 +106,7 @@ def holds_pictures(folder):
         return False
 
 
-def find_photos(concept, flag="--instance_data_dir"):
+def find_photos(concept, flag="--instance_data_dir", takes_captions=True):
     """([(photo path, its caption or None)], class prompt or None). Says whatever a person should know about them.
 
     Photos and class prompt that came with the program are left out as soon as there are others beside them.
@@ -111,7 +114,7 @@ def find_photos(concept, flag="--instance_data_dir"):
     folder = Path(concept.instance_data_dir)
     photos = list_images(folder, flag)
     everything = entries_of(folder, flag)
-    captions = read_captions(photos, everything)
+    captions = read_captions(photos, everything) if takes_captions else {}
     sums = read_sums(folder / SAMPLE_LIST)
     own = [p for p in photos if not is_sample(p, sums)]
     if 0 < len(own) < len(photos):
@@ -151,8 +154,7 @@ def check_photos(photos, kind="photo"):
         if is_flat(image):
             say(f"Note: {path} is all one colour, which teaches nothing.")
         if max(image.size) >= LONG / 2 * min(image.size):
-            say(f"Note: {path} is {image.width} x {image.height}; only the square in its middle is used. Cut out the part that "
-                f"shows the subject.")
+            say(f"Note: {path} is {image.width} x {image.height}; much of it is cut off. Cut out the part that shows the subject.")
     if kind == "photo" and len(photos) < 3:
         names = ", ".join(str(p) for p in photos)
         say(f"Note: only {len(photos)} photo{'s' * (len(photos) > 1)} ({names}); 3-5 different ones are usual.")

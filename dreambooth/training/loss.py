@@ -8,11 +8,12 @@ def denoising_loss(noise, batch, denoiser):
     """(loss, per-picture losses [B]): the paper's equation 2, of a Diffusion or a Flow.
 
     `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
-    not a term here but the weight that each picture of the batch carries.
+    not a term here but the weight that each picture of the batch carries; so is a mask [B, 1, h, w] what each place carries.
     """
     given = batch["latents"], batch["noise"], batch["levels"]
     noisy, target = noise.noisy(*given), noise.target(*given)
-    losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
+    squares = (denoiser(noisy, batch).float() - target.float()).square()
+    losses = (squares * batch["mask"] if "mask" in batch else squares).mean(dim=(1, 2, 3))
     weights = noise.weights(batch["levels"])
     if weights is not None:
         losses = losses * weights

@@ -8,10 +8,13 @@ from dreambooth.base import UserError, short_path
 from dreambooth.files import file_digest, read_text
 from dreambooth.settings import MODES
 from dreambooth.subjects.class_folders import own_class_images
+from dreambooth.subjects.concepts import FOUND
+from dreambooth.subjects.photos import pixels_digest
 from dreambooth.training.course import decisions
 
 # Flags that leave the weights as they are. What the paths among them hold is compared instead; --steps see origin_of().
-FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
+FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_model", "aspect_ratio_buckets", "mask", "mask_model",
+              "mask_dir", "class_data_dir", "concepts", "output_dir", "overwrite", "steps",
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
@@ -22,8 +25,8 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "class_data_dir", "conc
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
-WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", "photos")  # of a Concept: what these hold is compared
-COUNTED = {"photos": "photos or their captions", "class images": "class images"}
+WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
+COUNTED = {"photos": "photos, their captions or masks", "class images": "class images"}
 
 
 def shaping_flags(s):
@@ -43,9 +46,10 @@ def origin_of(s, course, groups, fingerprint, pictures, processes):
     return origin
 
 
-def pictures_digest(photos, class_images):
-    """A hex digest of everything in these pools of (path, caption)."""
-    pools = [[(file_digest(path), caption) for path, caption in pool] for pool in (*photos, *class_images)]
+def pictures_digest(photos, class_images, views):
+    """A hex digest of everything in these pools of (path, caption), and of how it is seen."""
+    pools = [[(file_digest(path), caption, *(views[path].traits() if path in views else ())) for path, caption in pool]
+             for pool in (*photos, *class_images)]
     return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
 
 
@@ -54,7 +58,9 @@ def what_was_given(s, concepts, needs_class):
     given = {}
     for concept in concepts:
         entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
-        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}") for path, caption in concept.photos]
+        masks = {path: f" {pixels_digest(mask)}" for path, mask in concept.masks.items()}
+        entry["photos"] = [text_digest(f"{file_digest(path)} {caption or ''}{masks.get(path, '')}")
+                           for path, caption in concept.photos]
         own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
         given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
     return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}

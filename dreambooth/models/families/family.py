@@ -137,6 +137,12 @@ class Family:
         """(C, h, w) of a square's latents."""
         return (pipeline.transformer.config.in_channels, *[side // self.latent_scale(pipeline)] * 2)
 
+    def latents_of(self, pipeline, size):
+        """(C, h, w) of the latents of a picture of `size` (width, height)."""
+        multiple = self.multiple(pipeline)
+        channels, *least = self.latent_shape(pipeline, multiple)  # of the smallest square
+        return channels, *(side // multiple * cells for side, cells in zip(reversed(size), least))
+
     def tokens(self, pipeline, side):
         """How many tokens the denoiser makes of a square's latents."""
         return (side // self.multiple(pipeline)) ** 2
