@@ -935,7 +935,7 @@ def new_caption(photos):
     (photos / "1.txt").write_text("a [identifier] dog asleep")
 
 
-@pytest.mark.parametrize("change, said", [(new_photo, 'of "dog" the photos or their captions (3, now 4)'),
+@pytest.mark.parametrize("change, said", [(new_photo, 'of "dog" the photos, their captions or masks (3, now 4)'),
                                           (other_photo, "(3, now 3)"), (new_caption, "(3, now 3)")])
 def test_what_is_new_is_trained_on(change, said, finished, photos, tmp_path):
     change(photos)
