@@ -3016,6 +3016,8 @@ class Family:
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
     exports = ("lora",)  # what is written for other programs, of "model", "lora", "dora" and "word"
+    other_programs = "ComfyUI"
+    diffusers_lora_there = "ComfyUI does not find its alpha"  # what they make of the file for diffusers
     # {(how names of layers begin, how they do in other programs): {end of a name there: ends of those here whose outputs follow one
     # another in it}}, * for a block's number. All others are called alike.
     lora_layers = {}
@@ -3063,7 +3065,8 @@ class Family:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
         if s.export and (missing := [kind for kind in made_by(s) if kind not in self.exports]):
-            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs yet; leave it out")
+            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, or "
+                            f"train {', '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -3529,6 +3532,8 @@ class StableDiffusion(Family):
     word_encoders = ("text_encoder",)
     trains_text = bf16_throughout = True
     exports = ("model", "lora", "dora", "word")
+    other_programs = "ComfyUI, A1111 and Forge"
+    diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
@@ -4227,6 +4232,7 @@ class StableDiffusion3(Family):
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     word_encoders = ("text_encoder", "text_encoder_2")
     trains_text = True
+    exports = ("lora", "word")
     lora_layers = NAMES_OF_SD3
     lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     guidance = class_guidance = 7.0
@@ -8986,14 +8992,14 @@ Write in the prompt:
 
 def for_other_programs(s, family):
     """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
-    if not family.exports:
-        return ""
-    saves = METHODS[s.method].saves
-    told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
-            save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
-            save_words: f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
-    text = "; ".join(told[save] for save in saves)
-    return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
+    lora = f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', {family.diffusers_lora_there}"
+    told = {"model": f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
+            "lora": lora, "dora": lora,
+            "word": f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
+    made = made_by(s)
+    text = "; ".join(told[kind] if kind in family.exports else f"{NOT_WRITTEN[kind]} of {family.kind} is not written for them"
+                     for kind in made)
+    return f"{family.other_programs}: {text}." + f" It is {DORA_ELSEWHERE}." * ("dora" in made and "dora" in family.exports)
 
 
 def usage(s, models, subjects):
@@ -9558,16 +9564,16 @@ def files_of_lora(s, trained, target):
     if s.export_precision:
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
-    return {target: (write, "the LoRA in Kohya's layout")}
+    return {target: (write, "the LoRA with the names that other programs have for its layers")}
 
 
 def model_files(s, trained, target, pipeline):
     """The same of a whole model, and of what tells A1111 and Forge that an SD 2.x model predicts velocity."""
     precision = default(s.export_precision, "fp16")
     family = family_of(pipeline) if pipeline else family_at(find_model(trained.source, "--model_path"), "--model_path")
-    if not family.exports:
-        raise UserError(f"--export {s.export}: {family.kind} is not written for other programs yet; give them the folder {trained.source} if "
-                        f"they read diffusers' folders")
+    if "model" not in family.exports:
+        raise UserError(f"--export {s.export}: a whole model of {family.kind} is not written for other programs; give them the "
+                        f"folder {trained.source} if they read diffusers' folders")
     parts, unet_config, open_part, scheduler = loaded_model(pipeline) if pipeline else model_of(trained.source, precision)
     layout, record = layout_of(parts, unet_config), trained.record
     notes = notes_of(family, unet_config, scheduler, record.get("base_model"), trained.subjects, record.get("used", {}).get("resolution"))
@@ -9608,13 +9614,14 @@ def a1111_embedding(tensors):
 
 
 def kohya_file(trained):
-    """The LoRA under Kohya's names, which --train writes beside the one for diffusers."""
+    """The LoRA under other programs' names, which --train writes beside the one for diffusers."""
     try:
         path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
     if path is None or trained.lora.is_dir() or not path.is_file():
-        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
+        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train (of a DoRA of a "
+                        f"transformer none is written)")
     return path
 
 

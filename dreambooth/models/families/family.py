@@ -65,6 +65,8 @@ class Family:
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
     exports = ("lora",)  # what is written for other programs, of "model", "lora", "dora" and "word"
+    other_programs = "ComfyUI"
+    diffusers_lora_there = "ComfyUI does not find its alpha"  # what they make of the file for diffusers
     # {(how names of layers begin, how they do in other programs): {end of a name there: ends of those here whose outputs follow one
     # another in it}}, * for a block's number. All others are called alike.
     lora_layers = {}
@@ -112,7 +114,8 @@ class Family:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
         if s.export and (missing := [kind for kind in made_by(s) if kind not in self.exports]):
-            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs yet; leave it out")
+            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, or "
+                            f"train {', '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 

@@ -40,6 +40,8 @@ class StableDiffusion(Family):
     word_encoders = ("text_encoder",)
     trains_text = bf16_throughout = True
     exports = ("model", "lora", "dora", "word")
+    other_programs = "ComfyUI, A1111 and Forge"
+    diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15

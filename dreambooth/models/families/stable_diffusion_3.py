@@ -34,6 +34,7 @@ class StableDiffusion3(Family):
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     word_encoders = ("text_encoder", "text_encoder_2")
     trains_text = True
+    exports = ("lora", "word")
     lora_layers = NAMES_OF_SD3
     lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     guidance = class_guidance = 7.0
