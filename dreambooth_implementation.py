@@ -3126,6 +3126,8 @@ LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tenso
 OF_UNETS = r"^(base_model\.model\.)?(unet\.)?(down_blocks|up_blocks|mid_block)\.|^lora_unet_(down_blocks|up_blocks|mid_block|input_blocks)"
 OF_TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|"
                    r"single_blocks|joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
+# A kind of Family.exports, in a message.
+NOT_WRITTEN = {"model": "a whole model", "lora": "a LoRA", "dora": "a DoRA", "word": "a new word"}
 
 
 def text_encoders_of(pipeline):
@@ -3155,6 +3157,12 @@ def is_positive(text):
         return False
 
 
+def made_by(s):
+    """What the flags make, of Family.exports."""
+    lora = "dora" if s.use_dora else "lora"
+    return {"full": ["model"], "lora": [lora], "textual_inversion": ["word"], "pivotal": [lora, "word"]}[s.method]
+
+
 class Family:
     """The answers of most families: a transformer that learnt rectified flow. `models` is a Models, `side` a number of pixels.
 
@@ -3169,7 +3177,13 @@ class Family:
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
-    exports = False  # whether --export writes it for other programs
+    exports = ("lora",)  # what is written for other programs, of "model", "lora", "dora" and "word"
+    other_programs = "ComfyUI"
+    diffusers_lora_there = "ComfyUI does not find its alpha"  # what they make of the file for diffusers
+    # {(how names of layers begin, how they do in other programs): {end of a name there: ends of those here whose outputs follow one
+    # another in it}}, * for a block's number. All others are called alike.
+    lora_layers = {}
+    lora_prefixes = {"transformer": "lora_unet_"}  # {part: what stands before its layers' names there}; after a dot their dots stay
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
@@ -3212,8 +3226,9 @@ class Family:
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
-        if s.export and not self.exports:
-            raise UserError(f"--export: {self.kind} is not written for other programs yet; leave it out")
+        if s.export and (missing := [kind for kind in made_by(s) if kind not in self.exports]):
+            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, or "
+                            f"train {', '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -3343,9 +3358,9 @@ class Family:
         denoiser and scheduler."""
         return {}
 
-    def kohya_prefix(self, models, part):
-        """What Kohya's tools call a part of a model in a LoRA; None where they have no such file."""
-        return None
+    def rows_elsewhere(self, denoiser, layer, up):
+        """A matrix [outputs, rank] of a layer of this name, its outputs in the order that other programs have."""
+        return up
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3512,6 +3527,16 @@ ATTENTION_OF_FLUX2 = r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out
 REST_OF_FLUX2 = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
 SHARED_OF_FLUX2 = r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear"
 
+NAMES_OF_FLUX2 = {  # in the makers' own code
+    ("transformer_blocks.*.", "double_blocks.*."): {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.linear_in",), "img_mlp.2": ("ff.linear_out",),
+        "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",)},
+    ("single_transformer_blocks.*.", "single_blocks.*."): {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+    ("", ""): {f"{name}.lin": (f"{name}.linear",)
+               for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")}}
+
 
 class Flux2Klein(Family):
     """FLUX.2 klein base, 4 and 9 thousand million weights."""
@@ -3521,6 +3546,7 @@ class Flux2Klein(Family):
     kind = "FLUX.2 klein"
     guidance = class_guidance = 4.0
     takes_negatives = False
+    lora_layers = NAMES_OF_FLUX2
     lora_targets = {"attention": ATTENTION_OF_FLUX2, "attention+ff": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}",
                     "all": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}|{SHARED_OF_FLUX2}"}
     # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
@@ -3672,7 +3698,10 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = exports = True
+    trains_text = bf16_throughout = True
+    exports = ("model", "lora", "dora", "word")
+    other_programs = "ComfyUI, A1111 and Forge"
+    diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
@@ -3688,7 +3717,7 @@ class StableDiffusion(Family):
     recipes = {"full": Recipe(800, 5e-6, 2e-6, 2e-6), **ADAPTER_RECIPES}
     scheduler_has = "init_noise_sigma"
     latents_of_its_own = 64  # along a side, where the UNet's config says nothing
-    prefixes = {"text_encoder": "lora_te"}
+    lora_prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 
     def fits(self, config):
         return set(numbers(config["cross_attention_dim"])) <= {768, 1024}
@@ -3839,9 +3868,6 @@ class StableDiffusion(Family):
                 "ss_base_model_version": version, "ss_v2": version and str(version.startswith("sd_v2")),
                 "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None}
 
-    def kohya_prefix(self, models, part):
-        return "lora_unet" if part == "unet" else self.prefixes[part]
-
 
 class StableDiffusionXL(StableDiffusion):
     """Two text encoders, and the picture's sizes beside the prompt."""
@@ -3855,7 +3881,7 @@ class StableDiffusionXL(StableDiffusion):
     # Three times the UNet: gentler, as is usual for fine-tuning it whole.
     recipes = {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES}
     latents_of_its_own = 128
-    prefixes = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    lora_prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
     def fits(self, config):
         return True
@@ -3936,6 +3962,7 @@ class ZImage(Family):
     name = "z-image"
     pipelines = ("ZImagePipeline",)
     kind = "Z-Image"
+    lora_prefixes = {"transformer": "diffusion_model."}  # ComfyUI finds q, k and v in its joint layer by the names that they have here
     guidance = class_guidance = 4.0  # the pipeline adds it to 1: none is 0
     lora_targets = {"attention": [*ATTENTION_OF_Z], "attention+ff": [*ATTENTION_OF_Z, *FEED_FORWARD_OF_Z],
                     "all": r".*\.\d+\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"}
@@ -4251,6 +4278,15 @@ ATTENTION_OF_FLUX = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 FEED_FORWARD_OF_FLUX = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 MODULATION_OF_FLUX = r"norm(1(_context)?)?\.linear"
 
+NAMES_OF_FLUX = {  # in the makers' own code
+    ("transformer_blocks.*.", "double_blocks.*."): {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",), "img_mod.lin": ("norm1.linear",),
+        "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",), "txt_mod.lin": ("norm1_context.linear",)},
+    ("single_transformer_blocks.*.", "single_blocks.*."): {
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)}}
+
 
 class Flux(Family):
     """FLUX.1 dev, 12 thousand million weights, which is told by how much to be guided."""
@@ -4261,6 +4297,7 @@ class Flux(Family):
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     guidance = class_guidance = 3.5
     takes_negatives = False
+    lora_layers = NAMES_OF_FLUX
     lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
                     "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",
                     "all": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX}|{MODULATION_OF_FLUX})"}
@@ -4344,6 +4381,15 @@ ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "att
 FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 OTHERS_OF_SD3 = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "norm1.linear", "norm1_context.linear")
 
+NAMES_OF_SD3 = {  # in the makers' own code
+    ("transformer_blocks.*.", "joint_blocks.*."): {
+        "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn.proj": ("attn.to_out.0",),
+        "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "x_block.attn2.proj": ("attn2.to_out.0",),
+        "x_block.mlp.fc1": ("ff.net.0.proj",), "x_block.mlp.fc2": ("ff.net.2",), "x_block.adaLN_modulation.1": ("norm1.linear",),
+        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "context_block.attn.proj": ("attn.to_add_out",), "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+        "context_block.mlp.fc2": ("ff_context.net.2",), "context_block.adaLN_modulation.1": ("norm1_context.linear",)}}
+
 
 class StableDiffusion3(Family):
     """Stable Diffusion 3, 2 thousand million weights."""
@@ -4354,6 +4400,9 @@ class StableDiffusion3(Family):
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     word_encoders = ("text_encoder", "text_encoder_2")
     trains_text = True
+    exports = ("lora", "word")
+    lora_layers = NAMES_OF_SD3
+    lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     guidance = class_guidance = 7.0
     lora_targets = {"attention": [*ATTENTION_OF_SD3], "attention+ff": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3],
                     "all": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3, *OTHERS_OF_SD3]}
@@ -4448,6 +4497,11 @@ class StableDiffusion3(Family):
     def text_layers(self, models, text_encoder):
         """All: the pooled embedding comes out of the last."""
         return text_encoder.config.num_hidden_layers
+
+    def rows_elsewhere(self, denoiser, layer, up):
+        """The last block's text is scaled and shifted by one layer alone, which has the shift first there."""
+        last = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}.norm1_context.linear"
+        return up.roll(len(up) // 2, 0) if layer == last else up
 
 
 class StableDiffusion35(StableDiffusion3):
@@ -5473,6 +5527,63 @@ def with_denoiser(models, dtype, base_precision):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# methods/lora_elsewhere: A LoRA under the names that ComfyUI, A1111, Forge and Kohya's tools have for a model's layers.
+
+
+def lora_elsewhere(family, models, part, tensors, alpha):
+    """{name: tensor} of the LoRA of a model's part, PEFT's `tensors`: for each layer a .lora_down.weight, a .lora_up.weight and its
+    .alpha, of DoRA a .dora_scale. Layers whose weights other programs have in one are joined."""
+    is_denoiser, pairs = part == family.denoiser, {}
+    for name, tensor in tensors.items():
+        layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name).groups()
+        pairs.setdefault(layer, {})[kind] = family.rows_elsewhere(models.denoiser, layer, tensor) if kind == "lora_B" else tensor
+    prefix, renamed = family.lora_prefixes[part], {}
+    for theirs, ours in layers_elsewhere(family.lora_layers if is_denoiser else {}, pairs).items():
+        pair = pairs[ours[0]] if len(ours) == 1 else joined(
+            [pairs.get(layer) or models.denoiser.get_submodule(layer).out_features for layer in ours])
+        scale = alpha * sum(layer in pairs for layer in ours)
+        renamed |= lora_pair(prefix + (theirs if prefix.endswith(".") else theirs.replace(".", "_")), pair, scale)
+    return renamed
+
+
+def layers_elsewhere(table, layers):
+    """{name of a layer there: names here of the layers that it is made of} of such as have a LoRA; by {(how names here begin, how names
+    there begin): {end of a name there: ends of names here}}, where * is a block's number. What is not in the table is called alike."""
+    places = {here + end: (there + name, [here + end for end in ends])
+              for (here, there), names in table.items() for name, ends in names.items() for end in ends}
+    found = {}
+    for layer in layers:
+        number = re.search(r"\.(\d+)\.", layer)
+        sign = re.sub(r"\.\d+\.", ".*.", layer, count=1)
+        theirs, ours = places.get(sign, (sign, [sign]))
+        theirs, *ours = [name.replace("*", number[1] if number else "") for name in (theirs, *ours)]
+        found[theirs] = ours
+    return found
+
+
+def joined(members):
+    """The one pair of matrices that changes layers of one input, their outputs after each other, as their own pairs would, to the bit:
+    the downs on top of each other, the ups along a diagonal. A member is a pair or, without LoRA, the number of its outputs."""
+    import torch
+
+    pairs = [member for member in members if not isinstance(member, int)]
+    like = pairs[0]["lora_B"]
+    ups = [like.new_zeros(member, 0) if isinstance(member, int) else member["lora_B"] for member in members]
+    return {"lora_A": torch.cat([pair["lora_A"] for pair in pairs]), "lora_B": torch.block_diag(*ups)}
+
+
+def lora_pair(layer, pair, alpha):
+    """{name: tensor} of one layer's pair of matrices, and its magnitudes if it has some."""
+    import torch
+
+    tensors = {f"{layer}.lora_down.weight": pair["lora_A"], f"{layer}.lora_up.weight": pair["lora_B"],
+               f"{layer}.alpha": torch.tensor(float(alpha))}
+    if (magnitudes := pair.get("lora_magnitude_vector")) is not None:
+        tensors[f"{layer}.dora_scale"] = magnitudes.reshape(-1, *[1] * max(1, magnitudes.dim() - 1))  # [out, 1(, 1, 1)]
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # methods/groups: Weights that train together. The training loop sees nothing of a method but a list of these.
 
 
@@ -5525,7 +5636,7 @@ def save_pipeline(folder, models, subjects, notes):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# methods/lora: LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as Kohya's tools load them.
+# methods/lora: LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as other programs load them.
 
 
 def add_lora(s, module, **options):
@@ -5558,8 +5669,8 @@ KOHYA_FILE = "kohya_lora.safetensors"
 
 
 def save_lora(folder, models, subjects, notes):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do, with
-    {note: text} of its model."""
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and, if its family has one, as Kohya's tools, ComfyUI and
+    A1111 do, with {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -5567,7 +5678,8 @@ def save_lora(folder, models, subjects, notes):
     family = models.family
     parts = {family.denoiser: models.denoiser, **text_encoders_of(models.pipeline)}
     parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
-    weights, kohya = {}, {}
+    kind = "dora" if any(module.peft_config["default"].use_dora for module in parts.values()) else "lora"
+    weights, elsewhere = {}, {}
     for part, module in parts.items():
         tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -5575,28 +5687,12 @@ def save_lora(folder, models, subjects, notes):
             tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
         config = module.peft_config["default"]
         weights[f"{part}_lora_layers"] = tensors
-        if prefix := family.kohya_prefix(models, part):
-            kohya |= kohya_lora(prefix, tensors, config.lora_alpha)
+        if kind in family.exports:
+            elsewhere |= lora_elsewhere(family, models, part, tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
-    if kohya:
-        save_file(kohya, folder / KOHYA_FILE, with_kind(notes, "lora", {
+    if elsewhere:
+        save_file(elsewhere, folder / KOHYA_FILE, with_kind(notes, "lora", {
             "ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}))
-
-
-def kohya_lora(prefix, tensors, alpha):
-    """A LoRA's tensors under Kohya's names: lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha."""
-    import torch
-
-    renamed = {}
-    for name, tensor in tensors.items():
-        layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name).groups()
-        layer = f"{prefix}_{layer.replace('.', '_')}"
-        if kind == "lora_magnitude_vector":
-            renamed[f"{layer}.dora_scale"] = tensor.reshape(-1, *[1] * max(1, tensor.dim() - 1))  # [out, 1(, 1, 1)]
-        else:
-            renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
-            renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    return renamed
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -9639,14 +9735,14 @@ Write in the prompt:
 
 def for_other_programs(s, family):
     """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
-    if not family.exports:
-        return ""
-    saves = METHODS[s.method].saves
-    told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
-            save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
-            save_words: f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
-    text = "; ".join(told[save] for save in saves)
-    return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
+    lora = f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', {family.diffusers_lora_there}"
+    told = {"model": f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
+            "lora": lora, "dora": lora,
+            "word": f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
+    made = made_by(s)
+    text = "; ".join(told[kind] if kind in family.exports else f"{NOT_WRITTEN[kind]} of {family.kind} is not written for them"
+                     for kind in made)
+    return f"{family.other_programs}: {text}." + f" It is {DORA_ELSEWHERE}." * ("dora" in made and "dora" in family.exports)
 
 
 def usage(s, models, subjects):
@@ -10211,16 +10307,16 @@ def files_of_lora(s, trained, target):
     if s.export_precision:
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
-    return {target: (write, "the LoRA in Kohya's layout")}
+    return {target: (write, "the LoRA with the names that other programs have for its layers")}
 
 
 def model_files(s, trained, target, pipeline):
     """The same of a whole model, and of what tells A1111 and Forge that an SD 2.x model predicts velocity."""
     precision = default(s.export_precision, "fp16")
     family = family_of(pipeline) if pipeline else family_at(find_model(trained.source, "--model_path"), "--model_path")
-    if not family.exports:
-        raise UserError(f"--export {s.export}: {family.kind} is not written for other programs yet; give them the folder {trained.source} if "
-                        f"they read diffusers' folders")
+    if "model" not in family.exports:
+        raise UserError(f"--export {s.export}: a whole model of {family.kind} is not written for other programs; give them the "
+                        f"folder {trained.source} if they read diffusers' folders")
     parts, unet_config, open_part, scheduler = loaded_model(pipeline) if pipeline else model_of(trained.source, precision)
     layout, record = layout_of(parts, unet_config), trained.record
     notes = notes_of(family, unet_config, scheduler, record.get("base_model"), trained.subjects, record.get("used", {}).get("resolution"))
@@ -10261,13 +10357,14 @@ def a1111_embedding(tensors):
 
 
 def kohya_file(trained):
-    """The LoRA under Kohya's names, which --train writes beside the one for diffusers."""
+    """The LoRA under other programs' names, which --train writes beside the one for diffusers."""
     try:
         path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
     if path is None or trained.lora.is_dir() or not path.is_file():
-        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
+        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train (of a DoRA of a "
+                        f"transformer none is written)")
     return path
 
 

@@ -84,16 +84,16 @@ def files_of_lora(s, trained, target):
     if s.export_precision:
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
-    return {target: (write, "the LoRA in Kohya's layout")}
+    return {target: (write, "the LoRA with the names that other programs have for its layers")}
 
 
 def model_files(s, trained, target, pipeline):
     """The same of a whole model, and of what tells A1111 and Forge that an SD 2.x model predicts velocity."""
     precision = default(s.export_precision, "fp16")
     family = family_of(pipeline) if pipeline else family_at(find_model(trained.source, "--model_path"), "--model_path")
-    if not family.exports:
-        raise UserError(f"--export {s.export}: {family.kind} is not written for other programs yet; give them the folder {trained.source} if "
-                        f"they read diffusers' folders")
+    if "model" not in family.exports:
+        raise UserError(f"--export {s.export}: a whole model of {family.kind} is not written for other programs; give them the "
+                        f"folder {trained.source} if they read diffusers' folders")
     parts, unet_config, open_part, scheduler = loaded_model(pipeline) if pipeline else model_of(trained.source, precision)
     layout, record = layout_of(parts, unet_config), trained.record
     notes = notes_of(family, unet_config, scheduler, record.get("base_model"), trained.subjects, record.get("used", {}).get("resolution"))
@@ -134,11 +134,12 @@ def a1111_embedding(tensors):
 
 
 def kohya_file(trained):
-    """The LoRA under Kohya's names, which --train writes beside the one for diffusers."""
+    """The LoRA under other programs' names, which --train writes beside the one for diffusers."""
     try:
         path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
     if path is None or trained.lora.is_dir() or not path.is_file():
-        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
+        raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train (of a DoRA of a "
+                        f"transformer none is written)")
     return path

@@ -61,3 +61,77 @@ def test_the_kohya_file_is_the_same_lora(family, flags, train_adapter, tiny_mode
         look = dict(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
         pictures.append(pipe("a dog", **look).images)
     np.testing.assert_allclose(pictures[0], pictures[1], atol=1e-4)
+
+
+# ---- transformers, whose layers other programs call otherwise
+
+NAMES = {
+    "z-image": {"diffusion_model.layers.1.attention.to_q": (("layers.1.attention.to_q",), (32, 32)),
+                "diffusion_model.context_refiner.0.feed_forward.w2": (("context_refiner.0.feed_forward.w2",), (32, 85))},
+    "flux": {"lora_unet_double_blocks_1_img_attn_qkv": (("transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.to_k",
+                                                         "transformer_blocks.1.attn.to_v"), (96, 32)),
+             "lora_unet_double_blocks_0_txt_mod_lin": (("transformer_blocks.0.norm1_context.linear",), (192, 32)),
+             "lora_unet_single_blocks_1_linear1": (("single_transformer_blocks.1.attn.to_q", "single_transformer_blocks.1.attn.to_k",
+                                                    "single_transformer_blocks.1.attn.to_v", "single_transformer_blocks.1.proj_mlp"), (224, 32))},
+    "flux2-klein": {"lora_unet_double_blocks_0_txt_attn_qkv": (
+        ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.add_v_proj"), (96, 32)),
+        "lora_unet_single_blocks_0_linear1": (("single_transformer_blocks.0.attn.to_qkv_mlp_proj",), (288, 32)),
+        "lora_unet_double_stream_modulation_img_lin": (("double_stream_modulation_img.linear",), (192, 32))},
+    "qwen-image": {"lora_unet_transformer_blocks_1_attn_to_out_0": (("transformer_blocks.1.attn.to_out.0",), (32, 32)),
+                   "lora_unet_transformer_blocks_0_img_mod_1": (("transformer_blocks.0.img_mod.1",), (192, 32))},
+    "sd3.5-without-t5": {"lora_unet_joint_blocks_0_x_block_attn2_qkv": (
+        ("transformer_blocks.0.attn2.to_q", "transformer_blocks.0.attn2.to_k", "transformer_blocks.0.attn2.to_v"), (192, 64)),
+        "lora_unet_joint_blocks_1_context_block_attn_qkv": (
+        ("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.add_k_proj", "transformer_blocks.1.attn.add_v_proj"), (192, 64))}}
+NAMES["flux2"], NAMES["sd3"] = NAMES["flux2-klein"], {}
+
+
+def lora_of_whole_numbers(tiny_model, family, target, rank=4, alpha=2):
+    """(models, {layer: (down, up)} with random whole numbers, whose products are exact, the file for other programs)."""
+    from peft import get_peft_model_state_dict
+
+    models = db.load_models(str(tiny_model(family)), torch.float32)
+    s = db.Settings("train", method="lora", rank=rank, lora_alpha=alpha)
+    db.add_lora(s, models.denoiser, target_modules=models.family.lora_targets[target])
+    torch.manual_seed(1)
+    tensors = {name: torch.randint(-8, 9, tensor.shape).float()
+               for name, tensor in get_peft_model_state_dict(models.denoiser, save_embedding_layers=False).items()}
+    pairs = {name.removesuffix(".lora_A.weight"): (tensor, tensors[name.replace("lora_A", "lora_B")])
+             for name, tensor in tensors.items() if "lora_A" in name}
+    return models, pairs, db.lora_elsewhere(models.family, models, models.family.denoiser, tensors, alpha)
+
+
+def product(file, layer):
+    down = file[f"{layer}.lora_down.weight"]
+    return file[f"{layer}.alpha"] / len(down) * (file[f"{layer}.lora_up.weight"] @ down)
+
+
+@pytest.mark.parametrize("target", ["attention", "all"])
+@pytest.mark.parametrize("family", NAMES)
+def test_layers_have_other_programs_names_and_change_as_much(family, target, tiny_model):
+    """Each product, times alpha / rank, is what the layers' own are, one below the other; a layer without LoRA changes by nothing."""
+    models, pairs, file = lora_of_whole_numbers(tiny_model, family, target)
+    layers = {name.rsplit(".lora_down", 1)[0] for name in file if "lora_down" in name}
+    assert len(file) == 3 * len(layers) and sum(product(file, layer).any() for layer in layers) == len(layers)
+    whole = sum((2 / 4 * (up @ down)).double().square().sum() for down, up in pairs.values())
+    assert sum(product(file, layer).double().square().sum() for layer in layers) == whole
+    for layer, (ours, shape) in NAMES[family].items():
+        if not set(ours) & set(pairs):
+            assert target == "attention"
+            continue
+        wanted = [2 / 4 * pairs[name][1] @ pairs[name][0] if name in pairs else torch.zeros_like(models.denoiser.get_submodule(name).weight)
+                  for name in ours]
+        assert product(file, layer).shape == shape and torch.equal(product(file, layer), torch.cat(wanted))
+        assert file[f"{layer}.alpha"].item() == 2 * sum(name in pairs for name in ours)
+    if target == "all":
+        assert set(NAMES[family]) <= layers
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd3.5-without-t5"])
+def test_stable_diffusion_3s_last_text_layer_has_the_shift_first(family, tiny_model):
+    _, pairs, file = lora_of_whole_numbers(tiny_model, family, "all")
+    for number, is_swapped in ((0, False), (1, True)):
+        down, up = pairs[f"transformer_blocks.{number}.norm1_context.linear"]
+        first, second = up.chunk(2)
+        wanted = torch.cat([second, first]) if is_swapped else up
+        assert torch.equal(file[f"lora_unet_joint_blocks_{number}_context_block_adaLN_modulation_1.lora_up.weight"], wanted)

@@ -1,9 +1,8 @@
-"""LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as Kohya's tools load them."""
-
-import re
+"""LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as other programs load them."""
 
 from dreambooth.base import default
 from dreambooth.methods.groups import ParameterGroup
+from dreambooth.methods.lora_elsewhere import lora_elsewhere
 from dreambooth.models.families.family import text_encoders_of
 from dreambooth.models.notes import with_kind
 
@@ -38,8 +37,8 @@ KOHYA_FILE = "kohya_lora.safetensors"
 
 
 def save_lora(folder, models, subjects, notes):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do, with
-    {note: text} of its model."""
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and, if its family has one, as Kohya's tools, ComfyUI and
+    A1111 do, with {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -47,7 +46,8 @@ def save_lora(folder, models, subjects, notes):
     family = models.family
     parts = {family.denoiser: models.denoiser, **text_encoders_of(models.pipeline)}
     parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
-    weights, kohya = {}, {}
+    kind = "dora" if any(module.peft_config["default"].use_dora for module in parts.values()) else "lora"
+    weights, elsewhere = {}, {}
     for part, module in parts.items():
         tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -55,25 +55,9 @@ def save_lora(folder, models, subjects, notes):
             tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
         config = module.peft_config["default"]
         weights[f"{part}_lora_layers"] = tensors
-        if prefix := family.kohya_prefix(models, part):
-            kohya |= kohya_lora(prefix, tensors, config.lora_alpha)
+        if kind in family.exports:
+            elsewhere |= lora_elsewhere(family, models, part, tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
-    if kohya:
-        save_file(kohya, folder / KOHYA_FILE, with_kind(notes, "lora", {
+    if elsewhere:
+        save_file(elsewhere, folder / KOHYA_FILE, with_kind(notes, "lora", {
             "ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}))
-
-
-def kohya_lora(prefix, tensors, alpha):
-    """A LoRA's tensors under Kohya's names: lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha."""
-    import torch
-
-    renamed = {}
-    for name, tensor in tensors.items():
-        layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name).groups()
-        layer = f"{prefix}_{layer.replace('.', '_')}"
-        if kind == "lora_magnitude_vector":
-            renamed[f"{layer}.dora_scale"] = tensor.reshape(-1, *[1] * max(1, tensor.dim() - 1))  # [out, 1(, 1, 1)]
-        else:
-            renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
-            renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    return renamed

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from dreambooth.base import default
 from dreambooth.files import write_file
-from dreambooth.methods.full import save_pipeline
 from dreambooth.methods.lora import KOHYA_FILE, LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import TRAILING, configs_place, told_of_noise
+from dreambooth.models.families.family import NOT_WRITTEN, made_by
 from dreambooth.models.families.known import guidance_scale, own_size
 from dreambooth.models.hub import cached_file, split_revision
 from dreambooth.models.inventory import choose_variant, files_in
@@ -68,14 +68,14 @@ Write in the prompt:
 
 def for_other_programs(s, family):
     """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
-    if not family.exports:
-        return ""
-    saves = METHODS[s.method].saves
-    told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
-            save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
-            save_words: f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
-    text = "; ".join(told[save] for save in saves)
-    return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
+    lora = f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', {family.diffusers_lora_there}"
+    told = {"model": f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
+            "lora": lora, "dora": lora,
+            "word": f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
+    made = made_by(s)
+    text = "; ".join(told[kind] if kind in family.exports else f"{NOT_WRITTEN[kind]} of {family.kind} is not written for them"
+                     for kind in made)
+    return f"{family.other_programs}: {text}." + f" It is {DORA_ELSEWHERE}." * ("dora" in made and "dora" in family.exports)
 
 
 def usage(s, models, subjects):

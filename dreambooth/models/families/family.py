@@ -13,6 +13,8 @@ LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tenso
 OF_UNETS = r"^(base_model\.model\.)?(unet\.)?(down_blocks|up_blocks|mid_block)\.|^lora_unet_(down_blocks|up_blocks|mid_block|input_blocks)"
 OF_TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|"
                    r"single_blocks|joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
+# A kind of Family.exports, in a message.
+NOT_WRITTEN = {"model": "a whole model", "lora": "a LoRA", "dora": "a DoRA", "word": "a new word"}
 
 
 def text_encoders_of(pipeline):
@@ -42,6 +44,12 @@ def is_positive(text):
         return False
 
 
+def made_by(s):
+    """What the flags make, of Family.exports."""
+    lora = "dora" if s.use_dora else "lora"
+    return {"full": ["model"], "lora": [lora], "textual_inversion": ["word"], "pivotal": [lora, "word"]}[s.method]
+
+
 class Family:
     """The answers of most families: a transformer that learnt rectified flow. `models` is a Models, `side` a number of pixels.
 
@@ -56,7 +64,13 @@ class Family:
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
-    exports = False  # whether --export writes it for other programs
+    exports = ("lora",)  # what is written for other programs, of "model", "lora", "dora" and "word"
+    other_programs = "ComfyUI"
+    diffusers_lora_there = "ComfyUI does not find its alpha"  # what they make of the file for diffusers
+    # {(how names of layers begin, how they do in other programs): {end of a name there: ends of those here whose outputs follow one
+    # another in it}}, * for a block's number. All others are called alike.
+    lora_layers = {}
+    lora_prefixes = {"transformer": "lora_unet_"}  # {part: what stands before its layers' names there}; after a dot their dots stay
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
@@ -99,8 +113,9 @@ class Family:
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
-        if s.export and not self.exports:
-            raise UserError(f"--export: {self.kind} is not written for other programs yet; leave it out")
+        if s.export and (missing := [kind for kind in made_by(s) if kind not in self.exports]):
+            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, or "
+                            f"train {', '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -230,6 +245,6 @@ class Family:
         denoiser and scheduler."""
         return {}
 
-    def kohya_prefix(self, models, part):
-        """What Kohya's tools call a part of a model in a LoRA; None where they have no such file."""
-        return None
+    def rows_elsewhere(self, denoiser, layer, up):
+        """A matrix [outputs, rank] of a layer of this name, its outputs in the order that other programs have."""
+        return up

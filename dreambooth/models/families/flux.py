@@ -13,6 +13,15 @@ ATTENTION_OF_FLUX = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 FEED_FORWARD_OF_FLUX = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 MODULATION_OF_FLUX = r"norm(1(_context)?)?\.linear"
 
+NAMES_OF_FLUX = {  # in the makers' own code
+    ("transformer_blocks.*.", "double_blocks.*."): {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",), "img_mod.lin": ("norm1.linear",),
+        "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",), "txt_mod.lin": ("norm1_context.linear",)},
+    ("single_transformer_blocks.*.", "single_blocks.*."): {
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)}}
+
 
 class Flux(Family):
     """FLUX.1 dev, 12 thousand million weights, which is told by how much to be guided."""
@@ -23,6 +32,7 @@ class Flux(Family):
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     guidance = class_guidance = 3.5
     takes_negatives = False
+    lora_layers = NAMES_OF_FLUX
     lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
                     "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",
                     "all": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX}|{MODULATION_OF_FLUX})"}

@@ -14,6 +14,16 @@ ATTENTION_OF_FLUX2 = r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out
 REST_OF_FLUX2 = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
 SHARED_OF_FLUX2 = r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear"
 
+NAMES_OF_FLUX2 = {  # in the makers' own code
+    ("transformer_blocks.*.", "double_blocks.*."): {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.linear_in",), "img_mlp.2": ("ff.linear_out",),
+        "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",)},
+    ("single_transformer_blocks.*.", "single_blocks.*."): {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+    ("", ""): {f"{name}.lin": (f"{name}.linear",)
+               for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")}}
+
 
 class Flux2Klein(Family):
     """FLUX.2 klein base, 4 and 9 thousand million weights."""
@@ -23,6 +33,7 @@ class Flux2Klein(Family):
     kind = "FLUX.2 klein"
     guidance = class_guidance = 4.0
     takes_negatives = False
+    lora_layers = NAMES_OF_FLUX2
     lora_targets = {"attention": ATTENTION_OF_FLUX2, "attention+ff": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}",
                     "all": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}|{SHARED_OF_FLUX2}"}
     # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.

@@ -38,7 +38,10 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = exports = True
+    trains_text = bf16_throughout = True
+    exports = ("model", "lora", "dora", "word")
+    other_programs = "ComfyUI, A1111 and Forge"
+    diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
@@ -54,7 +57,7 @@ class StableDiffusion(Family):
     recipes = {"full": Recipe(800, 5e-6, 2e-6, 2e-6), **ADAPTER_RECIPES}
     scheduler_has = "init_noise_sigma"
     latents_of_its_own = 64  # along a side, where the UNet's config says nothing
-    prefixes = {"text_encoder": "lora_te"}
+    lora_prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 
     def fits(self, config):
         return set(numbers(config["cross_attention_dim"])) <= {768, 1024}
@@ -205,9 +208,6 @@ class StableDiffusion(Family):
                 "ss_base_model_version": version, "ss_v2": version and str(version.startswith("sd_v2")),
                 "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None}
 
-    def kohya_prefix(self, models, part):
-        return "lora_unet" if part == "unet" else self.prefixes[part]
-
 
 class StableDiffusionXL(StableDiffusion):
     """Two text encoders, and the picture's sizes beside the prompt."""
@@ -221,7 +221,7 @@ class StableDiffusionXL(StableDiffusion):
     # Three times the UNet: gentler, as is usual for fine-tuning it whole.
     recipes = {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES}
     latents_of_its_own = 128
-    prefixes = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    lora_prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
     def fits(self, config):
         return True

@@ -15,6 +15,15 @@ ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "att
 FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 OTHERS_OF_SD3 = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "norm1.linear", "norm1_context.linear")
 
+NAMES_OF_SD3 = {  # in the makers' own code
+    ("transformer_blocks.*.", "joint_blocks.*."): {
+        "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn.proj": ("attn.to_out.0",),
+        "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "x_block.attn2.proj": ("attn2.to_out.0",),
+        "x_block.mlp.fc1": ("ff.net.0.proj",), "x_block.mlp.fc2": ("ff.net.2",), "x_block.adaLN_modulation.1": ("norm1.linear",),
+        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "context_block.attn.proj": ("attn.to_add_out",), "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+        "context_block.mlp.fc2": ("ff_context.net.2",), "context_block.adaLN_modulation.1": ("norm1_context.linear",)}}
+
 
 class StableDiffusion3(Family):
     """Stable Diffusion 3, 2 thousand million weights."""
@@ -25,6 +34,9 @@ class StableDiffusion3(Family):
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     word_encoders = ("text_encoder", "text_encoder_2")
     trains_text = True
+    exports = ("lora", "word")
+    lora_layers = NAMES_OF_SD3
+    lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     guidance = class_guidance = 7.0
     lora_targets = {"attention": [*ATTENTION_OF_SD3], "attention+ff": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3],
                     "all": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3, *OTHERS_OF_SD3]}
@@ -119,6 +131,11 @@ class StableDiffusion3(Family):
     def text_layers(self, models, text_encoder):
         """All: the pooled embedding comes out of the last."""
         return text_encoder.config.num_hidden_layers
+
+    def rows_elsewhere(self, denoiser, layer, up):
+        """The last block's text is scaled and shifted by one layer alone, which has the shift first there."""
+        last = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}.norm1_context.linear"
+        return up.roll(len(up) // 2, 0) if layer == last else up
 
 
 class StableDiffusion35(StableDiffusion3):
