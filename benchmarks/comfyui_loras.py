@@ -5,7 +5,7 @@
 --comfyui is a checkout of github.com/comfyanonymous/ComfyUI. First the names: of each published transformer the names and shapes
 alone are made, ComfyUI recognises it by its own rules and makes its own model of it, and its own loader is given a LoRA of each
 --lora_target. Counted is what it does not load, and what does not fit the weight that it is for. Then the numbers: tiny models with
-random weights and a LoRA as --train leaves it, alpha 2 of rank 4; its answer to one latent, time and prompt beside plain diffusers'.
+random weights and a LoRA as --train leaves it, alpha 2 of rank 4; its answer to a latent, time and prompt beside plain diffusers'.
 It needs einops and comfy_kitchen, what else ComfyUI imports may be absent. 10 minutes, 4 GB.
 """
 
@@ -60,7 +60,8 @@ TABLES = {
     "ZImageTransformer2DModel": ("z_image_to_diffusers", lambda config: dict(
         n_layers=config.n_layers, dim=config.dim, n_refiner_layers=config.n_refiner_layers)),
     "Flux2Transformer2DModel": ("flux_to_diffusers", flux_sizes), "FluxTransformer2DModel": ("flux_to_diffusers", flux_sizes),
-    "SD3Transformer2DModel": ("mmdit_to_diffusers", lambda config: dict(depth=config.num_attention_heads, num_blocks=config.num_layers))}
+    "SD3Transformer2DModel": ("mmdit_to_diffusers", lambda config: dict(
+        depth=config.num_attention_heads, num_blocks=config.num_layers))}
 
 
 def theirs_of(transformer):
@@ -153,7 +154,7 @@ def taken(model, lora, missed):
 
 
 def print_names(db, missed, chosen):
-    print("\n| transformer | --lora_target | layers | loads | missed | misfits | of diffusers' file |\n" + "|---" * 7 + "|", flush=True)
+    print("\n| model | --lora_target | layers | loads | missed | misfits | diffusers' file |\n" + "|---" * 7 + "|", flush=True)
     for name in chosen:
         family, transformer, model = full_size(name, db)
         for target in TARGETS:
@@ -161,7 +162,8 @@ def print_names(db, missed, chosen):
             pairs, others, wrong = taken(model, elsewhere, missed)
             theirs = taken(model, diffusers, missed)[0]
             layers = len(diffusers) // 2
-            print(f"| {name} | {target} | {layers} | {pairs} of {len(elsewhere) // 3} | {others} | {wrong} | {theirs} of {layers} |", flush=True)
+            print(f"| {name} | {target} | {layers} | {pairs} of {len(elsewhere) // 3} | {others} | {wrong} | "
+                  f"{theirs} of {layers} |", flush=True)
 
 
 # ---- numbers
