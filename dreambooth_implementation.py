@@ -3227,8 +3227,8 @@ class Family:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
         if s.export and (missing := [kind for kind in made_by(s) if kind not in self.exports]):
-            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, or "
-                            f"train {', '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
+            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, "
+                            f"or train {' or '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -3962,7 +3962,7 @@ class ZImage(Family):
     name = "z-image"
     pipelines = ("ZImagePipeline",)
     kind = "Z-Image"
-    lora_prefixes = {"transformer": "diffusion_model."}  # ComfyUI finds q, k and v in its joint layer by the names that they have here
+    lora_prefixes = {"transformer": "diffusion_model."}  # ComfyUI finds q, k and v in its joint layer by these names
     guidance = class_guidance = 4.0  # the pipeline adds it to 1: none is 0
     lora_targets = {"attention": [*ATTENTION_OF_Z], "attention+ff": [*ATTENTION_OF_Z, *FEED_FORWARD_OF_Z],
                     "all": r".*\.\d+\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"}
@@ -4285,7 +4285,8 @@ NAMES_OF_FLUX = {  # in the makers' own code
         "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",), "img_mod.lin": ("norm1.linear",),
         "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",), "txt_mod.lin": ("norm1_context.linear",)},
     ("single_transformer_blocks.*.", "single_blocks.*."): {
-        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)}}
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",),
+        "modulation.lin": ("norm.linear",)}}
 
 
 class Flux(Family):
@@ -4870,10 +4871,15 @@ def known_kinds():
     return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
 
 
+def family_of_configs(kind, config):
+    """The family of pipelines of the class `kind` whose denoiser has this config."""
+    return next(family for family in FAMILIES if kind in family.pipelines and family.fits(config))
+
+
 def family_of(pipeline):
     """The family of a loaded pipeline."""
     kind = type(pipeline).__name__
-    return next(family for family in FAMILIES if kind in family.pipelines and family.fits(family.denoiser_of(pipeline).config))
+    return family_of_configs(kind, family_named(kind).denoiser_of(pipeline).config)
 
 
 def guidance_scale(s, pipeline):
@@ -5547,8 +5553,7 @@ def lora_elsewhere(family, models, part, tensors, alpha):
 
 
 def layers_elsewhere(table, layers):
-    """{name of a layer there: names here of the layers that it is made of} of such as have a LoRA; by {(how names here begin, how names
-    there begin): {end of a name there: ends of names here}}, where * is a block's number. What is not in the table is called alike."""
+    """{name of a layer there: names here of those that it is made of}, of those with a LoRA; by a table as Family.lora_layers."""
     places = {here + end: (there + name, [here + end for end in ends])
               for (here, there), names in table.items() for name, ends in names.items() for end in ends}
     found = {}
@@ -5562,7 +5567,7 @@ def layers_elsewhere(table, layers):
 
 
 def joined(members):
-    """The one pair of matrices that changes layers of one input, their outputs after each other, as their own pairs would, to the bit:
+    """The one pair of matrices that changes layers of one input, their outputs after each other, as their own pairs would:
     the downs on top of each other, the ups along a diagonal. A member is a pair or, without LoRA, the number of its outputs."""
     import torch
 
@@ -5669,8 +5674,8 @@ KOHYA_FILE = "kohya_lora.safetensors"
 
 
 def save_lora(folder, models, subjects, notes):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and, if its family has one, as Kohya's tools, ComfyUI and
-    A1111 do, with {note: text} of its model."""
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and, if its family exports it, as ComfyUI and others
+    do, with {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -15,7 +15,8 @@ SEED, PICTURE_SIDE, LAST_TIME = 7, 64, 999  # of stable-diffusion.cpp's picture
 METHODS = {"whole": None, "lora": "lora", "lora-all-layers": "lora", "dora": "lora", "word": "textual_inversion",
            "word-of-2-vectors": "textual_inversion", "pivotal": "pivotal"}
 # Imported by these programs, and needed for nothing that is done here.
-STAND_INS = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "comfy_aimdo", "comfy_kitchen", "torchsde", "blake3", "simpleeval", "scipy")
+STAND_INS = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "comfy_aimdo", "comfy_kitchen", "torchsde", "blake3",
+             "simpleeval", "scipy")
 
 
 class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):

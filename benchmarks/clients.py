@@ -13,7 +13,7 @@ diffusers'. stable-diffusion.cpp gives out pictures alone; they are of one step,
     --families, --artifacts   some of them, with commas between
     --work FOLDER       where models and answers are made, and kept for the next time (default: clients)
 
-Memory: a model in float32 at a time, 5 GB for SD 1.5, 14 GB for SDXL. The families that draw by flow are not exported yet.
+Memory: a model in float32 at a time, 5 GB for SD 1.5, 14 GB for SDXL. LoRAs of families that draw by flow: comfyui_loras.py.
 """
 
 import argparse

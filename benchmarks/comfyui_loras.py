@@ -1,11 +1,12 @@
-"""Does ComfyUI take our LoRAs of the families that draw by flow, and draw with them what diffusers draws? Tables, for docs/formats.md:
+"""Does ComfyUI take our LoRAs of the families that draw by flow, and draw with them what diffusers draws? For docs/formats.md:
 
     python benchmarks/comfyui_loras.py --comfyui FOLDER
 
---comfyui is a checkout of github.com/comfyanonymous/ComfyUI. First the names: of each published transformer the names and shapes alone
-are made, ComfyUI recognises it by its own rules and makes its own model of it, and its own loader is given a LoRA of each --lora_target.
-Counted is what it does not load, and what does not fit the weight that it is for. Then the numbers: tiny models with random weights and a
-LoRA as --train leaves it, alpha 2 of rank 4; its answer to one latent, time and prompt beside plain diffusers'. A few minutes, 4 GB.
+--comfyui is a checkout of github.com/comfyanonymous/ComfyUI. First the names: of each published transformer the names and shapes
+alone are made, ComfyUI recognises it by its own rules and makes its own model of it, and its own loader is given a LoRA of each
+--lora_target. Counted is what it does not load, and what does not fit the weight that it is for. Then the numbers: tiny models with
+random weights and a LoRA as --train leaves it, alpha 2 of rank 4; its answer to a latent, time and prompt beside plain diffusers'.
+It needs einops and comfy_kitchen, what else ComfyUI imports may be absent. 10 minutes, 4 GB.
 """
 
 import argparse
@@ -32,19 +33,16 @@ PUBLISHED = {
     "SD3 medium": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", dict(
         sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)),
     "SD3.5 medium": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", dict(
-        sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, qk_norm="rms_norm",
-        dual_attention_layers=tuple(range(13)))),
+        sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+        qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))),
     "SD3.5 large": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", dict(
-        sample_size=128, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"))}
+        sample_size=128, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
+        qk_norm="rms_norm"))}
 TARGETS = ("attention", "attention+ff", "all")
-# class of the transformer: (ComfyUI's table of diffusers' names, its arguments from diffusers' config)
-TABLES = {
-    "ZImageTransformer2DModel": ("z_image_to_diffusers", lambda c: dict(n_layers=c.n_layers, dim=c.dim, n_refiner_layers=c.n_refiner_layers)),
-    "Flux2Transformer2DModel": ("flux_to_diffusers", lambda c: flux_sizes(c)), "FluxTransformer2DModel": ("flux_to_diffusers", lambda c: flux_sizes(c)),
-    "SD3Transformer2DModel": ("mmdit_to_diffusers", lambda c: dict(depth=c.num_attention_heads, num_blocks=c.num_layers))}
 # What that table has not of FLUX.2's layers without LoRA, and of those that all blocks share.
 MORE_NAMES = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in {
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
     "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
     "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
@@ -55,6 +53,15 @@ MORE_NAMES = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in {
 def flux_sizes(config):
     return dict(depth=config.num_layers, depth_single_blocks=config.num_single_layers,
                 hidden_size=config.num_attention_heads * config.attention_head_dim)
+
+
+# class of the transformer: (ComfyUI's table of diffusers' names, its arguments from diffusers' config)
+TABLES = {
+    "ZImageTransformer2DModel": ("z_image_to_diffusers", lambda config: dict(
+        n_layers=config.n_layers, dim=config.dim, n_refiner_layers=config.n_refiner_layers)),
+    "Flux2Transformer2DModel": ("flux_to_diffusers", flux_sizes), "FluxTransformer2DModel": ("flux_to_diffusers", flux_sizes),
+    "SD3Transformer2DModel": ("mmdit_to_diffusers", lambda config: dict(
+        depth=config.num_attention_heads, num_blocks=config.num_layers))}
 
 
 def theirs_of(transformer):
@@ -138,7 +145,8 @@ def taken(model, lora, missed):
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), comfy.lora.model_lora_keys_unet(model, {}))
     shapes, wrong = {name: tensor.shape for name, tensor in model.state_dict().items()}, 0
     for target, adapter in patches.items():
-        name, (axis, first, count) = (target, (0, 0, None)) if isinstance(target, str) else (target[0], target[1])
+        name, part = (target, None) if isinstance(target, str) else target[:2]
+        axis, first, count = part or (0, 0, None)
         rows = shapes[name][0] if count is None else count
         up, down = adapter.weights[:2]
         wrong += (up.shape[0], down.shape[1]) != (rows, shapes[name][1]) or axis != 0 or first + rows > shapes[name][0]
@@ -146,22 +154,23 @@ def taken(model, lora, missed):
 
 
 def print_names(db, missed, chosen):
-    print("\n| transformer | --lora_target | layers | loads | missed | misfits | of diffusers' file |\n|---|---|---|---|---|---|---|", flush=True)
+    print("\n| model | --lora_target | layers | loads | missed | misfits | diffusers' file |\n" + "|---" * 7 + "|", flush=True)
     for name in chosen:
         family, transformer, model = full_size(name, db)
         for target in TARGETS:
             elsewhere, diffusers = loras_of(db, family, transformer, target)
             pairs, others, wrong = taken(model, elsewhere, missed)
             theirs = taken(model, diffusers, missed)[0]
-            print(f"| {name} | {target} | {len(diffusers) // 2} | {pairs} of {len(elsewhere) // 3} | {others} | {wrong} | {theirs} of "
-                  f"{len(diffusers) // 2} |", flush=True)
+            layers = len(diffusers) // 2
+            print(f"| {name} | {target} | {layers} | {pairs} of {len(elsewhere) // 3} | {others} | {wrong} | "
+                  f"{theirs} of {layers} |", flush=True)
 
 
 # ---- numbers
 
 
 def tiny(name):
-    """A tiny pipeline, and what ComfyUI's model of it has otherwise than its rules make of the weights, which know published sizes."""
+    """A tiny pipeline, and what ComfyUI's model of it has otherwise than by its rules, which know published sizes alone."""
     import diffusers
     import torch
     from tiny_families import build, fill
@@ -170,30 +179,33 @@ def tiny(name):
     torch.manual_seed(0)
     if name == "z-image":  # ComfyUI knows its embedding of the time from this width on alone
         pipeline.transformer = fill(diffusers.ZImageTransformer2DModel(
-            in_channels=4, dim=1024, n_layers=2, n_refiner_layers=1, n_heads=16, n_kv_heads=16, cap_feat_dim=32, axes_dims=[16, 24, 24],
-            axes_lens=[256, 32, 32]))
+            in_channels=4, dim=1024, n_layers=2, n_refiner_layers=1, n_heads=16, n_kv_heads=16, cap_feat_dim=32,
+            axes_dims=[16, 24, 24], axes_lens=[256, 32, 32]))
     if name.startswith("sd3"):  # and SD3's heads of 64 alone
         options = dict(qk_norm="rms_norm", dual_attention_layers=(0,)) if "3.5" in name else {}
         pipeline.transformer = fill(diffusers.SD3Transformer2DModel(
-            sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=64, num_attention_heads=2, joint_attention_dim=64,
-            caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=32, **options))
+            sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=64, num_attention_heads=2,
+            joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=32, **options))
     if name.startswith("flux2"):  # and FLUX.2's 256 waves of the time
-        pipeline.transformer = fill(diffusers.Flux2Transformer2DModel.from_config(pipeline.transformer.config, timestep_guidance_channels=256))
+        pipeline.transformer = fill(diffusers.Flux2Transformer2DModel.from_config(
+            pipeline.transformer.config, timestep_guidance_channels=256))
     config = pipeline.transformer.config
     heads = config.get("num_attention_heads")
     return pipeline, {
-        "z-image": lambda: dict(in_channels=config.in_channels, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, axes_dims=config.axes_dims,
-                                axes_lens=config.axes_lens, n_refiner_layers=config.n_refiner_layers, multiple_of=1, rope_theta=256.0,
-                                ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32),
+        "z-image": lambda: dict(
+            in_channels=config.in_channels, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, axes_dims=config.axes_dims,
+            axes_lens=config.axes_lens, n_refiner_layers=config.n_refiner_layers, multiple_of=1, rope_theta=256.0,
+            ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32),
         "flux": lambda: dict(axes_dim=config.axes_dims_rope, num_heads=heads, out_channels=4, guidance_embed=True),
-        "flux2": lambda: dict(axes_dim=config.axes_dims_rope, num_heads=heads, out_channels=16, guidance_embed=config.guidance_embeds),
+        "flux2": lambda: dict(axes_dim=config.axes_dims_rope, num_heads=heads, out_channels=16,
+                              guidance_embed=config.guidance_embeds),
         "qwen-image": lambda: dict(in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
                                    joint_attention_dim=32, axes_dims_rope=config.axes_dims_rope),
         "sd3": dict}[{"flux2-klein": "flux2", "sd3.5-without-t5": "sd3"}.get(name, name)]()
 
 
-COMFYUI_KINDS = {"z-image": "ZImage", "flux2-klein": "Flux2", "flux2": "Flux2", "flux": "Flux", "qwen-image": "QwenImage", "sd3": "SD3",
-                 "sd3.5-without-t5": "SD3"}
+COMFYUI_KINDS = {"z-image": "ZImage", "flux2-klein": "Flux2", "flux2": "Flux2", "flux": "Flux", "qwen-image": "QwenImage",
+                 "sd3": "SD3", "sd3.5-without-t5": "SD3"}
 
 
 def comfyui_model(name, transformer, more):
@@ -239,7 +251,7 @@ def lora_folder(db, base, folder, target):
 
 
 def print_numbers(db, missed, chosen):
-    print("\n| tiny model | --lora_target | without LoRA | with it | the LoRA changes | missed |\n|---|---|---|---|---|---|", flush=True)
+    print("\n| tiny model | --lora_target | without LoRA | with it | the LoRA changes | missed |\n" + "|---" * 6 + "|", flush=True)
     for name in chosen:
         for target in TARGETS:
             far, changed, count = numbers_of(db, missed, name, target)
@@ -247,7 +259,7 @@ def print_numbers(db, missed, chosen):
 
 
 def numbers_of(db, missed, name, target):
-    """([how far ComfyUI's answer is from diffusers' without LoRA, and with], how far the LoRA changes it, how much is not loaded)."""
+    """([how far ComfyUI's answer is from diffusers' without LoRA, and with], how far the LoRA changes it, keys not loaded)."""
     import comfy.model_patcher
     import comfy.sd
     import comfy.utils
@@ -261,12 +273,14 @@ def numbers_of(db, missed, name, target):
         lora_folder(db, kept, folder, target)
         models = db.take_apart(name, pipeline)
         torch.manual_seed(2)
-        asked = torch.randn(1, *models.family.latent_shape(pipeline, 32)), torch.tensor([0.6]), models.family.encode(models, ["a dog at night"])
+        noisy, told = torch.randn(1, *models.family.latent_shape(pipeline, 32)), models.family.encode(models, ["a dog at night"])
+        asked = noisy, torch.tensor([0.6]), told
         model, cpu = comfyui_model(name, models.denoiser, more), torch.device("cpu")
         ours, theirs = [models.family.predict(models, *asked, None)], [comfyui_answer(name, model, *asked)]
         missed.lines.clear()
         patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-        patcher = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(str(folder / db.KOHYA_FILE)), 1.0, 0.0)[0]
+        lora = comfy.utils.load_torch_file(str(folder / db.KOHYA_FILE))
+        patcher = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0]
         patcher.patch_model()
         pipeline.load_lora_weights(folder, weight_name=db.LORA_FILE)
         ours.append(models.family.predict(models, *asked, None))

@@ -59,15 +59,17 @@ UNGUIDED = {"ZImagePipeline": 0.0}  # the scale that means no guidance, where it
 PROMPTS = ["a zwx dog on the moon", "a cat"]
 
 
-def spatial(models, latents):
-    """A pipeline's latents [B, ...] as the program has them, [B, C, h, w]."""
-    return SPATIAL.get(models.family.pipelines[0], lambda models, latents: latents)(models, latents)
+def spatial(models, latents, size=(SIDE, SIDE)):
+    """A pipeline's latents [B, ...] of a picture of this size (width, height) as the program has them, [B, C, h, w]."""
+    return SPATIAL.get(models.family.pipelines[0], lambda models, latents, size: latents)(models, latents, size)
 
 
 # How a pipeline's latents become [B, C, h, w], where they are not.
-SPATIAL = dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda models, latents: latents.transpose(1, 2).unflatten(2, (8, 8)))
-SPATIAL["FluxPipeline"] = lambda models, latents: models.pipeline._unpack_latents(latents, SIDE, SIDE, models.pipeline.vae_scale_factor)
-SPATIAL["QwenImagePipeline"] = lambda models, latents: SPATIAL["FluxPipeline"](models, latents).squeeze(2)
+SPATIAL = dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda models, latents, size: latents.transpose(1, 2).unflatten(
+    2, models.family.latents_of(models.pipeline, size)[1:]))
+SPATIAL["FluxPipeline"] = lambda models, latents, size: models.pipeline._unpack_latents(
+    latents, size[1], size[0], models.pipeline.vae_scale_factor)
+SPATIAL["QwenImagePipeline"] = lambda models, latents, size: SPATIAL["FluxPipeline"](models, latents, size).squeeze(2)
 
 
 def by_the_vae_alone(vae, pixels):
@@ -227,7 +229,7 @@ def test_other_shapes_are_the_pipelines_own(models, monkeypatch):
     shape = family.latents_of(pipeline, (width, height))
     with torch.no_grad():
         mean, _ = family.moments(models.vae, pixels_of(picture(0, (width, height))))
-        family.predict(models, sample.reshape(1, *shape), level.expand(1), family.encode(models, PROMPTS[:1]), torch.zeros(1, 6))
+        family.predict(models, spatial(models, sample, (width, height)), level.expand(1), family.encode(models, PROMPTS[:1]), torch.zeros(1, 6))
     assert mean.shape[1:] == shape
     my_sent, my_answer = recorder.calls[-1]
     assert len(sent) == len(my_sent) and all(torch.allclose(a.float(), b.float()) for a, b in zip(sent, my_sent))

@@ -60,6 +60,28 @@ def test_plain_diffusers_draws_what_was_trained_as_the_program_does(family, meth
     assert far_apart(drawn, by_program) <= 2 < far_apart(drawn, before)
 
 
+@pytest.mark.parametrize("family, layer", [("flux", "lora_unet_double_blocks_1_img_attn_qkv"),
+                                           ("z-image", "diffusion_model.layers.1.attention.to_q")])
+def test_a_lora_is_written_for_comfyui(family, layer, teach, run, tmp_path):
+    flags = ["--rank", 2, "--lora_alpha", 3, "--no-samples", "--export", "dog.safetensors", *ALONE]
+    status, _, err = teach(family, "--method", "lora", *flags)
+    assert status == 0, err
+    assert (tmp_path / "dog.safetensors").read_bytes() == (tmp_path / "output" / db.KOHYA_FILE).read_bytes()
+    weights = load_file("dog.safetensors")
+    rank = len(weights[f"{layer}.lora_down.weight"])
+    assert weights[f"{layer}.alpha"] / rank == 3 / 2 and rank == (6 if family == "flux" else 2)
+    assert "ComfyUI: kohya_lora.safetensors is theirs" in (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_dora_of_a_transformer_has_no_file_for_other_programs_and_says_so(teach, run, tmp_path):
+    status, _, err = teach("qwen-image", "--method", "lora", "--rank", 2, "--use_dora", "--no-samples", *ALONE)
+    assert status == 0, err
+    assert not (tmp_path / "output" / db.KOHYA_FILE).exists()
+    assert "a DoRA of Qwen-Image is not written for them" in (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+    status, _, err = run("--export", "dog.safetensors", "--model_path", "output")
+    assert status == 2 and "of a DoRA of a transformer none is written" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_family_trains_in_bf16_by_a_memory_plan(family, method, teach):
@@ -137,6 +159,8 @@ def test_a_distilled_model_still_draws(run, tiny_model, tmp_path):
 @pytest.mark.parametrize("family, flags, said", [
     ("flux2-klein", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for FLUX.2 klein"),
     ("flux", ["--method", "pivotal"], "--method pivotal: not to be had for FLUX.1 dev"),
+    ("flux", ["--method", "full", "--export", "x.safetensors"], "--export: a whole model of FLUX.1 dev is not written for"),
+    ("z-image", ["--method", "lora", "--use_dora", "--export", "x.safetensors"], "--export: a DoRA of Z-Image is not written for"),
     ("flux", ["--train_text_encoder"], "--train_text_encoder: the text encoder of FLUX.1 dev does not train"),
     ("flux2", ["--snr_gamma", "5"], "--snr_gamma 5: for models that learnt diffusion"),
     ("qwen-image", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for Qwen-Image"),

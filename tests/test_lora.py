@@ -65,24 +65,29 @@ def test_the_kohya_file_is_the_same_lora(family, flags, train_adapter, tiny_mode
 
 # ---- transformers, whose layers other programs call otherwise
 
+QKV, TEXT_QKV = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def within(stem, *ends):
+    return [stem + end for end in ends]
+
+
 NAMES = {
     "z-image": {"diffusion_model.layers.1.attention.to_q": (("layers.1.attention.to_q",), (32, 32)),
                 "diffusion_model.context_refiner.0.feed_forward.w2": (("context_refiner.0.feed_forward.w2",), (32, 85))},
-    "flux": {"lora_unet_double_blocks_1_img_attn_qkv": (("transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.to_k",
-                                                         "transformer_blocks.1.attn.to_v"), (96, 32)),
+    "flux": {"lora_unet_double_blocks_1_img_attn_qkv": (within("transformer_blocks.1.attn.", *QKV), (96, 32)),
              "lora_unet_double_blocks_0_txt_mod_lin": (("transformer_blocks.0.norm1_context.linear",), (192, 32)),
-             "lora_unet_single_blocks_1_linear1": (("single_transformer_blocks.1.attn.to_q", "single_transformer_blocks.1.attn.to_k",
-                                                    "single_transformer_blocks.1.attn.to_v", "single_transformer_blocks.1.proj_mlp"), (224, 32))},
-    "flux2-klein": {"lora_unet_double_blocks_0_txt_attn_qkv": (
-        ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.add_v_proj"), (96, 32)),
+             "lora_unet_single_blocks_1_linear1": (
+                 (*within("single_transformer_blocks.1.attn.", *QKV), "single_transformer_blocks.1.proj_mlp"), (224, 32))},
+    "flux2-klein": {
+        "lora_unet_double_blocks_0_txt_attn_qkv": (within("transformer_blocks.0.attn.", *TEXT_QKV), (96, 32)),
         "lora_unet_single_blocks_0_linear1": (("single_transformer_blocks.0.attn.to_qkv_mlp_proj",), (288, 32)),
         "lora_unet_double_stream_modulation_img_lin": (("double_stream_modulation_img.linear",), (192, 32))},
     "qwen-image": {"lora_unet_transformer_blocks_1_attn_to_out_0": (("transformer_blocks.1.attn.to_out.0",), (32, 32)),
                    "lora_unet_transformer_blocks_0_img_mod_1": (("transformer_blocks.0.img_mod.1",), (192, 32))},
-    "sd3.5-without-t5": {"lora_unet_joint_blocks_0_x_block_attn2_qkv": (
-        ("transformer_blocks.0.attn2.to_q", "transformer_blocks.0.attn2.to_k", "transformer_blocks.0.attn2.to_v"), (192, 64)),
-        "lora_unet_joint_blocks_1_context_block_attn_qkv": (
-        ("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.add_k_proj", "transformer_blocks.1.attn.add_v_proj"), (192, 64))}}
+    "sd3.5-without-t5": {
+        "lora_unet_joint_blocks_0_x_block_attn2_qkv": (within("transformer_blocks.0.attn2.", *QKV), (192, 64)),
+        "lora_unet_joint_blocks_1_context_block_attn_qkv": (within("transformer_blocks.1.attn.", *TEXT_QKV), (192, 64))}}
 NAMES["flux2"], NAMES["sd3"] = NAMES["flux2-klein"], {}
 
 
@@ -109,7 +114,7 @@ def product(file, layer):
 @pytest.mark.parametrize("target", ["attention", "all"])
 @pytest.mark.parametrize("family", NAMES)
 def test_layers_have_other_programs_names_and_change_as_much(family, target, tiny_model):
-    """Each product, times alpha / rank, is what the layers' own are, one below the other; a layer without LoRA changes by nothing."""
+    """Each product, times alpha / rank, is what the layers' own are, below each other; a layer without LoRA changes by nothing."""
     models, pairs, file = lora_of_whole_numbers(tiny_model, family, target)
     layers = {name.rsplit(".lora_down", 1)[0] for name in file if "lora_down" in name}
     assert len(file) == 3 * len(layers) and sum(product(file, layer).any() for layer in layers) == len(layers)
@@ -119,8 +124,8 @@ def test_layers_have_other_programs_names_and_change_as_much(family, target, tin
         if not set(ours) & set(pairs):
             assert target == "attention"
             continue
-        wanted = [2 / 4 * pairs[name][1] @ pairs[name][0] if name in pairs else torch.zeros_like(models.denoiser.get_submodule(name).weight)
-                  for name in ours]
+        wanted = [2 / 4 * pairs[name][1] @ pairs[name][0] if name in pairs else
+                  torch.zeros_like(models.denoiser.get_submodule(name).weight) for name in ours]
         assert product(file, layer).shape == shape and torch.equal(product(file, layer), torch.cat(wanted))
         assert file[f"{layer}.alpha"].item() == 2 * sum(name in pairs for name in ours)
     if target == "all":

@@ -68,7 +68,7 @@ def test_without_a_gpu_nf4_is_one_line(tiny_model, photos, run):
 
 def test_class_images_of_a_base_in_fewer_bits_are_others(tiny_model):
     models, plan = db.load_late(str(tiny_model("z-image")), torch.bfloat16), db.Plan(torch.device("cpu"), "bf16")
-    whole, fewer = (db.class_image_settings(db.Settings("train"), dataclasses.replace(models, base_precision=base), "a dog", 32, plan)
+    whole, fewer = (db.class_image_settings(db.Settings("train"), dataclasses.replace(models, base_precision=base), "a dog", (32, 32), plan)
                     for base in ("bf16", "int8"))
     assert fewer == {**whole, "base_precision": "int8"} and "base_precision" not in whole
 

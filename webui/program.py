@@ -12,8 +12,8 @@ import dreambooth_implementation as db
 FIELDS = ("class_prompt", "method", "model_name", "steps", "validation_steps", "train_text_encoder", "num_class_images",
           "learning_rate", "text_encoder_lr", "embedding_lr", "rank", "num_vectors", "resolution", "train_batch_size",
           "random_flip", "select_best", "identifier", "instance_prompt", "max_vram", "seed")
-USUAL_MODELS = {"sd14": ("stable-diffusion", 512), "sd15": ("stable-diffusion", 512), "sd21": ("stable-diffusion", 768),
-                "sdxl": ("stable-diffusion-xl", 1024)}  # family and size of those that may not be on this machine yet
+USUAL_MODELS = {"sd14": (db.StableDiffusion(), 512), "sd15": (db.StableDiffusion(), 512), "sd21": (db.StableDiffusion(), 768),
+                "sdxl": (db.StableDiffusionXL(), 1024)}  # family and size of those that may not be on this machine yet
 
 
 def command(flags):
@@ -69,7 +69,7 @@ def recipe(values, has_gpu):
         shown["num_class_images"] = None  # none are drawn
     shown["model_name"] = "sd15" if has_gpu else "demo"
     family, side = look_of_model(values.get("model_name") or shown["model_name"])
-    if family is None:
+    if family is None or method not in family.recipes:
         return shown
     own = db.recipe_for(family, db.Settings("train", method=method, select_best=bool(values.get("select_best"))))
     rates = {"learning_rate": own.learning_rate_with_text_encoder if with_text else own.learning_rate,
@@ -84,9 +84,14 @@ def look_of_model(name):
     place = str(db.SHORT_NAMES.get(name, name))
     try:
         index = Path(place) / "model_index.json" if Path(place).is_dir() else db.cached_file(place, "model_index.json")
-        unet, vae = (json.loads((index.parent / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
-        return db.family_of(unet), unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        parts = db.family_named(kind).denoiser, "vae"
+        denoiser, vae = (json.loads((index.parent / part / "config.json").read_text(encoding="utf-8")) for part in parts)
+        family = db.family_of_configs(kind, denoiser)
+        if "unet" in parts:
+            return family, denoiser["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        return family, vae.get("sample_size") or family.side_of_its_own
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return None, None
 
 

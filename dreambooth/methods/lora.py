@@ -37,8 +37,8 @@ KOHYA_FILE = "kohya_lora.safetensors"
 
 
 def save_lora(folder, models, subjects, notes):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and, if its family has one, as Kohya's tools, ComfyUI and
-    A1111 do, with {note: text} of its model."""
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and, if its family exports it, as ComfyUI and others
+    do, with {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -20,8 +20,7 @@ def lora_elsewhere(family, models, part, tensors, alpha):
 
 
 def layers_elsewhere(table, layers):
-    """{name of a layer there: names here of the layers that it is made of} of such as have a LoRA; by {(how names here begin, how names
-    there begin): {end of a name there: ends of names here}}, where * is a block's number. What is not in the table is called alike."""
+    """{name of a layer there: names here of those that it is made of}, of those with a LoRA; by a table as Family.lora_layers."""
     places = {here + end: (there + name, [here + end for end in ends])
               for (here, there), names in table.items() for name, ends in names.items() for end in ends}
     found = {}
@@ -35,7 +34,7 @@ def layers_elsewhere(table, layers):
 
 
 def joined(members):
-    """The one pair of matrices that changes layers of one input, their outputs after each other, as their own pairs would, to the bit:
+    """The one pair of matrices that changes layers of one input, their outputs after each other, as their own pairs would:
     the downs on top of each other, the ups along a diagonal. A member is a pair or, without LoRA, the number of its outputs."""
     import torch
 

@@ -114,8 +114,8 @@ class Family:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
         if s.export and (missing := [kind for kind in made_by(s) if kind not in self.exports]):
-            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, or "
-                            f"train {', '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
+            raise UserError(f"--export: {NOT_WRITTEN[missing[0]]} of {self.kind} is not written for other programs; leave it out, "
+                            f"or train {' or '.join(NOT_WRITTEN[kind] for kind in self.exports)}")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 

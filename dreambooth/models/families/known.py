@@ -30,10 +30,15 @@ def known_kinds():
     return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
 
 
+def family_of_configs(kind, config):
+    """The family of pipelines of the class `kind` whose denoiser has this config."""
+    return next(family for family in FAMILIES if kind in family.pipelines and family.fits(config))
+
+
 def family_of(pipeline):
     """The family of a loaded pipeline."""
     kind = type(pipeline).__name__
-    return next(family for family in FAMILIES if kind in family.pipelines and family.fits(family.denoiser_of(pipeline).config))
+    return family_of_configs(kind, family_named(kind).denoiser_of(pipeline).config)
 
 
 def guidance_scale(s, pipeline):

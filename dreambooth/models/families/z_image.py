@@ -16,7 +16,7 @@ class ZImage(Family):
     name = "z-image"
     pipelines = ("ZImagePipeline",)
     kind = "Z-Image"
-    lora_prefixes = {"transformer": "diffusion_model."}  # ComfyUI finds q, k and v in its joint layer by the names that they have here
+    lora_prefixes = {"transformer": "diffusion_model."}  # ComfyUI finds q, k and v in its joint layer by these names
     guidance = class_guidance = 4.0  # the pipeline adds it to 1: none is 0
     lora_targets = {"attention": [*ATTENTION_OF_Z], "attention+ff": [*ATTENTION_OF_Z, *FEED_FORWARD_OF_Z],
                     "all": r".*\.\d+\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"}
