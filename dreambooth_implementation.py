@@ -5328,7 +5328,7 @@ def lora_elsewhere(family, models, part, tensors, alpha):
 
 
 def layers_elsewhere(table, layers):
-    """{name of a layer there: names here of the layers that it is made of}, of those with a LoRA; by a table as Family.lora_layers."""
+    """{name of a layer there: names here of those that it is made of}, of those with a LoRA; by a table as Family.lora_layers."""
     places = {here + end: (there + name, [here + end for end in ends])
               for (here, there), names in table.items() for name, ends in names.items() for end in ends}
     found = {}
