@@ -1,6 +1,7 @@
 """Print every figure that the model card quotes, and draw its sheet of classes and scenes.
 
     python demo/measure.py                    # demo/model and demo/metrics -> figures, demo/sheet.png
+    python demo/measure.py --model demo/model-flow --sheet demo/sheet_flow.png
     python demo/measure.py --pictures 1       # quicker: one picture of each class in each scene, not four
 
 Who judges generated pictures: a small network that learns class and place from real pictures of the world.
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+import train
+import train_flow
 import world
 from metrics import features
 from train import encode_captions, fit, load_world, psnr, to_floats
@@ -68,12 +71,11 @@ def accuracy(judge, images, nouns, places):
 
 def generate(pipe, prompts, seed, batch_size=64):
     """One uint8 picture for each prompt, whose noise depends only on the seed and its place in the list."""
-    images = []
+    images, settings = [], train_flow.DRAWING if isinstance(pipe, ZImagePipeline) else train.DRAWING
     for start in tqdm(range(0, len(prompts), batch_size), desc="pictures"):
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        settings = dict(num_inference_steps=30, guidance_scale=4.0, generator=generators)
-        images += [np.asarray(image) for image in pipe(batch, **settings).images]
+        images += [np.asarray(image) for image in pipe(batch, generator=generators, **settings).images]
     return np.stack(images)
 
 
@@ -161,7 +163,7 @@ def main():
         judge, to_floats(pictures[unseen], device), nouns[unseen], places[unseen]
     )
 
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to(device)
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     figures["vae_psnr_db"] = psnr(pipe.vae, pictures[unseen], device)
 

@@ -38,6 +38,7 @@ import world
 
 CHECKPOINT_SECONDS = 180
 CAPTION_TOKENS = 32
+DRAWING = {"num_inference_steps": 30, "guidance_scale": 4.0}
 SHEET_PROMPTS = [
     "a dog",
     "a dog on the moon",
@@ -317,9 +318,8 @@ def denoising_loss(moments, tokens, empty, scheduler, device):
 # ---- export ------------------------------------------------------------------------------------------
 
 
-def sample_sheet(pipe, path, seeds=4, **settings):
+def sample_sheet(pipe, path, settings, seeds=4):
     """A row for each seed, a column for each prompt."""
-    settings = {"num_inference_steps": 30, "guidance_scale": 4.0} | settings
     sheet = Image.new("RGB", (len(SHEET_PROMPTS) * 2 * world.SIZE, seeds * 2 * world.SIZE))
     for row in range(seeds):
         generators = [torch.Generator().manual_seed(row) for _ in SHEET_PROMPTS]
@@ -356,7 +356,7 @@ def export(vae, tokenizer, model, folder, sheet):
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    sample_sheet(pipe, sheet)
+    sample_sheet(pipe, sheet, DRAWING)
     save_half(pipe, folder)
 
 

@@ -26,7 +26,7 @@ import world
 from train import IDENTIFIERS, cached_moments, fit, lift_identifiers, load_world, sample_sheet, save_half
 
 SHIFT = 1.0  # of the sigmas when drawing
-DRAWING = {"height": world.SIZE, "width": world.SIZE, "guidance_scale": 3.0}  # Z-Image's 3 is Stable Diffusion's 4
+DRAWING = {"num_inference_steps": 30, "guidance_scale": 3.0, "height": world.SIZE, "width": world.SIZE}  # its 3 is the other's 4
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TEMPLATE = (  # Qwen3's, without tools
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -103,11 +103,11 @@ def new_text_encoder(tokenizer):
 def new_transformer(latent_channels, text_width):
     transformer = ZImageTransformer2DModel(
         in_channels=latent_channels,
-        dim=192,
+        dim=128,
         n_layers=6,
         n_refiner_layers=1,
-        n_heads=6,
-        n_kv_heads=6,
+        n_heads=4,
+        n_kv_heads=4,
         cap_feat_dim=text_width,
         axes_dims=[8, 12, 12],
         axes_lens=[1024, 128, 128],
@@ -139,6 +139,12 @@ class PlainAttention:
         cosine, sine = freqs_cis.real.unsqueeze(2), freqs_cis.imag.unsqueeze(2)
         first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([first * cosine - second * sine, first * sine + second * cosine], -1).flatten(-2)
+
+
+def plain_attention(transformer):
+    for block in transformer.modules():
+        if isinstance(block, ZImageTransformerBlock):
+            block.attention.set_processor(PlainAttention())
 
 
 def draw_sigmas(count):
@@ -178,12 +184,13 @@ def export(vae, tokenizer, model, folder, sheet):
     save_half(ZImagePipeline(scheduler, vae, model["text_encoder"], tokenizer, model["transformer"]), folder)
     pipe = ZImagePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    sample_sheet(pipe, sheet, **DRAWING)
+    sample_sheet(pipe, sheet, DRAWING)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vae", type=Path, default=world.DEMO / "model", help="a pipeline whose autoencoder to use")
     parser.add_argument("--output", type=Path, default=world.DEMO / "model-flow")
@@ -209,9 +216,7 @@ def main():
         {"text_encoder": text_encoder, "transformer": new_transformer(latents.shape[1], text_encoder.config.hidden_size)}
     )
     model["text_encoder"].set_attn_implementation("eager")
-    for block in model["transformer"].modules():
-        if isinstance(block, ZImageTransformerBlock):
-            block.attention.set_processor(PlainAttention())
+    plain_attention(model["transformer"])
     if args.compile:
         model["transformer"].compile_repeated_blocks()
     names = (".layers.", "_refiner.")
@@ -220,7 +225,8 @@ def main():
         if weight.ndim == 2 and any(part in name for part in names) and "adaLN" not in name
     ]
     loss_fn = flow_loss(latents, tokens, empty, device)
-    model = fit("flow", model, loss_fn, args.steps, 32, args.lr, world.PICTURES, device, matrices=matrices, average_decay=0.999)
+    settings = dict(matrices=matrices, average_decay=0.999)
+    model = fit("flow", model, loss_fn, args.steps, args.batch_size, args.lr, world.PICTURES, device, **settings)
     export(vae, tokenizer, model, args.output, args.sheet)
 
 
