@@ -1144,7 +1144,7 @@ def _field(mode, default, help, **options):
 class Settings:
     """Every flag with its type, default and help; the command line and dreambooth.json are made from this list.
 
-    A default of None means that the value depends on the model (see RECIPES) or the machine; it is derived where it is
+    A default of None means that the value depends on the model (its family's recipe) or the machine; it is derived where it is
     used and printed there. Settings are never changed after parsing.
     """
 
@@ -1193,14 +1193,14 @@ class Settings:
     # Method
     method: str = _field("train", "full", "what trains: every layer, a LoRA beside them, the vectors of a new word, or "
                                           "word and LoRA", choices=["full", "lora", "textual_inversion", "pivotal"])
-    train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the UNet",
+    train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the denoiser",
                                       methods=("full", "lora", "pivotal"))
     rank: int = _field("train", 16, "rank of the LoRA", minimum=1, methods=("lora", "pivotal"))
     lora_alpha: int | None = _field("train", None, "the LoRA is scaled by alpha / rank", minimum=1, shown="the rank",
                                     methods=("lora", "pivotal"))
-    lora_target: str | None = _field("train", None, "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
+    lora_target: str | None = _field("train", None, "layers of the denoiser with a LoRA", methods=("lora", "pivotal"),
                                      choices=["attention", "attention+ff", "all"], shown="attention; all in small models")
-    use_dora: bool = _field("train", False, "LoRA of the UNet with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
+    use_dora: bool = _field("train", False, "LoRA of the denoiser with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
     lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
                                         below=1, shown="0", methods=("lora", "pivotal"))
     num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
@@ -1217,7 +1217,7 @@ class Settings:
                                           "instead of --steps", minimum=1, shown="--steps counts")
     repeats: int | None = _field("train", None, "how often a pass takes each photo", minimum=1,
                                  shown="1; 100 for textual_inversion")
-    learning_rate: float | None = _field("train", None, "learning rate of the UNet or its LoRA", minimum=0,
+    learning_rate: float | None = _field("train", None, "learning rate of the denoiser or its LoRA", minimum=0,
                                          shown="depends on the model", methods=("full", "lora", "pivotal"))
     text_encoder_lr: float | None = _field("train", None, "learning rate of the text encoder or its LoRA", minimum=0,
                                            shown="depends on the model", methods=("full", "lora", "pivotal"))
@@ -1253,6 +1253,9 @@ class Settings:
     noise_offset: float | None = _field("train", None, "noise that a channel has in common, which teaches darker and lighter "
                                         "pictures; 0.1 is usual", minimum=0, shown="0")
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
+    timestep_sampling: str | None = _field("train", None, "how the noise of flow models is drawn, before its shift", shown="uniform",
+                                           choices=["uniform", "logit_normal"])
+    flow_shift: str = _field("train", "auto", "shift of that towards more noise, a number; auto: that of the model's own pictures")
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
                                   shown="on for --method full of small models with --select_best, else off")
     max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
@@ -1266,11 +1269,14 @@ class Settings:
     weights: str | None = _field("train", None, "precision of the trained weights; bf16 is rounded stochastically, and needs "
                                  "--optimizer adamw8bit or --fused_backward", choices=["fp32", "bf16"], methods=("full",),
                                  shown="fp32, or as --max_vram needs")
+    base_precision: str | None = _field("train", None, "precision of the frozen transformer that a LoRA stands on: int8 and fp8 need torchao, "
+                                        "nf4 needs bitsandbytes and a CUDA GPU; bf16: that of the arithmetic", methods=("lora", "pivotal"),
+                                        choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
                                             "--fused_backward and takes time", shown="as --max_vram needs")
-    compile: bool = _field("train", False, "compile the UNet's transformer blocks with torch.compile: the first steps take a "
+    compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
-    channels_last: bool = _field("train", False, "lay the UNet's weights out channels last, as tensor cores read them")
+    channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
@@ -2002,6 +2008,12 @@ def mentions(prompt, identifier):
     return bool(PLACE.search(prompt) or re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, re.IGNORECASE))
 
 
+def usual_prompts_of(subjects):
+    """What is drawn of subjects where nothing else is asked for: each, each on the moon, and its class; and "" to guide against."""
+    drawn = [prompt for x in subjects for prompt in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if prompt]
+    return [*dict.fromkeys(drawn), ""]
+
+
 def fill_identifier(prompt, subjects, source, others=()):
     """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`, [class] by its noun.
 
@@ -2049,18 +2061,33 @@ RARE_WORDS = """
 
 
 def rare_words(tokenizers, class_prompts):
-    """Those of RARE_WORDS that every tokenizer reads as one rare token, alone and before each class noun."""
+    """Those of RARE_WORDS that every tokenizer reads as one rare token before each class noun."""
     def is_one(tokenizer, word):
-        def ids(text):
-            return tokenizer(text, add_special_tokens=False).input_ids
-        return (len(ids(word)) == 1 and is_rare(tokenizer, ids(word)[0])
-                and all(ids(f"a {word} {prompt}") == ids("a") + ids(word) + ids(prompt) for prompt in class_prompts))
+        tokens = [token_within(tokenizer, word, prompt) for prompt in class_prompts or [""]]
+        return all(token is not None and is_rare(tokenizer, token) for token in tokens)
     return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
             and not any(word in prompt for prompt in class_prompts)]
 
 
+def token_within(tokenizer, word, class_prompt):
+    """The id of the one token that `word` adds to "a CLASS", between its two words; None if it adds others or changes them.
+
+    Byte-level vocabularies have a word with and without the space before it; what counts is how it is read in a sentence.
+    """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    with_word, without, first = ids(f"a {word} {class_prompt}".strip()), ids(f"a {class_prompt}".strip()), len(ids("a"))
+    is_one = len(with_word) == len(without) + 1 and with_word[:first] == without[:first] and with_word[first + 1:] == without[first:]
+    return with_word[first] if is_one else None
+
+
 def is_rare(tokenizer, token_id):
     return token_id >= RARE * len(tokenizer)
+
+
+def pieces_of(tokenizer, word):
+    """The tokens, as text, that a tokenizer reads a word as within a sentence."""
+    return tokenizer.tokenize(f"a {word}")[len(tokenizer.tokenize("a")):]
 
 
 def choose_identifiers(models, concepts, seed, embed):
@@ -2087,14 +2114,14 @@ def choose_identifiers(models, concepts, seed, embed):
                             f"yourself with --identifier")
         shift = embedding_shift(embed, free, concept)
         best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
-        vectors = {word: table[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))].mean(0) for word in best + taken}
+        vectors = {word: table[tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, word))].mean(0) for word in best + taken}
 
         def similarity(word):
             return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
         random.Random(f"{seed} {concept.name}").shuffle(best)
         words.append(min(best, key=similarity))
         taken.append(words[-1])
-        token = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(words[-1]))[0]
+        token = tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, words[-1]))[0]
         say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
             f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
             f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
@@ -2114,7 +2141,7 @@ def embedding_shift(embed, words, concept):
 
 def check_identifier(tokenizer, identifier):
     """Say so if the tokenizer does not read the identifier as one rare token."""
-    pieces = tokenizer.tokenize(identifier)
+    pieces = pieces_of(tokenizer, identifier)
     if len(pieces) > 1:
         say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
             f"mean something already; one rare token learns better. --identifier auto finds one.")
@@ -2497,137 +2524,182 @@ def captioned(concept, subject):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/parts: The parts of a loaded pipeline, and what is asked of them.
+# models/quantized: The frozen weights that a LoRA stands on, in fewer bits: by torchao or bitsandbytes, through diffusers' own configs.
 #
-# Knows nothing of training.
+# The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314).
+
+
+def int8_config(dtype):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+
+
+def fp8_config(dtype):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return TorchAoConfig(Float8WeightOnlyConfig(version=2))
+
+
+def nf4_config(dtype):
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 @dataclass(frozen=True)
-class Models:
-    """The parts of a loaded pipeline. SD 1.x and 2.x have one tokenizer and text encoder, SDXL two of each."""
+class Base:
+    """A precision of the frozen base."""
 
-    name: str  # folder or hub id
-    pipeline: typing.Any
-    tokenizers: list
-    text_encoders: list
-    vae: typing.Any
-    unet: typing.Any
-    noise_scheduler: typing.Any  # DDPM with the model's own betas and prediction type, for training
-    arithmetic: typing.Any = None  # the torch.dtype that the UNet will compute in; None: that of its weights
-    sample: dict | None = None  # sample_weights() of the weights as they were loaded
-
-    @property
-    def latent_scale(self):
-        """Pixels per latent, along a side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def resolution(self):
-        """The side in pixels of the squares that the UNet was trained at."""
-        return min(own_size(self.pipeline))
-
-    @functools.cached_property
-    def fingerprint(self):
-        """A hex digest of all weights as they were loaded: tells one model from another wherever it lies.
-
-        Rounded to `arithmetic`, so that it is the same whether the UNet was loaded in that precision or comes to it later.
-        """
-        import torch
-
-        digest = hashlib.sha256()
-        for module in (self.unet, self.vae, *self.text_encoders):
-            for name, tensor in module.state_dict().items():
-                value = torch.hash_tensor(tensor.to(self.arithmetic or tensor.dtype)).item()
-                digest.update(f"{name} {tuple(tensor.shape)} {value}".encode())
-        return digest.hexdigest()
+    bytes_per_weight: float | None = None  # of a linear layer, with its scales; None: as they are
+    package: str | None = None  # what to install for it
+    config: typing.Callable | None = None  # dtype of the arithmetic -> diffusers' config
 
 
-def text_encoders_of(pipeline):
-    """{part name: text encoder} of a pipeline: one, or SDXL's two."""
-    return {part: module for part in ("text_encoder", "text_encoder_2") if (module := pipeline.components.get(part)) is not None}
+BASES = {"bf16": Base(), "int8": Base(1.002, "torchao", int8_config), "fp8": Base(1.002, "torchao", fp8_config),
+         "nf4": Base(0.5 + 4 / 64, "bitsandbytes", nf4_config)}  # one float32 scale for 64 weights
 
 
-def own_size(pipeline):
-    """(width, height) in pixels that a pipeline draws by itself. Where its UNet's config says nothing, SD 1.x's or SDXL's size."""
-    size = pipeline.unet.config.sample_size or (64 if "text_encoder_2" not in pipeline.components else 128)
-    height, width = (size, size) if isinstance(size, int) else size
-    return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
+def quantization(base_precision, dtype):
+    """Options of diffusers' from_pretrained() that read a part in so many bits; {} for the precision of the arithmetic."""
+    config = BASES[base_precision].config
+    return {"quantization_config": config(dtype)} if config else {}
 
 
-SAMPLE_TENSORS, SAMPLE_PLACES = 24, (0, 3, 17)  # of each part so many tensors, of each tensor the numbers at these places
-
-
-def sample_weights(pipeline):
-    """Some numbers of every part of a pipeline, which tell one model from another and are short enough for a record.
-
-    {part: [precision of its weights, the numbers as text]}. A hash would differ between precisions; these are compared.
-    """
-    parts = {"unet": pipeline.unet, **text_encoders_of(pipeline)}
-    sample = {}
-    for part, module in parts.items():
-        weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
-        tensors = [weights[name] for name in sorted(weights)]
-        chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
-        numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
-        sample[part] = [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
-    return sample
-
-
-def is_same_sample(one, other):
-    """Whether two results of sample_weights() are of the same weights, in whatever precision each was loaded."""
+def in_fewer_bits(module, base_precision):
+    """The weights of a module that are in fewer bits with this precision: those of its linear layers."""
     import torch
 
-    if one.keys() != other.keys():
-        return False
-    for part, (precision, text) in one.items():
-        kinds = [getattr(torch, kind) for kind in (precision, other[part][0])]
-        values = [torch.tensor([float(number) for number in numbers.split()]) for numbers in (text, other[part][1])]
-        if values[0].shape != values[1].shape:
-            return False
-        coarse = min(kinds, key=lambda kind: torch.finfo(kind).bits)
-        rounded = [value.to(coarse) for value in values]
-        alike = torch.equal(*rounded) if len({*kinds, torch.float32}) < 3 else torch.allclose(*values, rtol=2**-7, atol=1e-6)
-        if not alike:
-            return False
-    return True
+    if base_precision == "bf16":
+        return set()
+    return {part.weight for part in module.modules() if isinstance(part, torch.nn.Linear)}
 
 
-def take_apart(name, pipeline):
-    """The Models of a loaded pipeline."""
-    from diffusers import DDPMScheduler
-
-    text_encoders = text_encoders_of(pipeline)
-    return Models(
-        name=name,
-        pipeline=pipeline,
-        tokenizers=[pipeline.components[part.replace("text_encoder", "tokenizer")] for part in text_encoders],
-        text_encoders=list(text_encoders.values()),
-        vae=pipeline.vae,
-        unet=pipeline.unet,
-        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/noise: How pictures are noised, and what a model is to predict of it: diffusion, or rectified flow.
+#
+# Knows no family and no model. A level is what a batch's pictures are noised by, [B]: a timestep, or a sigma in (0, 1].
 
 
-def predict(unet, noisy_latents, timesteps, hidden, pooled, time_ids):
-    """The UNet's output [B, C, h, w] for B noisy latents; `time_ids` [B, 6] and `pooled` matter to SDXL alone."""
-    sizes = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
-    return unet(noisy_latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=sizes).sample
+def along(levels, latents):
+    """Numbers [B] in a shape that multiplies tensors [B, ...]."""
+    return levels.view(-1, *[1] * (latents.dim() - 1))
 
 
-def layers_read(models, text_encoder):
-    """How many of a text encoder's layers reach the UNet: SDXL reads its first encoder before the last one."""
-    skips_last = len(models.text_encoders) > 1 and text_encoder is models.text_encoders[0]
-    return text_encoder.config.num_hidden_layers - skips_last
+@dataclass(frozen=True)
+class Diffusion:
+    """Denoising diffusion with a model's own betas (Ho et al., arXiv 2006.11239); the model predicts noise or velocity."""
+
+    scheduler: typing.Any  # diffusers' DDPMScheduler
+    snr_gamma: float | None = None  # min-SNR weights; 0 is off, as in other trainers
+
+    @property
+    def predicts(self):
+        return self.scheduler.config.prediction_type
+
+    def levels(self, count, source):
+        """Timesteps [count], drawn uniformly by the torch.Generator `source`."""
+        import torch
+
+        return torch.randint(self.scheduler.config.num_train_timesteps, (count,), generator=source)
+
+    def noisy(self, latents, noise, levels):
+        return self.scheduler.add_noise(latents, noise, levels)
+
+    def target(self, latents, noise, levels):
+        """What the model is to predict, like `latents`."""
+        return self.scheduler.get_velocity(latents, noise, levels) if self.predicts == "v_prediction" else noise
+
+    def weights(self, levels):
+        """Weights [B] of the losses, or None for equal ones."""
+        return min_snr_weights(self.scheduler, levels, self.snr_gamma) if self.snr_gamma else None
 
 
-def text_encoder_parameters(models):
-    """The text encoders' parameters that reach the loss."""
-    parameters = []
-    for text_encoder in models.text_encoders:
-        inner = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 flattened CLIPTextModel, not its twin
-        unread = inner.encoder.layers[layers_read(models, text_encoder):]
-        unused = {*unread.parameters(), *inner.final_layer_norm.parameters()} if unread else set()
-        parameters += [p for p in text_encoder.parameters() if p not in unused]
-    return parameters
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow (Liu et al., arXiv 2209.03003): x_s = (1 - s) x_0 + s e, and the model predicts e - x_0."""
+
+    shift: float = 1.0  # levels are drawn as s' = k s / (1 + (k - 1) s), nearer to noise the larger k (arXiv 2403.03206, section 5.3.2)
+    sampling: str = "uniform"  # of s before that; "logit_normal": sigmoid of a normal number (the same, section 3.1)
+
+    predicts = "flow"
+
+    def levels(self, count, source):
+        """Sigmas [count] in (0, 1], drawn by the torch.Generator `source`."""
+        import torch
+
+        if self.sampling == "logit_normal":
+            sigmas = torch.randn(count, generator=source).sigmoid()
+        else:
+            sigmas = 1 - torch.rand(count, generator=source)
+        return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+
+    def noisy(self, latents, noise, levels):
+        sigmas = along(levels, latents)
+        return (1 - sigmas) * latents + sigmas * noise
+
+    def target(self, latents, noise, levels):
+        """What the model is to predict, like `latents`."""
+        return noise - latents
+
+    def weights(self, levels):
+        """None: all losses weigh the same."""
+        return None
+
+
+def min_snr_weights(noise_scheduler, timesteps, snr_gamma):
+    """Loss weights [B] that even out the timesteps (Hang et al., arXiv 2303.09556, section 3.4).
+
+    min(snr, gamma) / snr when the model predicts noise, min(snr, gamma) / (snr + 1) when it predicts velocity.
+    """
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=snr_gamma) / (snr + 1)
+    return (snr_gamma / snr).clamp(max=1)  # written so that snr = 0 gives 1, not 0 / 0
+
+
+def usual_shift(config, tokens):
+    """The shift k that a FlowMatchEulerDiscreteScheduler of this config draws a picture of so many tokens with.
+
+    With dynamic shifting mu is linear in the number of tokens, as in diffusers' calculate_shift().
+    """
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift") or 1.0
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, largest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return shift_of(config, base + (largest - base) * (tokens - low) / (high - low))
+
+
+def shift_of(config, mu):
+    """The shift k that a scheduler makes of mu."""
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/recipes: What a recipe is: the defaults of a method on a model family. Each family has its own, in its file.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a method on a model family. Learning rates are for AdamW at batch size 1; None: nothing of it trains."""
+
+    steps: int
+    learning_rate: float | None = None
+    learning_rate_with_text_encoder: float | None = None
+    text_encoder_lr: float | None = None
+    embedding_lr: float | None = None
+    lora_target: str = "attention"
+    lr_scheduler: str = "constant"
+    use_ema: bool = False
+    selecting: tuple = ()  # (name, value) of what is otherwise with --select_best
+
+
+# diffusers' guides: LoRA 1e-4; textual inversion 5e-4, 3000 steps; pivotal tuning 1e-4 and 3e-4, 1000 steps.
+ADAPTER_RECIPES = {"lora": Recipe(800, 1e-4, 1e-4, 5e-5), "textual_inversion": Recipe(3000, embedding_lr=5e-4),
+                   "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2685,67 +2757,6 @@ def read_json(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/recipes: Defaults of every method on every model family: steps, learning rates, guidance.
-#
-# The only module that tells the families apart, and it asks a model's config, never its name.
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Defaults of a method on a model family. Learning rates are for AdamW at batch size 1; None: nothing of it trains."""
-
-    steps: int
-    learning_rate: float | None = None
-    learning_rate_with_text_encoder: float | None = None
-    text_encoder_lr: float | None = None
-    embedding_lr: float | None = None
-    lora_target: str = "attention"
-    lr_scheduler: str = "constant"
-    use_ema: bool = False
-    selecting: tuple = ()  # (name, value) of what is otherwise with --select_best
-
-
-# diffusers' guides: LoRA 1e-4; textual inversion 5e-4, 3000 steps; pivotal tuning 1e-4 and 3e-4, 1000 steps.
-ADAPTER_RECIPES = {"lora": Recipe(800, 1e-4, 1e-4, 5e-5), "textual_inversion": Recipe(3000, embedding_lr=5e-4),
-                   "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)}
-GUIDANCE = {"stable-diffusion": 7.5, "stable-diffusion-xl": 5.0, "small": 4.0}
-# Class images are to be samples of the model as it is (paper, section 3.2). Guided ones show less than the class's variety, and
-# training on them would teach the model that; but what Stable Diffusion draws without guidance is hardly a picture.
-CLASS_GUIDANCE = {**GUIDANCE, "small": 1.0}
-RECIPES = {
-    # Paper: 5e-6. diffusers' DreamBooth guide: 800 steps, and 2e-6 for both parts when the text encoder trains.
-    "stable-diffusion": {"full": Recipe(800, 5e-6, 2e-6, 2e-6), **ADAPTER_RECIPES},
-    # Three times the UNet: gentler, as is usual for fine-tuning it whole.
-    "stable-diffusion-xl": {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES},
-    # Small models like the bundled one: chosen by experiment on it.
-    "small": {
-        # Falling at the end: at this rate, constant, likeness and prompt vary from one step to the next. --select_best may
-        # keep any step, so there the rate falls nowhere and the weights are averaged.
-        "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay",
-                       selecting=(("lr_scheduler", "constant"), ("use_ema", True))),
-        "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
-        "textual_inversion": Recipe(800, embedding_lr=2e-3),
-        "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")},
-}
-
-
-TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
-
-
-def family_of(unet_config):
-    """The name of a UNet's model family, which RECIPES and GUIDANCE are listed by."""
-    if unet_config["addition_embed_type"] == "text_time":
-        return "stable-diffusion-xl"
-    width = unet_config["cross_attention_dim"]  # or a list with one for each block
-    widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    return "stable-diffusion" if widths <= {768, 1024} else "small"  # those of SD 1.x and 2.x
-
-
-def guidance_scale(s, unet_config):
-    return default(s.guidance_scale, GUIDANCE[family_of(unet_config)])
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # models/vocabulary: New words of a tokenizer and its text encoder, and how files of embeddings name them.
 
 
@@ -2792,7 +2803,7 @@ XL_EMBEDDING = ["clip_l", "clip_g"]  # a word's tensors in a file for SDXL, one 
 
 def embedding_keys(models, word):
     """Names of a word's tensors in learned_embeds.safetensors, one for each text encoder, as diffusers' loaders want."""
-    return XL_EMBEDDING if len(models.text_encoders) > 1 else [word]
+    return XL_EMBEDDING if len(models.readers) > 1 else [word]
 
 
 def word_in(names, otherwise):
@@ -2808,7 +2819,7 @@ def embedding_vectors(models, tensors):
     if sorted(tensors) != sorted(keys):
         raise ValueError("it is for SDXL, which has two text encoders" if set(tensors) == set(XL_EMBEDDING) else
                          "it is for a model with one text encoder")
-    widths = [text_encoder.get_input_embeddings().weight.shape[1] for text_encoder in models.text_encoders]
+    widths = [text_encoder.get_input_embeddings().weight.shape[1] for _, text_encoder in models.readers]
     own = [tensors[key].shape[-1] if tensors[key].dim() else 1 for key in keys]
     if own != widths:
         raise ValueError(f"its vectors have {' and '.join(map(str, own))} numbers, those of this model {' and '.join(map(str, widths))}")
@@ -2816,55 +2827,203 @@ def embedding_vectors(models, tensors):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/encoding: Prompts as the UNet is told them: token ids and the text encoders' embeddings.
+# models/families/family: What a family of models answers: all that training, drawing, evaluation and the memory plan have to know of it.
+#
+# They ask this object and know no names. A family is one file beside this one and a row in known.py.
 
 
-def encode_prompts(models, prompts):
-    """Text conditioning of P prompts: (hidden [P, tokens, channels], pooled [P, channels] or None where unused).
+LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
+# Layers of the one kind of denoiser and of the other, as the names in LoRAs of all programs begin.
+OF_UNETS = r"^(base_model\.model\.)?(unet\.)?(down_blocks|up_blocks|mid_block)\.|^lora_unet_(down_blocks|up_blocks|mid_block|input_blocks)"
+OF_TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|"
+                   r"single_blocks|joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
 
-    SD 1.x and 2.x use the encoder's last layer. SDXL joins the last but one layer of both encoders and pools the second.
+
+def text_encoders_of(pipeline):
+    """{part name: text encoder} of a pipeline: one, two or three."""
+    parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return {part: module for part in parts if (module := pipeline.components.get(part)) is not None}
+
+
+def tokenizer_of(pipeline, part):
+    """The tokenizer of the text encoder of this name."""
+    return pipeline.components[part.replace("text_encoder", "tokenizer")]
+
+
+def moments_of(vae, pixels):
+    """(mean, 0) of an AutoencoderKL's latents [B, C, h, w], shifted and scaled, of pixels [B, 3, H, W] in -1 to 1."""
+    mean = vae.encode(pixels).latent_dist.mode()
+    mean = (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    return mean, mean.new_zeros(mean.shape)
+
+
+def is_positive(text):
+    """Whether a text is a number above 0."""
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+class Family:
+    """The answers of most families: a transformer that learnt rectified flow. `models` is a Models, `side` a number of pixels.
+
+    Conditioning is {name: a tensor [P, ...], or a list of P tensors} of P prompts.
     """
-    import torch
 
-    hidden, pooled = [], None
-    joined = models.pipeline.unet.config.addition_embed_type == "text_time"
-    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        ids = moved(tokenize(models.pipeline, tokenizer, prompts), next(text_encoder.parameters()).device)
-        out = text_encoder(ids, output_hidden_states=joined)
-        hidden.append(out.hidden_states[-2] if joined else out.last_hidden_state)
-        pooled = out.text_embeds if joined and "text_embeds" in out else pooled
-    return torch.cat(hidden, dim=-1), pooled
+    name = None  # as models' cards on the hub have it
+    pipelines = ()  # classes of model_index.json
+    kind = "a transformer"  # in a message
+    denoiser = "transformer"  # the pipeline's part that trains
+    parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
+    word_encoders = ()  # names of the text encoders that take new words, if any
+    trains_text = False
+    comes_late = True  # whether it may be read part by part (see late.py)
+    bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
+    recipes = {}  # {method: Recipe}
+    guidance = 1.0
+    class_guidance = 1.0
+    # Class images: (denoising steps with guidance, and without), and what shapes them beside.
+    class_steps = 20, 20
+    class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
+    lora_targets = {}  # {--lora_target: how the names of layers end, or a pattern of whole names}
+    side_of_its_own = 1024  # pixels, where no config says
+    scheduler_has = "scale_noise"  # which tells a scheduler of this kind of model from others
+    prompt_tokens = 512  # that the text encoder reads
+    base_of_distilled = None  # hub id of the model that those distilled for few steps were made of
 
+    def fits(self, config):
+        """Whether a denoiser's config, {name: value}, is of this family, given that its pipeline is."""
+        return True
 
-def embed_ends(models, prompts):
-    """The text embeddings [P, channels] of P prompts where they end, which sums each up."""
-    import torch
+    def misfit(self, index, configs):
+        """What does not fit between a pipeline's parts, with a remedy, as a phrase; "" if all does."""
+        return ""
 
-    tokenizer = models.tokenizers[-1]
-    ends = (tokenize(models.pipeline, tokenizer, prompts) == tokenizer.eos_token_id).int().argmax(-1)
-    with torch.no_grad():
-        hidden, _ = encode_prompts(models, prompts)
-    return hidden[torch.arange(len(prompts)), ends]
+    def check_flags(self, s):
+        """UserError for flags that have no meaning in this family."""
+        if s.method not in self.recipes:
+            raise UserError(f"--method {s.method}: not to be had for {self.kind}, whose text encoder takes no new words; give "
+                            f"--method {' or '.join(self.recipes)}")
+        if s.train_text_encoder and not self.trains_text:
+            raise UserError(f"--train_text_encoder: the text encoder of {self.kind} does not train; leave it out")
+        if s.snr_gamma:
+            raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
+                            f"it out, or give --timestep_sampling logit_normal")
+        if s.flow_shift != "auto" and not is_positive(s.flow_shift):
+            raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
+    def check_side(self, pipeline, side, flag):
+        """UserError unless a picture may have this side."""
+        if side % self.multiple(pipeline):
+            raise UserError(f"{flag} {side}: must be a multiple of {self.multiple(pipeline)} for {self.kind}")
 
-def tokenize(pipeline, tokenizer, prompts):
-    """Token ids [P, tokens] of P prompts, padded by the tokenizer's own rule and cut at its length.
+    def check_trainable(self, pipeline, name, flag):
+        """UserError unless a loaded pipeline is such as the loss is made for."""
 
-    A new word of several vectors is written once: diffusers spells it out, "<x>" as "<x> <x>_1".
-    """
-    prompts = pipeline.maybe_convert_prompt(list(prompts), tokenizer)
-    return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                     return_tensors="pt").input_ids
+    def make_ready(self, pipeline):
+        """Set right what a loaded pipeline of this family has otherwise than it should be."""
 
+    def denoiser_of(self, pipeline):
+        return pipeline.components[self.denoiser]
 
-def check_length(pipeline, prompts):
-    """Say so if a prompt is longer than the model reads."""
-    tokenizer = pipeline.tokenizer
-    for prompt in prompts:
-        length = len(tokenizer(pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
-        if length > tokenizer.model_max_length:
-            say(f'Note: "{prompt[:60]}..." is {length} tokens; the model reads only the first '
-                f'{tokenizer.model_max_length}.')
+    # ---- sizes
+
+    def own_size(self, pipeline):
+        """(width, height) in pixels that a pipeline draws by itself."""
+        side = pipeline.vae.config.get("sample_size") or self.side_of_its_own
+        return side, side
+
+    def latent_scale(self, pipeline):
+        """Pixels per latent, along a side."""
+        return pipeline.vae_scale_factor
+
+    def multiple(self, pipeline):
+        """What the sides of a picture have to be multiples of, in pixels."""
+        return 2 * self.latent_scale(pipeline)
+
+    def latent_shape(self, pipeline, side):
+        """(C, h, w) of a square's latents."""
+        return (pipeline.transformer.config.in_channels, *[side // self.latent_scale(pipeline)] * 2)
+
+    def tokens(self, pipeline, side):
+        """How many tokens the denoiser makes of a square's latents."""
+        return (side // self.multiple(pipeline)) ** 2
+
+    # ---- latents, prompts, prediction
+
+    def noise(self, s, pipeline, side):
+        """The Flow or Diffusion to train with."""
+        auto = self.usual_shift(pipeline, side)
+        return Flow(auto if s.flow_shift == "auto" else float(s.flow_shift), s.timestep_sampling or "uniform")
+
+    def usual_shift(self, pipeline, side):
+        """The shift that the pipeline draws with."""
+        return usual_shift(pipeline.scheduler.config, self.tokens(pipeline, side))
+
+    def moments(self, vae, pixels):
+        """(mean, deviation) [B, C, h, w] of the latents, as the denoiser takes them, of pixels [B, 3, H, W] in -1 to 1."""
+        raise NotImplementedError
+
+    def encode(self, models, prompts):
+        """The conditioning of P prompts."""
+        raise NotImplementedError
+
+    def summaries(self, models, prompts):
+        """Text embeddings [P, channels] that sum up P prompts: where they end, of text encoders that read from left to right."""
+        import torch
+
+        return torch.stack([hidden[-1] for hidden in self.encode(models, prompts)["hidden"]])
+
+    def prompt_length(self, pipeline, prompt):
+        """(tokens of a prompt, how many the model reads)."""
+        return len(pipeline.tokenizer(prompt).input_ids), self.prompt_tokens
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        """The denoiser's output [B, C, h, w] for noisy latents [B, C, h, w], with the sign of its target.
+
+        `sizes` [B, 6] are the pictures' original height and width, the crop's top and left, and the target's height and width.
+        """
+        raise NotImplementedError
+
+    def last_layers(self, denoiser):
+        """What comes last, to stay in float32 where all else computes in bf16."""
+        raise NotImplementedError
+
+    # ---- drawing
+
+    def call_options(self, scale, negatives):
+        """What a pipeline's call is given of a guidance scale and of negative prompts, a list or None."""
+        return {"guidance_scale": scale} | ({"negative_prompt": negatives} if negatives else {})
+
+    def class_scheduler(self, scheduler):
+        """The scheduler that class images are drawn with, made of the pipeline's own."""
+        return scheduler
+
+    def lora_misfit(self, pipeline, shapes):
+        """Why a LoRA of tensors {name: shape} is not for this pipeline, as a phrase; "" if nothing is known against it."""
+        found = next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None)
+        return f"it is for a Stable Diffusion model with a UNet ({found})" if found else ""
+
+    def book_options(self, told, against):
+        """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
+        return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"]}
+
+    # ---- the text encoders, where they train
+
+    def text_parameters(self, models):
+        """The text encoders' parameters that reach the loss."""
+        raise NotImplementedError
+
+    def text_layers(self, models, text_encoder):
+        """How many of a text encoder's layers reach the denoiser."""
+        raise NotImplementedError
+
+    # ---- other programs
+
+    def kohya_prefix(self, models, part):
+        """What Kohya's tools call a part of a model in a LoRA; None where they have no such file."""
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2873,10 +3032,12 @@ def check_length(pipeline, prompts):
 # Asks names of files alone, so that a folder and the hub's list of a model are asked alike.
 
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+DENOISERS = ("unet", "transformer")
+WEIGHTS = {**dict.fromkeys((*DENOISERS, "vae"), "diffusion_pytorch_model"),
+           **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "model")}
 CONFIGS = {**{part: "config.json" for part in WEIGHTS}, "scheduler": "scheduler_config.json"}
-WORDS = {"tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",)),
-         "tokenizer_2": (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))}
+WORDS = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"),
+                      (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",)))
 PARTS = (*CONFIGS, *WORDS)
 # Weights that are not read: how the names of their files end -> what they are.
 OTHER_FORMATS = {
@@ -2896,6 +3057,11 @@ def files_in(folder):
 def parts_of(index):
     """The parts of PARTS that a model_index.json, a dict, lists with a class."""
     return [part for part in PARTS if isinstance(index.get(part), list) and all(index[part])]
+
+
+def denoiser_of_index(index):
+    """Which part of a model_index.json is what trains: the UNet or the transformer."""
+    return next((part for part in parts_of(index) if part in DENOISERS), DENOISERS[0])
 
 
 def variants_of(files, part):
@@ -3015,17 +3181,14 @@ def kind_of_folder(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/fits: Whether the parts of a pipeline fit together, and whether they are such as this program trains: asked of their configs.
-#
-# A model that draws well may still be one that must not be trained here, since its noise is not that of DDPM (Ho et al., arXiv
-# 2006.11239) or its latents are shifted: it would learn from made-up noise, without a sign of it.
+# models/families/stable_diffusion: Stable Diffusion 1.x, 2.x and XL, and small models of their kind: a UNet that learnt diffusion, told by CLIP's text encoders.
 
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
-DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-DISTILLED_NAME = r"turbo|lightning|hyper-?sd|(?<![a-z])(lcm|dmd2?|schnell|distilled)(?![a-z])"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def numbers(value):
@@ -3033,81 +3196,307 @@ def numbers(value):
     return sorted({value} if isinstance(value, (int, float)) else {part for part in value or [] if isinstance(part, (int, float))})
 
 
-def check_fit(folder, name, flag):
-    """UserError unless the configs in a pipeline's folder are those of parts that fit together."""
-    index = read_json(Path(folder) / "model_index.json")
-    configs = {part: read_json(Path(folder) / part / CONFIGS[part]) for part in parts_of(index) if part in CONFIGS}
-    for part, config in configs.items():
-        if not config:
-            raise UserError(f"{flag} {name}: its {part}/{CONFIGS[part]} cannot be read; copy or download it again")
-        if config.get("quantization_config"):
-            raise UserError(f"{flag} {name}: its {part} is quantized; give the model in float32, bf16 or fp16")
-    is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"
-    wanted = ["unet", "vae", "text_encoder"] + ["text_encoder_2"] * is_xl
-    if lost := [part for part in wanted if part not in configs]:
-        raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}"
-                        + (" (an SDXL refiner?)" if is_xl and "text_encoder_2" in configs else "") + "; give a whole text-to-image model")
-    if trouble := misfit(configs, is_xl):
-        raise UserError(f"{flag} {name}: {trouble}")
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x."""
+
+    name = "stable-diffusion"
+    pipelines = ("StableDiffusionPipeline",)
+    kind = "Stable Diffusion 1.x or 2.x"
+    denoiser = "unet"
+    parts = ("unet", "vae", "text_encoder")
+    word_encoders = ("text_encoder",)
+    trains_text = bf16_throughout = True
+    comes_late = False
+    guidance = class_guidance = 7.5
+    # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
+    # do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
+    class_steps = 15, 10
+    class_sampler = {"scheduler": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing"}
+    lora_targets = {
+        "attention": ATTENTION,
+        "attention+ff": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
+        "all": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "conv",
+                "time_emb_proj"]}
+    # Paper: 5e-6. diffusers' DreamBooth guide: 800 steps, and 2e-6 for both parts when the text encoder trains.
+    recipes = {"full": Recipe(800, 5e-6, 2e-6, 2e-6), **ADAPTER_RECIPES}
+    scheduler_has = "init_noise_sigma"
+    latents_of_its_own = 64  # along a side, where the UNet's config says nothing
+    prefixes = {"text_encoder": "lora_te"}
+
+    def fits(self, config):
+        return set(numbers(config["cross_attention_dim"])) <= {768, 1024}
+
+    def misfit(self, index, configs):
+        unet, latents = configs["unet"], configs["vae"].get("latent_channels", 4)
+        channels, is_xl = unet.get("in_channels", 4), len(self.word_encoders) > 1
+        if channels != latents:
+            kind = OTHER_CHANNELS.get(channels)
+            kind = f"{kind}?" if kind else f"its VAE makes {latents}; is that of another kind of model?"
+            return f"its UNet takes {channels} channels ({kind}); give a text-to-image model"
+        if is_xl != (unet.get("addition_embed_type") == "text_time"):
+            return f"its UNet is {'not ' if is_xl else ''}one of SDXL, but the rest is{'' if is_xl else ' not'}; give parts of one model"
+        if unet.get("class_embed_type") or unet.get("num_class_embeds"):
+            return "its UNet wants a class or a noise level beside the prompt (an upscaler?); give a text-to-image model"
+        widths = [configs[part].get("hidden_size") for part in self.word_encoders]
+        takes = numbers(unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280))
+        if None not in widths and takes != [sum(widths)]:
+            return (f"its UNet attends to {' or '.join(map(str, takes))} text channels, but its text encoder{'s make' if is_xl else ' makes'} "
+                    f"{' + '.join(map(str, widths))}; the parts are of different models")
+        return ""
+
+    def check_flags(self, s):
+        given = {"--timestep_sampling": s.timestep_sampling, "--flow_shift": None if s.flow_shift == "auto" else s.flow_shift}
+        if wrong := [flag for flag, value in given.items() if value is not None]:
+            raise UserError(f"{wrong[0]}: for models that learnt rectified flow, and {self.kind} learnt diffusion; leave it out")
+
+    def check_trainable(self, pipeline, name, flag):
+        """UserError unless a loaded pipeline's noise, latents and text are those that the loss is made for.
+
+        A model that draws well may still be one that must not be trained here, since its noise is not that of DDPM (Ho et al.,
+        arXiv 2006.11239) or its latents are shifted: it would learn from made-up noise, without a sign of it.
+        """
+        scheduler, config, vae = type(pipeline.scheduler).__name__, pipeline.scheduler.config, pipeline.vae.config
+        has_betas = config.get("beta_start") is not None or config.get("trained_betas") is not None
+        flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        if not has_betas or flows or "FlowMatch" in scheduler or scheduler.startswith("EDM"):
+            raise UserError(f"{flag} {name}: its scheduler, {scheduler}, is not of the DDPM kind (it has no betas: EDM or flow matching), "
+                            f"and training with made-up noise would spoil the model; give a model of the DDPM kind")
+        if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise UserError(f"{flag} {name}: prediction type {config.prediction_type} is not supported; give a model that predicts epsilon "
+                            f"or velocity")
+        if type(pipeline.vae).__name__ != "AutoencoderKL":
+            raise UserError(f"{flag} {name}: its VAE is an {type(pipeline.vae).__name__}, which only draws; give a model with an "
+                            f"AutoencoderKL")
+        shifted = {"latents_mean": 0, "latents_std": 1, "shift_factor": 0}
+        if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
+            raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
+                            f"VAE has a scaling_factor alone")
+        for part in ("text_encoder", "text_encoder_2"):
+            kind = type(pipeline.components.get(part)).__name__
+            if kind not in (*TEXT_ENCODERS, "NoneType"):
+                raise UserError(f"{flag} {name}: its {part} is a {kind}; give a model with CLIP's")
+
+    def make_ready(self, pipeline):
+        pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
+        for part in self.word_encoders:
+            settle_clip(tokenizer_of(pipeline, part), pipeline.components[part])
+
+    def own_size(self, pipeline):
+        size = pipeline.unet.config.sample_size or self.latents_of_its_own
+        height, width = (size, size) if isinstance(size, int) else size
+        return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
+
+    def multiple(self, pipeline):
+        return 8
+
+    def latent_shape(self, pipeline, side):
+        return (pipeline.unet.config.in_channels, *[side // self.latent_scale(pipeline)] * 2)
+
+    def noise(self, s, pipeline, side):
+        """With the model's own betas and prediction type."""
+        from diffusers import DDPMScheduler
+
+        return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config), s.snr_gamma)
+
+    def moments(self, vae, pixels):
+        distribution, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
+        return distribution.mean * scale, distribution.std * scale
+
+    def encode(self, models, prompts):
+        hidden, pooled = encode_prompts(models, prompts)
+        return {"hidden": hidden} | ({} if pooled is None else {"pooled": pooled})
+
+    def summaries(self, models, prompts):
+        """The text embeddings [P, channels] of P prompts where they end, which sums each up."""
+        import torch
+
+        tokenizer = models.tokenizers[-1]
+        ends = (tokenize(models.pipeline, tokenizer, prompts) == tokenizer.eos_token_id).int().argmax(-1)
+        return encode_prompts(models, prompts)[0][torch.arange(len(prompts)), ends]
+
+    def prompt_length(self, pipeline, prompt):
+        tokenizer = pipeline.tokenizer
+        return len(tokenizer(pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids), tokenizer.model_max_length
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        added = {"text_embeds": conditioning["pooled"], "time_ids": sizes} if "pooled" in conditioning else None
+        return models.denoiser(noisy, levels, encoder_hidden_states=conditioning["hidden"], added_cond_kwargs=added).sample
+
+    def last_layers(self, denoiser):
+        return [module for module in (denoiser.conv_norm_out, denoiser.conv_out) if module]
+
+    def class_scheduler(self, scheduler):
+        from diffusers import DPMSolverMultistepScheduler
+
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing=self.class_sampler["timestep_spacing"])
+
+    def text_parameters(self, models):
+        parameters = []
+        for text_encoder in models.text_encoders:
+            inner = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 flattened CLIPTextModel, not its twin
+            unread = inner.encoder.layers[self.text_layers(models, text_encoder):]
+            unused = {*unread.parameters(), *inner.final_layer_norm.parameters()} if unread else set()
+            parameters += [p for p in text_encoder.parameters() if p not in unused]
+        return parameters
+
+    def text_layers(self, models, text_encoder):
+        """SDXL reads its first encoder before the last layer."""
+        skips_last = len(models.text_encoders) > 1 and text_encoder is models.text_encoders[0]
+        return text_encoder.config.num_hidden_layers - skips_last
+
+    def lora_misfit(self, pipeline, shapes):
+        if any(re.search(OF_TRANSFORMERS, name) for name in shapes):
+            return f"it is for a transformer model, such as Flux or Stable Diffusion 3 ({min(shapes)})"
+        wants = sorted({shape[1] for name, shape in shapes.items()
+                        if re.search(r"attn2[._]?(processor[._])?to_[kv]", name) and re.search(LORA_LAYER, name) and len(shape) > 1})
+        has = pipeline.unet.config.cross_attention_dim
+        if not wants or not isinstance(has, int) or wants == [has]:
+            return ""
+        of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
+        return f"it is for a model whose text has {' or '.join(of[:-1])} channels, and this one's has {of[-1]}"
+
+    def kohya_prefix(self, models, part):
+        return "lora_unet" if part == "unet" else self.prefixes[part]
 
 
-def misfit(configs, is_xl):
-    """What does not fit between the parts of a pipeline, with a remedy, as a phrase; "" if all does."""
-    unet, latents = configs["unet"], configs["vae"].get("latent_channels", 4)
-    channels = unet.get("in_channels", 4)
-    if channels != latents:
-        kind = OTHER_CHANNELS.get(channels)
-        kind = f"{kind}?" if kind else f"its VAE makes {latents}; is that of another kind of model?"
-        return f"its UNet takes {channels} channels ({kind}); give a text-to-image model"
-    if is_xl != (unet.get("addition_embed_type") == "text_time"):
-        return f"its UNet is {'not ' if is_xl else ''}one of SDXL, but the rest is{'' if is_xl else ' not'}; give parts of one model"
-    if unet.get("class_embed_type") or unet.get("num_class_embeds"):
-        return "its UNet wants a class or a noise level beside the prompt (an upscaler?); give a text-to-image model"
-    widths = [configs[part].get("hidden_size") for part in ("text_encoder", "text_encoder_2") if part in configs]
-    takes = numbers(unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280))
-    if None not in widths and takes != [sum(widths)]:
-        return (f"its UNet attends to {' or '.join(map(str, takes))} text channels, but its text encoder{'s make' if is_xl else ' makes'} "
-                f"{' + '.join(map(str, widths))}; the parts are of different models")
-    return ""
+class StableDiffusionXL(StableDiffusion):
+    """Two text encoders, and the picture's sizes beside the prompt."""
+
+    name = "stable-diffusion-xl"
+    pipelines = ("StableDiffusionXLPipeline",)
+    kind = "Stable Diffusion XL"
+    word_encoders = ("text_encoder", "text_encoder_2")
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    guidance = class_guidance = 5.0
+    # Three times the UNet: gentler, as is usual for fine-tuning it whole.
+    recipes = {"full": Recipe(1000, 2e-6, 2e-6, 1e-6), **ADAPTER_RECIPES}
+    latents_of_its_own = 128
+    prefixes = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+    def fits(self, config):
+        return True
 
 
-def check_trainable(pipeline, name, flag="--model_name"):
-    """UserError unless a loaded pipeline's noise, latents and text are those that the loss is made for."""
-    scheduler, config, vae = type(pipeline.scheduler).__name__, pipeline.scheduler.config, pipeline.vae.config
-    has_betas = config.get("beta_start") is not None or config.get("trained_betas") is not None
-    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if not has_betas or flows or "FlowMatch" in scheduler or scheduler.startswith("EDM"):
-        raise UserError(f"{flag} {name}: its scheduler, {scheduler}, is not of the DDPM kind (it has no betas: EDM or flow matching), and "
-                        f"training with made-up noise would spoil the model; give a model of the DDPM kind")
-    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise UserError(f"{flag} {name}: prediction type {config.prediction_type} is not supported; give a model that predicts epsilon or "
-                        f"velocity")
-    if type(pipeline.vae).__name__ != "AutoencoderKL":
-        raise UserError(f"{flag} {name}: its VAE is an {type(pipeline.vae).__name__}, which only draws; give a model with an AutoencoderKL")
-    shifted = {"latents_mean": 0, "latents_std": 1, "shift_factor": 0}
-    if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
-        raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
-                        f"VAE has a scaling_factor alone")
-    for part in ("text_encoder", "text_encoder_2"):
-        kind = type(pipeline.components.get(part)).__name__
-        if kind not in (*TEXT_ENCODERS, "NoneType"):
-            raise UserError(f"{flag} {name}: its {part} is a {kind}; give a model with CLIP's")
+class SmallStableDiffusion(StableDiffusion):
+    """Small models of the first kind, like the bundled one: all was chosen by experiment on it."""
+
+    name = "small"
+    guidance = 4.0
+    # Class images are to be samples of the model as it is (paper, section 3.2). Guided ones show less than the class's variety, and
+    # training on them would teach the model that; but what Stable Diffusion draws without guidance is hardly a picture.
+    class_guidance = 1.0
+    recipes = {
+        # Falling at the end: at this rate, constant, likeness and prompt vary from one step to the next. --select_best may
+        # keep any step, so there the rate falls nowhere and the weights are averaged.
+        "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay",
+                       selecting=(("lr_scheduler", "constant"), ("use_ema", True))),
+        "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
+        "textual_inversion": Recipe(800, embedding_lr=2e-3),
+        "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")}
+
+    def fits(self, config):
+        return True
 
 
-def is_distilled(pipeline, name):
-    """Whether a model seems to be distilled for few steps: by its scheduler, its UNet, or the last part of its name."""
-    scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-    is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
-    return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(pipeline.unet.config.get("time_cond_proj_dim"))
-            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
+def settle_clip(tokenizer, text_encoder):
+    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut."""
+    # Without a config of its own a tokenizer would not know that, and the text encoder has no more places.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    # Older configs name another id, and then the highest one is taken for the end of the text: with words added to the
+    # vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
+    text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
 
 
-def say_if_distilled(pipeline, name, trains):
-    """Say what follows where a model seems to be distilled for few steps."""
-    if is_distilled(pipeline, name):
-        advice = ("training undoes that, so the result needs as many steps as any, and the model that it was distilled from learns "
-                  "better" if trains else "--num_inference_steps 4 --guidance_scale 1, or what its card says, suit it better than many")
-        say(f"Note: {name} seems to be distilled for few steps: {advice}.")
+def encode_prompts(models, prompts):
+    """Text conditioning of P prompts: (hidden [P, tokens, channels], pooled [P, channels] or None where unused).
+
+    SD 1.x and 2.x use the encoder's last layer. SDXL joins the last but one layer of both encoders and pools the second.
+    """
+    import torch
+
+    hidden, pooled = [], None
+    joined = models.pipeline.unet.config.addition_embed_type == "text_time"
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+        ids = moved(tokenize(models.pipeline, tokenizer, prompts), next(text_encoder.parameters()).device)
+        out = text_encoder(ids, output_hidden_states=joined)
+        hidden.append(out.hidden_states[-2] if joined else out.last_hidden_state)
+        pooled = out.text_embeds if joined and "text_embeds" in out else pooled
+    return torch.cat(hidden, dim=-1), pooled
+
+
+def tokenize(pipeline, tokenizer, prompts):
+    """Token ids [P, tokens] of P prompts, padded by the tokenizer's own rule and cut at its length.
+
+    A new word of several vectors is written once: diffusers spells it out, "<x>" as "<x> <x>_1".
+    """
+    prompts = pipeline.maybe_convert_prompt(list(prompts), tokenizer)
+    return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                     return_tensors="pt").input_ids
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/z_image: Z-Image (Tongyi-MAI, Apache-2.0): one stream of picture and text tokens, told by Qwen3's last but one layer.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' ZImagePipeline.
+
+
+ATTENTION_OF_Z = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD_OF_Z = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+
+class ZImage(Family):
+    """Z-Image, 6 thousand million weights."""
+
+    name = "z-image"
+    pipelines = ("ZImagePipeline",)
+    kind = "Z-Image"
+    guidance = class_guidance = 4.0  # the pipeline adds it to 1: none is 0
+    lora_targets = {"attention": [*ATTENTION_OF_Z], "attention+ff": [*ATTENTION_OF_Z, *FEED_FORWARD_OF_Z],
+                    "all": r".*\.\d+\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"}
+    # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
+    recipes = {"lora": Recipe(500, 1e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "Tongyi-MAI/Z-Image"
+
+    def fits(self, config):
+        return config["dim"] >= 1024
+
+    def misfit(self, index, configs):
+        transformer, text = configs["transformer"], configs["text_encoder"]
+        if transformer.get("in_channels", 16) != configs["vae"].get("latent_channels", 4):
+            return (f"its transformer takes {transformer.get('in_channels', 16)} channels, its VAE makes "
+                    f"{configs['vae'].get('latent_channels', 4)}; the parts are of different models")
+        if transformer.get("cap_feat_dim", 2560) != text.get("hidden_size"):
+            return (f"its transformer attends to {transformer.get('cap_feat_dim', 2560)} text channels, but its text encoder makes "
+                    f"{text.get('hidden_size')}; the parts are of different models")
+        return ""
+
+    def moments(self, vae, pixels):
+        return moments_of(vae, pixels)
+
+    def encode(self, models, prompts):
+        """{"hidden": a list of P tensors [tokens, channels]}."""
+        device = next(models.text_encoders[0].parameters()).device
+        hidden, _ = models.pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+        return {"hidden": hidden}
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        import torch
+
+        pictures = list(noisy.unsqueeze(2).unbind())  # of [C, 1, h, w] each
+        predicted = models.denoiser(pictures, 1 - levels, conditioning["hidden"], return_dict=False)[0]
+        return -torch.stack(predicted).squeeze(2)  # it predicts x_0 - e
+
+
+class SmallZImage(ZImage):
+    """Small models of the same kind, like the bundled one."""
+
+    name = "small-flow"
+    guidance = 3.0
+    class_guidance = 0.0
+    recipes = {"lora": Recipe(800, 1e-3, lora_target="all"), "full": Recipe(1600, 2e-4)}
+
+    def fits(self, config):
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3248,7 +3637,7 @@ def hub_folder(name, flag, variant=None):
     lacks = ["all of it"]
     try:
         index = hub_file(name, "model_index.json")
-        is_there = variant is None or choose_variant(files_in(index.parent), "unet", variant) == variant
+        is_there = variant is None or choose_variant(files_in(index.parent), denoiser_of_index(read_json(index)), variant) == variant
         if not (lacks := lacks_in_cache(index.parent)) and is_there:
             return index.parent
         lacks = lacks or [f"its variant {variant}"]
@@ -3271,6 +3660,40 @@ def hub_configs(name):
     folder = Path(ask(local_files_only=True))
     is_whole = all((folder / file).is_file() for file in ("unet/config.json", "tokenizer/merges.txt"))
     return folder if is_whole else Path(ask())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/known: The families that this program knows, and which of them a model is of.
+
+
+FAMILIES = (StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(), ZImage(), SmallZImage())  # of those that fit, the first
+PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES for kind in family.pipelines))
+
+
+def family_named(kind):
+    """A family of the pipelines of this class, for questions that all such families answer alike; None if there is none."""
+    return next((family for family in FAMILIES if kind in family.pipelines), None)
+
+
+def known_kinds():
+    """The families, in words."""
+    kinds = list(dict.fromkeys(family.kind for family in FAMILIES))
+    return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+
+
+def family_of(pipeline):
+    """The family of a loaded pipeline."""
+    kind = type(pipeline).__name__
+    return next(family for family in FAMILIES if kind in family.pipelines and family.fits(family.denoiser_of(pipeline).config))
+
+
+def guidance_scale(s, pipeline):
+    return default(s.guidance_scale, family_of(pipeline).guidance)
+
+
+def own_size(pipeline):
+    """(width, height) in pixels that a pipeline draws by itself."""
+    return family_of(pipeline).own_size(pipeline)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3510,10 +3933,184 @@ def load_single_file(name, flag, dtypes, parts):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# models/encoding: Prompts as the denoiser is told them: {name: a tensor [P, ...], or a list of P tensors} of P prompts.
+
+
+def rows_of(conditioning, numbers, device):
+    """The conditioning of those of the P prompts that `numbers` [B], on the CPU, names."""
+    import torch
+
+    there = moved(numbers, device)
+    return {name: value[there] if torch.is_tensor(value) else [value[number] for number in numbers.tolist()]
+            for name, value in conditioning.items()}
+
+
+def embed_ends(models, prompts):
+    """Text embeddings [P, channels] that sum up P prompts."""
+    import torch
+
+    with torch.no_grad():
+        return models.family.summaries(models, prompts)
+
+
+def check_length(pipeline, prompts):
+    """Say so if a prompt is longer than the model reads."""
+    for prompt in prompts:
+        length, limit = family_of(pipeline).prompt_length(pipeline, prompt)
+        if length > limit:
+            say(f'Note: "{prompt[:60]}..." is {length} tokens; the model reads only the first {limit}.')
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/fits: Whether the parts of a pipeline fit together, and whether it was distilled for few steps: asked of configs.
+
+
+DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+DISTILLED_NAME = r"turbo|lightning|hyper-?sd|(?<![a-z])(lcm|dmd2?|schnell|distilled)(?![a-z])"
+
+
+def check_fit(folder, name, flag):
+    """UserError unless the configs in a pipeline's folder are those of parts that fit together."""
+    index = read_json(Path(folder) / "model_index.json")
+    configs = {part: read_json(Path(folder) / part / CONFIGS[part]) for part in parts_of(index) if part in CONFIGS}
+    for part, config in configs.items():
+        if not config:
+            raise UserError(f"{flag} {name}: its {part}/{CONFIGS[part]} cannot be read; copy or download it again")
+        if config.get("quantization_config"):
+            raise UserError(f"{flag} {name}: its {part} is quantized; give the model in float32, bf16 or fp16")
+    family = family_named(index.get("_class_name"))
+    if lost := [part for part in family.parts if part not in configs]:
+        refiner = " (an SDXL refiner?)" if "text_encoder" not in configs and "text_encoder_2" in configs else ""
+        raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}{refiner}; give a whole text-to-image model")
+    if trouble := family.misfit(index, configs):
+        raise UserError(f"{flag} {name}: {trouble}")
+
+
+def is_distilled(pipeline, name):
+    """Whether a model seems to be distilled for few steps: by its scheduler, its denoiser, or the last part of its name."""
+    scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    denoiser = family_of(pipeline).denoiser_of(pipeline)
+    is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
+    return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(denoiser.config.get("time_cond_proj_dim"))
+            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
+
+
+def say_if_distilled(pipeline, name, trains):
+    """Say what follows where a model seems to be distilled for few steps."""
+    if is_distilled(pipeline, name):
+        advice = ("training undoes that, so the result needs as many steps as any, and the model that it was distilled from learns "
+                  "better" if trains else "--num_inference_steps 4 --guidance_scale 1, or what its card says, suit it better than many")
+        say(f"Note: {name} seems to be distilled for few steps: {advice}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/parts: The parts of a loaded pipeline, and what is asked of them.
+#
+# Knows nothing of training.
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parts of a loaded pipeline, and the family that knows what to do with them."""
+
+    name: str  # folder or hub id
+    pipeline: typing.Any
+    family: typing.Any
+    tokenizers: list  # one for each text encoder
+    text_encoders: list
+    vae: typing.Any
+    denoiser: typing.Any
+    arithmetic: typing.Any = None  # the torch.dtype that the denoiser will compute in; None: that of its weights
+    sample: dict | None = None  # sample_weights() of the weights as they were loaded
+    digest: str | None = None  # the fingerprint, where it was made of the files
+    book: typing.Any = None  # the PromptBook of a late model, whose text encoders come and go
+
+    @property
+    def resolution(self):
+        """The side in pixels of the squares that the model was trained at."""
+        return min(self.family.own_size(self.pipeline))
+
+    @property
+    def readers(self):
+        """[(tokenizer, text encoder)] of those that take new words."""
+        parts = list(text_encoders_of(self.pipeline))
+        return [(self.tokenizers[parts.index(part)], self.text_encoders[parts.index(part)]) for part in self.family.word_encoders
+                if part in parts]
+
+    @functools.cached_property
+    def fingerprint(self):
+        """A hex digest of all weights as they were loaded: tells one model from another wherever it lies.
+
+        Rounded to `arithmetic`, so that it is the same whether the denoiser was loaded in that precision or comes to it later.
+        """
+        import torch
+
+        if self.digest:
+            return self.digest
+        digest = hashlib.sha256()
+        for module in (self.denoiser, self.vae, *self.text_encoders):
+            for name, tensor in module.state_dict().items():
+                value = torch.hash_tensor(tensor.to(self.arithmetic or tensor.dtype)).item()
+                digest.update(f"{name} {tuple(tensor.shape)} {value}".encode())
+        return digest.hexdigest()
+
+
+SAMPLE_TENSORS, SAMPLE_PLACES = 24, (0, 3, 17)  # of each part so many tensors, of each tensor the numbers at these places
+
+
+def sample_weights(pipeline):
+    """Some numbers of every part of a pipeline that is there, which tell one model from another and are short enough for a record.
+
+    {part: [precision of its weights, the numbers as text]}. A hash would differ between precisions; these are compared.
+    """
+    family = family_of(pipeline)
+    parts = {family.denoiser: family.denoiser_of(pipeline), **text_encoders_of(pipeline)}
+    return {part: sample_of(module) for part, module in parts.items()}
+
+
+def sample_of(module):
+    """[precision, numbers as text] of a module's weights."""
+    weights = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    tensors = [weights[name] for name in sorted(weights)]
+    chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
+    numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
+    return [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+
+
+def is_same_sample(one, other):
+    """Whether two results of sample_weights() are of the same weights, in whatever precision each was loaded."""
+    import torch
+
+    if one.keys() != other.keys():
+        return False
+    for part, (precision, text) in one.items():
+        kinds = [getattr(torch, kind) for kind in (precision, other[part][0])]
+        values = [torch.tensor([float(number) for number in numbers.split()]) for numbers in (text, other[part][1])]
+        if values[0].shape != values[1].shape:
+            return False
+        coarse = min(kinds, key=lambda kind: torch.finfo(kind).bits)
+        rounded = [value.to(coarse) for value in values]
+        alike = torch.equal(*rounded) if len({*kinds, torch.float32}) < 3 else torch.allclose(*values, rtol=2**-7, atol=1e-6)
+        if not alike:
+            return False
+    return True
+
+
+def take_apart(name, pipeline):
+    """The Models of a loaded pipeline."""
+    text_encoders, family = text_encoders_of(pipeline), family_of(pipeline)
+    return Models(
+        name=name,
+        pipeline=pipeline,
+        family=family,
+        tokenizers=[tokenizer_of(pipeline, part) for part in text_encoders],
+        text_encoders=list(text_encoders.values()),
+        vae=pipeline.vae,
+        denoiser=family.denoiser_of(pipeline))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/find: Where a model is: a folder, a hub id, a file or a short name. Nothing is loaded, and torch is not imported.
-
-
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def default_model():
@@ -3570,12 +4167,17 @@ def find_model(name, flag, revision=None):
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
     if kind not in PIPELINES:
-        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
+        raise UserError(f"{flag} {name}: it is a {kind}; {known_kinds()} pipelines are supported")
     if Path(name).is_dir():
         check_folder(name, name, flag)
     if Path(name).exists():
         check_fit(index.parent, name, flag)
     return name
+
+
+def family_at(name, flag):
+    """A family of the pipeline that find_model() found; of those of its class, for questions that all answer alike."""
+    return family_named(read_json(model_index(name, flag)).get("_class_name"))
 
 
 def with_revision(name, revision):
@@ -3590,8 +4192,9 @@ def with_revision(name, revision):
 
 def check_variant(name, variant):
     """UserError if a folder has no weights of --variant."""
-    if variant and Path(name).is_dir() and not any(Path(name).glob(f"unet/*.{variant}*.safetensors")):
-        raise UserError(f"--variant {variant}: {name} has no unet/*.{variant}.safetensors; leave the flag out")
+    part = denoiser_of_index(read_json(Path(name) / "model_index.json"))
+    if variant and Path(name).is_dir() and not any(Path(name).glob(f"{part}/*.{variant}*.safetensors")):
+        raise UserError(f"--variant {variant}: {name} has no {part}/*.{variant}.safetensors; leave the flag out")
     if variant and name.endswith(".safetensors"):
         raise UserError(f"--variant {variant}: {name} is one file, which has no variants; leave the flag out")
 
@@ -3621,11 +4224,11 @@ def model_index(name, flag):
 # models/load: Loading a pipeline, whole and from safetensors alone, to draw with it or to train it.
 
 
-def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, variant=None):
+def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
-    Its UNet in `unet_dtype`, if given, or `unet` in its place; its weights from the files of `variant`, if given. Only safetensors
-    are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
+    `parts`, {name: module}, take the place of its own; its denoiser comes in `denoiser_dtype`, and its weights from the files of
+    `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
     import diffusers
     import transformers
@@ -3633,10 +4236,10 @@ def load_pipeline(name, dtype, flag="--model_name", unet=None, unet_dtype=None, 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
         library.utils.logging.disable_progress_bar()
-    dtypes = {"default": dtype, "unet": default(unet_dtype, dtype)}
+    dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        pipeline = load(name, flag, dtypes, {} if unet is None else {"unet": unet})
+        pipeline = load(name, flag, dtypes, parts or {})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
             raise
@@ -3669,7 +4272,7 @@ def load_folder(name, flag, dtypes, parts, variant=None):
     return pipeline
 
 
-def load_part(folder, part, kind, variant, dtype):
+def load_part(folder, part, kind, variant, dtype, **options):
     """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
     library, class_name = kind
     if library not in ("diffusers", "transformers"):
@@ -3677,7 +4280,7 @@ def load_part(folder, part, kind, variant, dtype):
     try:
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
-            output_loading_info=True, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
+            output_loading_info=True, **options, **({"ignore_mismatched_sizes": True} if library == "transformers" else {}))
     except Exception as problem:
         if is_of_machine(problem):
             raise
@@ -3686,7 +4289,7 @@ def load_part(folder, part, kind, variant, dtype):
         raise ValueError(f"{part}: it lacks some of the weights that its config asks for, such as {min(missing)}")
     if others := sorted(report["mismatched_keys"]):  # here it would, too, and says which only so
         raise ValueError(f"{part}: its weights are of another size than its config says, such as {others[0][0]}")
-    if part in ("unet", "vae") and (unread := sorted(report["unexpected_keys"])):
+    if part in (*DENOISERS, "vae") and (unread := sorted(report["unexpected_keys"])):
         say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
     return module.eval()
 
@@ -3700,43 +4303,215 @@ def say_variants(name, variants):
 
 
 def make_ready(pipeline, name, flag):
-    """What every loaded pipeline needs here. UserError where its tokenizer is not that of its text encoder."""
+    """What every loaded pipeline needs here. UserError where its parts are of different models."""
     pipeline.set_progress_bar_config(disable=True)
-    if not hasattr(pipeline.scheduler, "init_noise_sigma"):
-        raise UserError(f"{flag} {name}: its scheduler, {type(pipeline.scheduler).__name__}, is of another kind of model than Stable "
-                        f"Diffusion; give a model with its own scheduler")
+    family = family_of(pipeline)
+    if not hasattr(pipeline.scheduler, family.scheduler_has):
+        raise UserError(f"{flag} {name}: its scheduler, {type(pipeline.scheduler).__name__}, is of another kind of model than {family.kind}; "
+                        f"give a model with its own scheduler")
     with contextlib.suppress(NotImplementedError, AttributeError):  # not every VAE can
-        pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the UNet's
-    pipeline.watermark = None  # SDXL marks its pictures where invisible-watermark is installed; SD never does
+        pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the denoiser's
+    check_tokenizers(pipeline, name, flag)
+    family.make_ready(pipeline)
+
+
+def check_tokenizers(pipeline, name, flag):
+    """UserError where a tokenizer is not that of its text encoder."""
     for part, text_encoder in text_encoders_of(pipeline).items():
-        tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
-        words, rows = len(tokenizer), text_encoder.config.vocab_size
+        words, rows = len(tokenizer_of(pipeline, part)), len(text_encoder.get_input_embeddings().weight)
         if words < rows // 2:  # transformers makes up a tokenizer of two words where its files are damaged
             raise UserError(f"{flag} {name}: cannot be loaded (the files of its tokenizer are missing or of another model: {words} words, "
                             f"and {rows} in {part})")
         if words > rows:
             raise UserError(f"{flag} {name}: its tokenizer has {words} words, its {part} only {rows}; the two are of different models")
-        # Without a config of its own a tokenizer would not know where to cut, and the text encoder has no more places.
-        tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        # Older configs name another id, and then the highest one is taken for the end of the text: with words added to
-        # the vocabulary that would be the new word, and SDXL's pooled embedding would miss all that follows it.
-        text_encoder.config.eos_token_id = getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
 
 
-def load_models(name, arithmetic, freezes_unet=False, variant=None):
+def load_models(name, arithmetic, freezes_denoiser=False, variant=None):
     """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
 
-    A UNet that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
+    A denoiser that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
     """
     import torch
 
-    pipeline = load_pipeline(name, torch.float32, unet_dtype=arithmetic if freezes_unet else torch.float32, variant=variant)
-    check_trainable(pipeline, name)
+    pipeline = load_pipeline(name, torch.float32, denoiser_dtype=arithmetic if freezes_denoiser else torch.float32, variant=variant)
+    family_of(pipeline).check_trainable(pipeline, name, "--model_name")
     say_if_distilled(pipeline, name, trains=True)
     models = dataclasses.replace(take_apart(name, pipeline), arithmetic=arithmetic, sample=sample_weights(pipeline))
-    for module in (models.unet, models.vae, *models.text_encoders):
+    for module in (models.denoiser, models.vae, *models.text_encoders):
         module.requires_grad_(False).eval()
     return models
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/late: Large models part by part: the text encoders are read, asked and dropped before the denoiser is read.
+#
+# So never more than the largest part is in the CPU's memory, where none of them but the denoiser trains.
+
+
+SMALL_TEXT = 4e9  # bytes of text encoders' files that may be read as float32
+SAMPLED_ROWS = 0, 0.5  # of each tensor, as fractions of its length
+
+
+class Shelf:
+    """The folder of a late model: its parts are read from it when they are needed."""
+
+    def __init__(self, name, flag, variant):
+        """`name` is a folder or hub id."""
+        self.folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag, variant)
+        self.index, self.files, self.variant = read_json(self.folder / "model_index.json"), files_in(self.folder), variant
+        self.denoiser = denoiser_of_index(self.index)
+        self.texts = [part for part in parts_of(self.index) if part.startswith("text_encoder")]
+
+    def weights_of(self, part):
+        """Paths of the files with a part's weights."""
+        files = variants_of(self.files, part)[choose_variant(self.files, part, self.variant)]
+        return [self.folder / file for file in files if file.endswith(".safetensors")]
+
+    def read(self, part, dtype, **options):
+        """A part, read now."""
+        variant = choose_variant(self.files, part, self.variant)
+        return load_part(self.folder, part, self.index[part], variant, dtype, **options).requires_grad_(False).eval()
+
+    def hollow(self, dtype):
+        """The denoiser as its config has it, without memory."""
+        import torch
+
+        library, kind = self.index[self.denoiser]
+        made = getattr(importlib.import_module(library), kind)
+        with torch.device("meta"):
+            return made.from_config(made.load_config(str(self.folder / self.denoiser))).to(dtype).requires_grad_(False).eval()
+
+    def text_dtype(self, arithmetic):
+        """The precision of the text encoders: bf16, but for small ones where all computes in float32."""
+        import torch
+
+        size = sum(path.stat().st_size for part in self.texts for path in self.weights_of(part))
+        return torch.float32 if arithmetic == torch.float32 and size < SMALL_TEXT else torch.bfloat16
+
+    def digest(self):
+        """A hex digest of names, shapes and some rows of all tensors: tells one model from another wherever it lies."""
+        found = hashlib.sha256()
+        for part in (part for part in parts_of(self.index) if part in WEIGHTS):
+            for path in self.weights_of(part):
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():
+                        found.update(f"{part} {name} {rows_in(file, name)}".encode())
+        return found.hexdigest()
+
+    def numbers(self, places, count):
+        """The denoiser's entry of sample_weights(), from its files."""
+        owners = {}
+        for path in self.weights_of(self.denoiser):
+            with safe_open(path, "pt") as file:
+                owners |= {name: path for name in file.keys() if file.get_slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")}
+        names = sorted(owners)
+        chosen, numbers = names[::max(1, len(names) // count)], []
+        for name in chosen:
+            with safe_open(owners[name], "pt") as file:
+                tensor = leading(file, name, max(places) + 1)
+                numbers += [tensor[place % tensor.numel()].item() for place in places]
+                dtype = tensor.dtype
+        return [str(dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+
+
+def rows_in(file, name):
+    """Shape, precision and some rows of a tensor in a file, as text."""
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    if not shape:
+        return f"{part.get_dtype()} {file.get_tensor(name).item()}"
+    rows = [part[row:row + 1].float().sum().item() for row in sorted({int(at * shape[0]) for at in SAMPLED_ROWS}) if row < shape[0]]
+    return f"{shape} {part.get_dtype()} {rows}"
+
+
+def leading(file, name, count):
+    """The first numbers of a tensor in a file, flat: `count` of them, or all if it has fewer."""
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    if len(shape) < 2 or math.prod(shape) <= count:
+        return file.get_tensor(name).reshape(-1)[:max(count, 1) if math.prod(shape) > count else None]
+    rows = -(-count // math.prod(shape[1:]))
+    return part[:rows].reshape(-1)[:count]
+
+
+class PromptBook:
+    """Conditioning of prompts by text encoders that do not train, kept on the CPU. For one that it lacks they are read again."""
+
+    def __init__(self, shelf, arithmetic):
+        self.shelf, self.dtype, self.told, self.weights = shelf, shelf.text_dtype(arithmetic), {}, 0
+
+    def learn(self, models, prompts, device):
+        """Encode those of the prompts that are not in the book yet, on the device."""
+        import torch
+
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.told]
+        if not missing:
+            return
+        self.bring(models)
+        for text_encoder in models.text_encoders:
+            text_encoder.to(device)
+        with torch.no_grad():
+            for prompt in missing:
+                told = models.family.encode(models, [prompt])
+                self.told[prompt] = {name: [value[0].cpu()] if isinstance(value, list) else value.cpu() for name, value in told.items()}
+        for text_encoder in models.text_encoders:
+            text_encoder.to("cpu")
+
+    def bring(self, models):
+        """Have the text encoders in the models, and in their pipeline."""
+        for part in self.shelf.texts:
+            if models.pipeline.components.get(part) is None:
+                models.pipeline.register_modules(**{part: self.shelf.read(part, self.dtype)})
+        models.text_encoders[:] = text_encoders_of(models.pipeline).values()
+        self.weights = sum(text_encoder.num_parameters() for text_encoder in models.text_encoders)
+
+    def drop(self, models):
+        """Have them no longer: their memory is free."""
+        models.pipeline.register_modules(**dict.fromkeys(self.shelf.texts))
+        models.text_encoders.clear()
+
+    def rows(self, models, prompts, device):
+        """The conditioning of P prompts on the device, in the denoiser's precision."""
+        import torch
+
+        if any(prompt not in self.told for prompt in prompts):
+            self.learn(models, prompts, device)
+            self.drop(models)
+        kept, dtype = [self.told[prompt] for prompt in prompts], models.denoiser.dtype
+
+        def there(tensor):
+            return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        return {name: [there(tensor) for one in kept for tensor in one[name]] if isinstance(value, list) else
+                torch.cat([there(one[name]) for one in kept]) for name, value in kept[0].items()}
+
+
+def load_late(name, arithmetic, variant=None, flag="--model_name"):
+    """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet."""
+    import torch
+
+    shelf = Shelf(name, flag, variant)
+    book, parts = PromptBook(shelf, arithmetic), {shelf.denoiser: shelf.hollow(arithmetic)}
+    texts = dict.fromkeys(shelf.texts)
+    pipeline = load_pipeline(name, torch.float32, flag, parts={**parts, **texts}, variant=variant)
+    models = take_apart(name, pipeline)
+    models.family.check_trainable(pipeline, name, flag)
+    say_if_distilled(pipeline, name, trains=True)
+    models.vae.requires_grad_(False).eval()
+    models = dataclasses.replace(models, arithmetic=arithmetic, digest=shelf.digest(), book=book,
+                                 tokenizers=[tokenizer_of(pipeline, part) for part in shelf.texts])
+    book.bring(models)
+    check_tokenizers(pipeline, name, flag)
+    texts = {part: sample_of(module) for part, module in text_encoders_of(pipeline).items()}
+    return dataclasses.replace(models, sample={shelf.denoiser: shelf.numbers(SAMPLE_PLACES, SAMPLE_TENSORS), **texts})
+
+
+def with_denoiser(models, dtype, base_precision):
+    """Late models with their denoiser, read now in `dtype`, or in fewer bits (see quantized.py); the text encoders are dropped."""
+    shelf = models.book.shelf
+    models.book.drop(models)
+    denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
+    models.pipeline.register_modules(**{shelf.denoiser: denoiser})
+    return dataclasses.replace(models, denoiser=denoiser)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3772,33 +4547,26 @@ def check_finite(groups):
 # methods/full: The paper's method: every layer trains, and a whole pipeline is saved (paper, section 3.2).
 
 
-def full_unet(s, models, subjects, recipe):
-    """The paper's method: every layer of the UNet (paper section 3.2)."""
+def full_denoiser(s, models, subjects, recipe):
+    """The paper's method: every layer of the denoiser (paper section 3.2)."""
     lr = recipe.learning_rate_with_text_encoder if s.train_text_encoder else recipe.learning_rate
-    return ParameterGroup("unet", [models.unet], list(models.unet.parameters()), default(s.learning_rate, lr))
+    return ParameterGroup(models.family.denoiser, [models.denoiser], list(models.denoiser.parameters()), default(s.learning_rate, lr))
 
 
 def full_text_encoder(s, models, subjects, recipe):
-    """Every layer of the text encoders that the UNet reads."""
-    return ParameterGroup("text_encoder", models.text_encoders, text_encoder_parameters(models),
+    """Every layer of the text encoders that the denoiser reads."""
+    return ParameterGroup("text_encoder", models.text_encoders, models.family.text_parameters(models),
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
 def save_pipeline(folder, models, subjects):
+    if models.book:
+        models.book.bring(models)
     models.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # methods/lora: LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as Kohya's tools load them.
-
-
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-LORA_TARGETS = {
-    "attention": ATTENTION,
-    "attention+ff": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
-    "all": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "conv",
-            "time_emb_proj"],
-}
 
 
 def add_lora(s, module, **options):
@@ -3810,17 +4578,17 @@ def add_lora(s, module, **options):
     return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 
-def unet_lora(s, models, subjects, recipe):
-    """Low-rank changes of the UNet's layers."""
-    parameters = add_lora(s, models.unet, target_modules=LORA_TARGETS[recipe.lora_target], use_dora=s.use_dora)
-    return ParameterGroup("unet_lora", [models.unet], parameters, default(s.learning_rate, recipe.learning_rate))
+def denoiser_lora(s, models, subjects, recipe):
+    """Low-rank changes of the denoiser's layers."""
+    parameters = add_lora(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora)
+    return ParameterGroup(f"{models.family.denoiser}_lora", [models.denoiser], parameters, default(s.learning_rate, recipe.learning_rate))
 
 
 def text_encoder_lora(s, models, subjects, recipe):
     """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
     parameters = [parameter for text_encoder in models.text_encoders for parameter in add_lora(
         s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
-        layers_to_transform=list(range(layers_read(models, text_encoder))), layers_pattern="layers")]
+        layers_to_transform=list(range(models.family.text_layers(models, text_encoder))), layers_pattern="layers")]
     return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
@@ -3835,20 +4603,23 @@ def save_lora(folder, models, subjects):
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    parts = {"unet": models.unet, **text_encoders_of(models.pipeline)}
+    family = models.family
+    parts = {family.denoiser: models.denoiser, **text_encoders_of(models.pipeline)}
     parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
     weights, kohya = {}, {}
     for part, module in parts.items():
         tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        if part != "unet":  # transformers 5.6 dropped this prefix; every tool knows it
+        if part != family.denoiser:  # transformers 5.6 dropped this prefix; every tool knows it
             tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
         config = module.peft_config["default"]
         weights[f"{part}_lora_layers"] = tensors
-        kohya |= kohya_lora(kohya_prefix(models, part), tensors, config.lora_alpha)
+        if prefix := family.kohya_prefix(models, part):
+            kohya |= kohya_lora(prefix, tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
-    save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
-                                           "ss_network_alpha": str(config.lora_alpha)})
+    if kohya:
+        save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
+                                               "ss_network_alpha": str(config.lora_alpha)})
 
 
 def kohya_lora(prefix, tensors, alpha):
@@ -3865,13 +4636,6 @@ def kohya_lora(prefix, tensors, alpha):
             renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
             renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return renamed
-
-
-def kohya_prefix(models, part):
-    """What Kohya's tools call a part of a model: lora_unet, lora_te, and for SDXL lora_te1 and lora_te2."""
-    if part == "unet":
-        return "lora_unet"
-    return "lora_te" if len(models.text_encoders) == 1 else {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3891,7 +4655,7 @@ def new_words(s, models, subjects, recipe, starts=()):
     for subject, start in zip(subjects, starts):
         say_once(f'New word "{subject.identifier}" starts as "{start}".')
     rows, finishers = [], []
-    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+    for tokenizer, text_encoder in models.readers:
         first = len(tokenizer)
         for subject, start in zip(subjects, starts):
             ids = tokenizer(start, add_special_tokens=False).input_ids
@@ -3913,7 +4677,7 @@ def new_words(s, models, subjects, recipe, starts=()):
             table.weight.data[first:] = table.new_rows.data.to(table.weight)
             del table.new_rows
         finishers.append(finish)
-    return ParameterGroup("new_words", models.text_encoders, rows, default(s.embedding_lr, recipe.embedding_lr),
+    return ParameterGroup("new_words", [text_encoder for _, text_encoder in models.readers], rows, default(s.embedding_lr, recipe.embedding_lr),
                           finish=lambda: [finish() for finish in finishers])
 
 
@@ -3923,7 +4687,7 @@ def pivotal_words(s, models, subjects, recipe):
     They start as rare words. As the class noun, the word of "a <rex> dog" would mean another dog of the class, which the
     LoRA is taught at the same time to leave as it is.
     """
-    rare = rare_words(models.tokenizers, [subject.class_prompt or "" for subject in subjects])
+    rare = rare_words([tokenizer for tokenizer, _ in models.readers], [subject.class_prompt or "" for subject in subjects])
     random.Random(s.seed).shuffle(rare)
     starts = rare[:len(subjects)] if len(rare) >= len(subjects) else ()
     return dataclasses.replace(new_words(s, models, subjects, recipe, starts), until=s.embedding_frac)
@@ -3940,7 +4704,7 @@ def save_words(folder, models, subjects):
 
     for subject in subjects:
         vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
-                   for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders)]
+                   for tokenizer, text_encoder in models.readers]
         save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))
 
 
@@ -3962,10 +4726,10 @@ class Method:
 
 
 METHODS = {
-    "full": Method((full_unet,), (full_text_encoder,), (save_pipeline,), is_adapter=False),
-    "lora": Method((unet_lora,), (text_encoder_lora,), (save_lora,)),
+    "full": Method((full_denoiser,), (full_text_encoder,), (save_pipeline,), is_adapter=False),
+    "lora": Method((denoiser_lora,), (text_encoder_lora,), (save_lora,)),
     "textual_inversion": Method((new_words,), (), (save_words,), adds_words=True, changes_class=False, names_class=False),
-    "pivotal": Method((pivotal_words, unet_lora), (text_encoder_lora,), (save_lora, save_words), adds_words=True),
+    "pivotal": Method((pivotal_words, denoiser_lora), (text_encoder_lora,), (save_lora, save_words), adds_words=True),
 }
 
 
@@ -3989,18 +4753,167 @@ def saves_of(s):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# drawing/draw: Pictures from a pipeline: one for each prompt and seed, as many at once as memory allows.
+#
+# Knows nothing of subjects or training.
+
+
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing", models=None):
+    """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
+
+    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there.
+    Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
+    Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
+    """
+    import torch
+
+    look = dict(num_inference_steps=steps, height=height, width=width)
+    size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
+    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
+    for picture, (prompt, _) in zip(drawn, jobs):
+        if is_flat(picture) and pipeline.dtype != torch.float32:
+            raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
+                            f"--mixed_precision no")
+        yield picture
+
+
+def draw_batches(pipeline, jobs, size, may_halve, told, look):
+    """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
+    import torch
+
+    threads = threads_that_help(pipeline.device)
+    start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
+    while start < len(jobs):
+        prompts, seeds = zip(*jobs[start:start + size])
+        try:
+            pictures = called(
+                pipeline, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told(prompts), **look,
+                **counting(threads, len(prompts))).images
+        except torch.OutOfMemoryError:
+            can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
+            if not (can_halve or all_there):
+                raise
+        if pictures:
+            yield from pictures
+            start += size
+            continue
+        pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
+        pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
+        if can_halve:
+            size //= 2
+            say(f"Memory is full: pictures are drawn {size} at a time from here.")
+        else:
+            take_turns(pipeline, pipeline.device)
+            all_there = False
+
+
+def prompts_given(pipeline, models, scale, negative_prompt):
+    """A function from prompts to what a pipeline's call is given of them and of the guidance."""
+    family, book = family_of(pipeline), models and models.book
+
+    def told(prompts):
+        negatives = [negative_prompt] * len(prompts)
+        if not book:
+            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative_prompt else None)
+        device = pipeline._execution_device
+        rows = (book.rows(models, texts, device) for texts in (prompts, negatives))
+        return family.call_options(scale, None) | family.book_options(*rows)
+    return told
+
+
+def called(pipeline, **options):
+    """What a pipeline returns. UserError for whatever its code finds wrong with the model, as where its configs disagree."""
+    import torch
+
+    try:
+        return pipeline(**options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        if mishap(problem):  # the machine's fault
+            raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{pipeline.name_or_path}: it cannot be drawn with ({type(problem).__name__}: {reason}); its scheduler, or "
+                        f"another of its configs, is damaged or of another model") from None
+
+
+def counting(threads, pictures):
+    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures."""
+    if threads is None:
+        return {}
+
+    def count(pipeline, number, timestep, tensors):
+        threads.lap(pictures)
+        return tensors
+    threads.start()
+    return {"callback_on_step_end": count}
+
+
+def in_precision(pipeline, dtype):
+    """`pipeline` with its parts in this precision, but for those in fewer bits, which stay as they are."""
+    import torch
+
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and not getattr(part, "is_quantized", False):
+            part.to(dtype)
+    return pipeline
+
+
+def placed(pipeline, device):
+    """`pipeline` with all its parts on the device; where memory is too small for that, they are to take turns there."""
+    import torch
+
+    try:
+        return pipeline.to(device)
+    except torch.OutOfMemoryError:
+        pass  # the error holds what filled the memory until here
+    take_turns(pipeline, device)
+    return pipeline
+
+
+def take_turns(pipeline, device):
+    """Have each part of the pipeline come to the device when it is its turn, until remove_all_hooks()."""
+    say("Memory is full: the parts of the model take turns on the GPU from here, which is slower.")
+    pipeline.enable_model_cpu_offload(device=device)
+
+
+def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None):
+    """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
+
+    `model` is what the pictures' text chunks say of the model, `size` is (width, height).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline)
+    negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
+    drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
+                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt, models=models)
+    for picture, (prompt, seed) in zip(drawn, jobs):
+        settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
+        lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
+        save_picture(folder, f"{slug(prompt)}-{seed}", picture, "\n".join(lines))
+        pictures.append(picture)
+    return save_picture(folder, f"grid-{slug(prompts[0])}-{seeds[0]}", image_grid(pictures, columns=len(seeds)),
+                        "\n".join([*prompts, *negative, f"Seeds: {seeds[0]} to {seeds[-1]}, {common | model}"]))
+
+
+def sampling_settings(s, pipeline):
+    """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
+    return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
+            "CFG scale": guidance_scale(s, pipeline)}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/foreign: LoRAs and embeddings as other programs write them: what a file is, whom it fits, and what it is called here.
 
 
 PEFT = "base_model.model."
 PEFT_CONFIG = "adapter_config.json"
-LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
 # What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
            (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
             "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
-TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|single_blocks|"
-                r"joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
 # Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
 PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
               (r"(text_model|encoder)\.", "text_encoder."))
@@ -4020,16 +4933,8 @@ def check_lora(path, pipeline, flag):
                             f"the program that made it")
     if not any(re.search(LORA_LAYER, name) for name in shapes):
         raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: no pair of matrices in it has a name that is known")
-    if any(re.search(TRANSFORMERS, name) for name in shapes):
-        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a transformer model, such as Flux or "
-                        f"Stable Diffusion 3 ({min(shapes)})")
-    wants = sorted({shape[1] for name, shape in shapes.items()
-                    if re.search(r"attn2[._]?(processor[._])?to_[kv]", name) and re.search(LORA_LAYER, name) and len(shape) > 1})
-    has = pipeline.unet.config.cross_attention_dim
-    if wants and isinstance(has, int) and wants != [has]:
-        of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
-        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a model whose text has "
-                        f"{' or '.join(of[:-1])} channels, and this one's has {of[-1]}")
+    if trouble := family_of(pipeline).lora_misfit(pipeline, shapes):
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: {trouble}")
 
 
 def lora_weights(path):
@@ -4094,240 +4999,6 @@ def only_adapter(folder, files, flag):
         raise UserError(f"{flag} {folder}: {pickles[0]} is not opened, since such a file can run any code on this machine; give its "
                         f".safetensors form")
     return None
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# drawing/draw: Pictures from a pipeline: one for each prompt and seed, as many at once as memory allows.
-#
-# Knows nothing of subjects or training.
-
-
-def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
-    """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
-
-    Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
-    Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
-    """
-    import torch
-
-    look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
-    size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
-    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
-    for picture, (prompt, _) in zip(drawn, jobs):
-        if is_flat(picture) and pipeline.dtype != torch.float32:
-            raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
-                            f"--mixed_precision no")
-        yield picture
-
-
-def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
-    """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
-    import torch
-
-    threads = threads_that_help(pipeline.device)
-    start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
-    while start < len(jobs):
-        prompts, seeds = zip(*jobs[start:start + size])
-        try:
-            pictures = called(
-                pipeline, list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look, **counting(threads, len(prompts))).images
-        except torch.OutOfMemoryError:
-            can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
-            if not (can_halve or all_there):
-                raise
-        if pictures:
-            yield from pictures
-            start += size
-            continue
-        pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
-        pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
-        if can_halve:
-            size //= 2
-            say(f"Memory is full: pictures are drawn {size} at a time from here.")
-        else:
-            take_turns(pipeline, pipeline.device)
-            all_there = False
-
-
-def called(pipeline, *args, **options):
-    """What a pipeline returns. UserError for whatever its code finds wrong with the model, as where its configs disagree."""
-    import torch
-
-    try:
-        return pipeline(*args, **options)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as problem:
-        if mishap(problem):  # the machine's fault
-            raise
-        reason = " ".join(str(problem).split())[:200]
-        raise UserError(f"{pipeline.name_or_path}: it cannot be drawn with ({type(problem).__name__}: {reason}); its scheduler, or "
-                        f"another of its configs, is damaged or of another model") from None
-
-
-def counting(threads, pictures):
-    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures."""
-    if threads is None:
-        return {}
-
-    def count(pipeline, number, timestep, tensors):
-        threads.lap(pictures)
-        return tensors
-    threads.start()
-    return {"callback_on_step_end": count}
-
-
-def placed(pipeline, device):
-    """`pipeline` with all its parts on the device; where memory is too small for that, they are to take turns there."""
-    import torch
-
-    try:
-        return pipeline.to(device)
-    except torch.OutOfMemoryError:
-        pass  # the error holds what filled the memory until here
-    take_turns(pipeline, device)
-    return pipeline
-
-
-def take_turns(pipeline, device):
-    """Have each part of the pipeline come to the device when it is its turn, until remove_all_hooks()."""
-    say("Memory is full: the parts of the model take turns on the GPU from here, which is slower.")
-    pipeline.enable_model_cpu_offload(device=device)
-
-
-def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
-    """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
-
-    `model` is what the pictures' text chunks say of the model, `size` is (width, height).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    guidance, pictures, common = guidance_scale(s, pipeline.unet.config), [], sampling_settings(s, pipeline)
-    negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
-    drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
-                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt)
-    for picture, (prompt, seed) in zip(drawn, jobs):
-        settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
-        lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
-        save_picture(folder, f"{slug(prompt)}-{seed}", picture, "\n".join(lines))
-        pictures.append(picture)
-    return save_picture(folder, f"grid-{slug(prompts[0])}-{seeds[0]}", image_grid(pictures, columns=len(seeds)),
-                        "\n".join([*prompts, *negative, f"Seeds: {seeds[0]} to {seeds[-1]}, {common | model}"]))
-
-
-def sampling_settings(s, pipeline):
-    """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
-    return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-            "CFG scale": guidance_scale(s, pipeline.unet.config)}
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# drawing/pipeline: The pipeline to draw with: a base model and everything that was trained beside it.
-
-
-def find_base(s, trained):
-    """The model that what is at --model_path belongs to: itself, or the base that its record names, wherever it is now."""
-    if not trained.is_adapter:
-        if s.model_name is not None:
-            raise UserError(f"--model_name {s.model_name}: {trained.source} is a whole model and needs no base; leave it out")
-        return find_model(trained.source, "--model_path")
-    recorded = trained.record.get("base_model")
-    if recorded is None and s.model_name is None:
-        raise UserError(f"--model_path {trained.source}: a file for some model; name the model with --model_name")
-    places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
-    found = next((place for place in places if Path(place).exists()), places[0])
-    try:
-        if Path(found).exists() and Path(found).resolve() == Path(trained.source).resolve():
-            raise UserError("it is recorded as lying in that very folder")
-        return find_model(found, "--model_name")
-    except UserError as problem:
-        if s.model_name is not None:
-            raise
-        raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
-                        f"({problem}); give its place with --model_name{kept_beside(recorded)}") from None
-
-
-def kept_beside(name):
-    """Where an earlier output that had this name may be now: ", such as output-1" or ""."""
-    path = Path(name)
-    kept = sorted(other for other in path.parent.glob(f"{path.name}-*") if (other / "model_index.json").is_file())
-    return f", such as {kept[0]}" if kept else ""
-
-
-def check_base(s, base, sample, trained, flag):
-    """That what was trained is added to the weights that it was trained on; `sample` is sample_weights() of the model at `base`.
-
-    UserError if another model has the recorded name by now; a line if it is another on purpose.
-    """
-    expected = trained.record.get("base_sample")
-    if not trained.is_adapter or not isinstance(expected, dict) or is_same_sample(expected, sample):
-        return
-    recorded = trained.record.get("base_model")
-    if flag == "--model_path" and s.model_name is None:
-        raise UserError(f"--model_path {trained.source}: it was trained on another model than the one that is at {base} now; give the "
-                        f"place of its own with --model_name{kept_beside(recorded)}, or --model_name {base} to use this one all the same")
-    say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
-
-
-def add_words(pipeline, trained, flag):
-    """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
-    models = take_apart(trained.source, pipeline)
-    for word, path in trained.words.items():
-        try:
-            vectors = embedding_vectors(models, load_tensors(path, flag))
-        except ValueError as problem:
-            raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
-        for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
-            if taken := taken_tokens(tokenizer, word, len(rows)):
-                raise UserError(f'{flag} {path}: its word "{taken[0]}" is in the vocabulary already, of the model or of what else is added; '
-                                f"leave it out" + ("" if trained.record else ", or give the file another name if that is its word"))
-            add_word(tokenizer, text_encoder, word, rows)
-
-
-def add_lora_file(pipeline, trained, adapter, flag):
-    """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
-    check_lora(trained.lora, pipeline, flag)
-    try:
-        weights, options = lora_weights(trained.lora)
-        with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
-            pipeline.load_lora_weights(weights, adapter_name=adapter, **options)
-    except UserError:
-        raise
-    except Exception as problem:  # whatever diffusers' converters of other programs' names raise
-        reason = " ".join(str(problem).split())[:200]
-        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
-    taken = layers_taken([pipeline.unet, *text_encoders_of(pipeline).values()], adapter)
-    total = layers_in(trained.lora)
-    if not taken:
-        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} (none of its {total} layers is in it)")
-    if taken < total:
-        say_once(f"Note: {trained.lora}: {total - taken} of its {total} layers have no place in {pipeline.name_or_path} and are left out.")
-
-
-def load_trained(s, base, trained, adapters, dtype):
-    """The pipeline of --model_path with everything of --adapter in it."""
-    recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
-    variant = recorded if trained.is_adapter and s.model_name is None else None
-    pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
-    if s.guidance_scale is None or s.num_inference_steps > 12:
-        say_if_distilled(pipeline, base, trains=False)
-    sample = sample_weights(pipeline)
-    check_base(s, base, sample, trained, "--model_path")
-    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
-    for each, _, flag in everything:
-        add_words(pipeline, each, flag)
-    loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
-    for number, (each, _, flag) in enumerate(loras):
-        if any(each.lora.resolve() == other.lora.resolve() for other, _, _ in loras[:number]):
-            say(f"Note: {each.source} is added more than once; its strengths add up.")
-        add_lora_file(pipeline, each, f"lora_{number}", flag)
-    if loras:
-        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [strength for _, strength, _ in loras])
-    for each, _ in adapters:
-        check_base(s, base, sample, each, "--adapter")
-    return pipeline
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4491,6 +5162,113 @@ def model_paths(s):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# drawing/pipeline: The pipeline to draw with: a base model and everything that was trained beside it.
+
+
+def find_base(s, trained):
+    """The model that what is at --model_path belongs to: itself, or the base that its record names, wherever it is now."""
+    if not trained.is_adapter:
+        if s.model_name is not None:
+            raise UserError(f"--model_name {s.model_name}: {trained.source} is a whole model and needs no base; leave it out")
+        return find_model(trained.source, "--model_path")
+    recorded = trained.record.get("base_model")
+    if recorded is None and s.model_name is None:
+        raise UserError(f"--model_path {trained.source}: a file for some model; name the model with --model_name")
+    places = [recorded, str(HERE / recorded)] if s.model_name is None else [s.model_name]
+    found = next((place for place in places if Path(place).exists()), places[0])
+    try:
+        if Path(found).exists() and Path(found).resolve() == Path(trained.source).resolve():
+            raise UserError("it is recorded as lying in that very folder")
+        return find_model(found, "--model_name")
+    except UserError as problem:
+        if s.model_name is not None:
+            raise
+        raise UserError(f"--model_path {trained.source}: it belongs to the model {recorded}, which cannot be found here "
+                        f"({problem}); give its place with --model_name{kept_beside(recorded)}") from None
+
+
+def kept_beside(name):
+    """Where an earlier output that had this name may be now: ", such as output-1" or ""."""
+    path = Path(name)
+    kept = sorted(other for other in path.parent.glob(f"{path.name}-*") if (other / "model_index.json").is_file())
+    return f", such as {kept[0]}" if kept else ""
+
+
+def check_base(s, base, sample, trained, flag):
+    """That what was trained is added to the weights that it was trained on; `sample` is sample_weights() of the model at `base`.
+
+    UserError if another model has the recorded name by now; a line if it is another on purpose.
+    """
+    expected = trained.record.get("base_sample")
+    if not trained.is_adapter or not isinstance(expected, dict) or is_same_sample(expected, sample):
+        return
+    recorded = trained.record.get("base_model")
+    if flag == "--model_path" and s.model_name is None:
+        raise UserError(f"--model_path {trained.source}: it was trained on another model than the one that is at {base} now; give the "
+                        f"place of its own with --model_name{kept_beside(recorded)}, or --model_name {base} to use this one all the same")
+    say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
+
+
+def add_words(pipeline, trained, flag):
+    """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
+    models = take_apart(trained.source, pipeline)
+    for word, path in trained.words.items():
+        try:
+            vectors = embedding_vectors(models, load_tensors(path, flag))
+        except ValueError as problem:
+            raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
+        for tokenizer, text_encoder, rows in zip(*zip(*models.readers), vectors):
+            if taken := taken_tokens(tokenizer, word, len(rows)):
+                raise UserError(f'{flag} {path}: its word "{taken[0]}" is in the vocabulary already, of the model or of what else is added; '
+                                f"leave it out" + ("" if trained.record else ", or give the file another name if that is its word"))
+            add_word(tokenizer, text_encoder, word, rows)
+
+
+def add_lora_file(pipeline, trained, adapter, flag):
+    """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
+    check_lora(trained.lora, pipeline, flag)
+    try:
+        weights, options = lora_weights(trained.lora)
+        with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
+            pipeline.load_lora_weights(weights, adapter_name=adapter, **options)
+    except UserError:
+        raise
+    except Exception as problem:  # whatever diffusers' converters of other programs' names raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
+    taken = layers_taken([family_of(pipeline).denoiser_of(pipeline), *text_encoders_of(pipeline).values()], adapter)
+    total = layers_in(trained.lora)
+    if not taken:
+        raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} (none of its {total} layers is in it)")
+    if taken < total:
+        say_once(f"Note: {trained.lora}: {total - taken} of its {total} layers have no place in {pipeline.name_or_path} and are left out.")
+
+
+def load_trained(s, base, trained, adapters, dtype):
+    """The pipeline of --model_path with everything of --adapter in it."""
+    recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
+    variant = recorded if trained.is_adapter and s.model_name is None else None
+    pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
+    if s.guidance_scale is None or s.num_inference_steps > 12:
+        say_if_distilled(pipeline, base, trains=False)
+    sample = sample_weights(pipeline)
+    check_base(s, base, sample, trained, "--model_path")
+    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
+    for each, _, flag in everything:
+        add_words(pipeline, each, flag)
+    loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
+    for number, (each, _, flag) in enumerate(loras):
+        if any(each.lora.resolve() == other.lora.resolve() for other, _, _ in loras[:number]):
+            say(f"Note: {each.source} is added more than once; its strengths add up.")
+        add_lora_file(pipeline, each, f"lora_{number}", flag)
+    if loras:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [strength for _, strength, _ in loras])
+    for each, _ in adapters:
+        check_base(s, base, sample, each, "--adapter")
+    return pipeline
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # data/batches: What a step trains on: a function of seed, step and process alone, so that resumed equals uninterrupted.
 
 
@@ -4519,10 +5297,10 @@ def balanced(pools, start, count, *key):
     return rows
 
 
-def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_processes=1):
+def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
 
-    Photos and class images are drawn independently, each row with its own noise and timestep (paper equation 2), and
+    Photos and class images are drawn independently, each row with its own noise and level (paper equation 2), and
     from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
     loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
     """
@@ -4537,14 +5315,14 @@ def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_process
     source = random_source("noise", s.seed, micro_step, process)
     mean, std = cache.mean[rows], cache.std[rows]
     latents, noise = mean + std * torch.randn(mean.shape, generator=source), torch.randn(mean.shape, generator=source)
-    timesteps = torch.randint(num_train_timesteps, (len(rows),), generator=source)
+    levels = noise_kind.levels(len(rows), source)
     if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
         noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
     return {
         "latents": latents,
         "noise": noise,
-        "timesteps": timesteps,
-        "time_ids": cache.time_ids[rows],
+        "levels": levels,
+        "sizes": cache.sizes[rows],
         "prompt": cache.prompt[rows],
         "is_class": is_class,
         "weight": torch.tensor(weight),
@@ -4563,9 +5341,9 @@ class LatentCache:
     with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
     """
 
-    mean: typing.Any  # [N, C, h, w], times the VAE's scaling factor
+    mean: typing.Any  # [N, C, h, w], as the denoiser takes them
     std: typing.Any  # [N, C, h, w], likewise
-    time_ids: typing.Any  # [N, 6]
+    sizes: typing.Any  # [N, 6]: original height and width, top and left of the crop, target height and width
     prompt: typing.Any  # [N], index into `prompts`
     prompts: list
     photos: list  # for each subject the rows of its photos
@@ -4584,30 +5362,26 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     own = {picture for pool in photos for picture in pool}
     pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
     prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    variants = 2 if random_flip else 1
+    variants, shape = 2 if random_flip else 1, models.family.latent_shape(models.pipeline, resolution)
     rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
-    side = resolution // models.latent_scale
     # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(pictures), vae.config.latent_channels, side, side)
-    time_ids, prompt = [], []
+    mean, std = torch.empty(2, variants * len(pictures), *shape)
+    sizes, prompt = [], []
     for picture in progress(pictures, "encoding", "image", hidden=not is_first_process()):
         path, caption = picture
         image = load_image(path)
         if min(image.size) < resolution and picture in own:
             say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
-        image, sizes = square(image, resolution)
+        image, size = square(image, resolution)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
         for row, variant in zip(rows_of[picture], (pixels, pixels.flip(-1))):
             with torch.no_grad():
-                moments = vae.encode(variant).latent_dist
-            mean[row], std[row] = moments.mean[0], moments.std[0]
-            time_ids.append(sizes)
+                (mean[row],), (std[row],) = models.family.moments(vae, variant)
+            sizes.append(size)
             prompt.append(prompts.index(caption))
     vae.to("cpu")
-    scale = vae.config.scaling_factor
     pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
-    return LatentCache(mean.mul_(scale), std.mul_(scale), torch.tensor(time_ids, dtype=torch.float32), torch.tensor(prompt),
-                       prompts, *pools)
+    return LatentCache(mean, std, torch.tensor(sizes, dtype=torch.float32), torch.tensor(prompt), prompts, *pools)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4616,9 +5390,6 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
 # They are cached by all that shapes them, so that no stale one is ever trained on.
 
 
-# The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
-# do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
-CLASS_IMAGE_STEPS, UNGUIDED_CLASS_IMAGE_STEPS, CLASS_IMAGE_SPACING = 15, 10, "trailing"
 MANIFEST = "MANIFEST.sha256"
 
 
@@ -4630,19 +5401,19 @@ def class_image_plan(s, plan):
     return dataclasses.replace(plan, precision=precision)
 
 
-def class_image_look(s, unet_config):
+def class_image_look(s, family):
     """(denoising steps, guidance scale) of the class images."""
-    scale = default(s.class_guidance_scale, CLASS_GUIDANCE[family_of(unet_config)])
-    return CLASS_IMAGE_STEPS if scale > 1 else UNGUIDED_CLASS_IMAGE_STEPS, scale
+    scale = default(s.class_guidance_scale, family.class_guidance)
+    guided, unguided = family.class_steps
+    return guided if scale > 1 else unguided, scale
 
 
 def class_image_settings(s, models, class_prompt, resolution, plan):
     """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
-    steps, scale = class_image_look(s, models.unet.config)
+    steps, scale = class_image_look(s, models.family)
     return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
-            "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": steps, "timestep_spacing": CLASS_IMAGE_SPACING,
-            "guidance_scale": scale, "precision": plan.precision, "seed": "index",
+            **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
 
 
@@ -4697,18 +5468,17 @@ def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolut
 
 def draw_class_images(s, models, settings, plan, folder, indices):
     """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    # In another precision the model is read a second time, but for a UNet that is in that precision already: what is to be
+    # In another precision the model is read a second time, but for a denoiser that is in that precision already: what is to be
     # trained keeps all its digits.
-    pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
+    pipeline, shares = models.pipeline, models.denoiser.dtype == plan.dtype
     if plan.precision != "no" or not shares:
-        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None, variant=s.variant)
+        parts = {models.family.denoiser: models.denoiser.to(plan.device)} if shares else {}
+        parts |= dict.fromkeys(models.book.shelf.texts) if models.book else {}
+        pipeline = load_pipeline(models.name, plan.dtype, parts=parts, variant=s.variant)
     own_scheduler = pipeline.scheduler
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
-                                                                  timestep_spacing=settings["timestep_spacing"])
+    pipeline.scheduler = models.family.class_scheduler(own_scheduler)
     placed(pipeline, plan.device)
-    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
                 height=settings["resolution"], width=settings["resolution"])
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
@@ -4721,7 +5491,7 @@ def draw_class_images(s, models, settings, plan, folder, indices):
             manifest.write(f"{file_digest(folder / name)}  {name}\n")
     pipeline.scheduler = own_scheduler
     pipeline.remove_all_hooks()
-    models.unet.to("cpu")
+    models.denoiser.to("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5085,7 +5855,7 @@ def draw_candidate(s, candidate, plan):
 def draw_missing(s, pipeline, missing, side):
     """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
     drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size)
+                 width=side, guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)
@@ -5217,36 +5987,36 @@ def find_trial(s, trained, base, subject, templates):
 # training/precision: bf16 from end to end, on copies of float32 weights, and weights in bf16 that are rounded by chance.
 
 
-def is_bf16_throughout(s, levers, precision):
-    """Whether the UNet computes as compute_in_bf16() has it, rather than under autocast.
+def is_bf16_throughout(s, family, levers, precision):
+    """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
 
     Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
     together that are to be freed one by one. DoRA's magnitudes need float32.
     """
     is_frugal = levers.gradient_checkpointing or levers.fused_backward
-    return precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
+    return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
 
 
-def compute_in_bf16(unet):
-    """Have a UNet compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
+def compute_in_bf16(denoiser, last):
+    """Have a denoiser compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
 
     Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
     half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
     both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
-    What comes last is in float32, since a good prediction differs from its target by little more than bf16's grain.
+    What comes `last`, a list of its layers, is in float32, since a good prediction differs from its target by little more than bf16's grain.
     """
     import torch
 
-    end, forward, places = [module for module in (unet.conv_norm_out, unet.conv_out) if module], unet.forward, {}
-    for module in unet.modules():
-        dtype = torch.float32 if module in end else torch.bfloat16
+    forward, places = denoiser.forward, {}
+    for module in denoiser.modules():
+        dtype = torch.float32 if module in last else torch.bfloat16
         for name, weight in module.named_parameters(recurse=False):
             if weight.dtype != dtype:
                 places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
     groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
 
     def in_bf16(sample, timestep, encoder_hidden_states, **rest):
-        widening = end[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        widening = last[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
         try:
             for dtype, group in groups:
                 copies = cast_together()(dtype, *(weight for _, _, weight in group))
@@ -5258,7 +6028,7 @@ def compute_in_bf16(unet):
             widening.remove()
             for parameters, name, weight in (place for _, group in groups for place in group):
                 parameters[name] = weight
-    unet.forward = in_bf16
+    denoiser.forward = in_bf16
 
 
 def grouped(places, size=2**25):
@@ -5320,11 +6090,12 @@ class Levers:
     split_batch: bool = False
     fused_backward: bool = False
     offload_optimizer: bool = False
+    base_precision: str = "bf16"
 
 
 def levers_by_hand(s):
     """{flag: value} of those levers that the user has set."""
-    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
+    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) not in (None, "auto")}
 
 
 def flags_of(levers):
@@ -5339,31 +6110,18 @@ def flags_of(levers):
 # Knows nothing of the model: it is given a function from noisy latents to a prediction.
 
 
-def min_snr_weights(noise_scheduler, timesteps, snr_gamma):
-    """Loss weights [B] that even out the timesteps (Hang et al., arXiv 2303.09556, section 3.4).
-
-    min(snr, gamma) / snr when the model predicts noise, min(snr, gamma) / (snr + 1) when it predicts velocity.
-    """
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        return snr.clamp(max=snr_gamma) / (snr + 1)
-    return (snr_gamma / snr).clamp(max=1)  # written so that snr = 0 gives 1, not 0 / 0
-
-
-def diffusion_loss(noise_scheduler, batch, denoiser, snr_gamma=None):
-    """(loss, per-picture losses [B]): the paper's equation 2.
+def denoising_loss(noise, batch, denoiser):
+    """(loss, per-picture losses [B]): the paper's equation 2, of a Diffusion or a Flow.
 
     `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
     not a term here but the weight that each picture of the batch carries.
     """
-    noisy = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-    target = batch["noise"]
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
+    given = batch["latents"], batch["noise"], batch["levels"]
+    noisy, target = noise.noisy(*given), noise.target(*given)
     losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
-    if snr_gamma:  # 0 is off, as in other trainers
-        losses = losses * min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
+    weights = noise.weights(batch["levels"])
+    if weights is not None:
+        losses = losses * weights
     return (batch["weight"] * losses).sum(), losses
 
 
@@ -5693,8 +6451,8 @@ class Course:
 
 
 def recipe_for(family, s, concepts=()):
-    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
-    recipe = with_own_rate(RECIPES[family][s.method], s)
+    """The Recipe of this training on a model of this Family; what the flags say takes its place, but for learning rates."""
+    recipe = with_own_rate(family.recipes[s.method], s)
     flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
     if s.num_train_epochs and not s.steps:
         flags["steps"] = s.num_train_epochs * epoch_steps(s, concepts)
@@ -5873,7 +6631,8 @@ class Run:
     models: Models  # what trains is wrapped for precision and processes
     groups: list
     modules: list  # those of `models` that train
-    conditioning: typing.Callable  # prompt numbers [B] -> what the UNet is told
+    conditioning: typing.Callable  # prompt numbers [B] -> what the denoiser is told
+    noise: typing.Any  # a Diffusion or a Flow
     cache: LatentCache
     optimizer: typing.Any
     lr_scheduler: typing.Any
@@ -5886,8 +6645,8 @@ class Run:
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 
     def denoiser(self, noisy_latents, batch):
-        hidden, pooled = self.conditioning(batch["prompt"])
-        return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
+        told = self.conditioning(batch["prompt"])
+        return self.models.family.predict(self.models, noisy_latents, batch["levels"], told, batch["sizes"])
 
 
 @contextlib.contextmanager
@@ -6081,12 +6840,12 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
         module.to(device).train()
     if s.channels_last:
-        models.unet.to(memory_format=torch.channels_last)
-    if is_bf16_throughout(s, levers, course.precision):
-        compute_in_bf16(models.unet)
+        models.denoiser.to(memory_format=torch.channels_last)
+    if is_bf16_throughout(s, models.family, levers, course.precision):
+        compute_in_bf16(models.denoiser, models.family.last_layers(models.denoiser))
     if s.compile:
-        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
-        models.unet.compile_repeated_blocks()
+        say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
+        models.denoiser.compile_repeated_blocks()
     optimizer = make_optimizer(s, levers.optimizer, groups, device)
     # The schedule stays ours: accelerate would advance it once per process.
     lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps, default(s.lr_num_cycles, 1),
@@ -6098,17 +6857,18 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
 
     def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
         return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
-    parts = [models.unet, *models.text_encoders]
-    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
+    parts = [models.denoiser, *models.text_encoders]
+    ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
     modules = [module for module, part in zip(ready, parts) if part in training]
-    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
+    models = dataclasses.replace(models, denoiser=ready[0], text_encoders=ready[1:])
     conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    noise = models.family.noise(s, models.pipeline, course.resolution)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
-    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+    return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
                origin, averages)
 
 
@@ -6140,29 +6900,29 @@ def make_schedule(name, optimizer, warmup, steps, cycles=1, power=1.0):
 
 
 def encode_for_good(models, prompts, device):
-    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
+    """Conditioning by text encoders that do not train: they leave the GPU again."""
     import torch
 
+    if models.book:
+        return models.book.rows(models, prompts, device)
     for text_encoder in models.text_encoders:
         text_encoder.to(device)
     with torch.no_grad():
-        encoded = encode_prompts(models, prompts)
+        encoded = models.family.encode(models, prompts)
     for text_encoder in models.text_encoders:
         text_encoder.to("cpu")
     return encoded
 
 
 def prompt_conditioning(models, prompts, encoded, device):
-    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
+    """A function from prompt numbers [B] to their conditioning.
 
     `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
     numbers stay on the CPU, where counting them does not wait for the GPU.
     """
     def conditioning(numbers):
         distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
-        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
-        numbers = moved(numbers, device)
-        return hidden[numbers], None if pooled is None else pooled[numbers]
+        return rows_of(encoded or models.family.encode(models, [prompts[i] for i in distinct]), numbers, device)
 
     return conditioning
 
@@ -6170,7 +6930,7 @@ def prompt_conditioning(models, prompts, encoded, device):
 def set_checkpointing(models, groups):
     """Have activations recomputed in whatever gradients pass."""
     say("Gradient checkpointing: on (less memory, but slower).")
-    for module in {models.unet, *(module for group in groups for module in group.modules)}:
+    for module in {models.denoiser, *(module for group in groups for module in group.modules)}:
         enable = (getattr(module, "enable_gradient_checkpointing", None) or getattr(module, "activation_checkpointing_enable", None)
                   or module.gradient_checkpointing_enable)  # diffusers', transformers' of today, and of before
         enable()
@@ -6184,7 +6944,7 @@ def unwrap(run):
     import torch
 
     pipeline = run.models.pipeline
-    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
+    for module in (run.models.family.denoiser_of(pipeline), *text_encoders_of(pipeline).values()):
         module.eval()
         for name in ("forward", "_original_forward"):
             vars(module).pop(name, None)
@@ -6398,8 +7158,7 @@ def make_viewer(run, concepts, subjects, metric_names):
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
         tell_prompts(own, subjects)
-        usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
-        return Viewer(tuple(dict.fromkeys(own or usual)), side, every, pictures=count)
+        return Viewer(tuple(dict.fromkeys(own or usual_prompts_of(subjects)[:-1])), side, every, pictures=count)
     templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
     tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
@@ -6431,7 +7190,7 @@ def ready_to_draw(run):
     import torch
 
     pipeline, device = run.models.pipeline, run.accelerator.device
-    parts = [pipeline.vae, pipeline.unet, *text_encoders_of(pipeline).values()]
+    parts = [pipeline.vae, run.models.family.denoiser_of(pipeline), *text_encoders_of(pipeline).values()]
     before = [(part, part.device, part.training) for part in parts]
     for part in parts:
         part.eval()
@@ -6463,8 +7222,8 @@ def draw_view(run, folder, viewer, writer):
     jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + viewer.pictures)]
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
-                             guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
-                             title=f"samples of step {done}"))
+                             guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size,
+                             title=f"samples of step {done}", models=run.models))
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):
@@ -6543,17 +7302,16 @@ def train_step(run, step):
     """
     import torch
 
-    s, accelerator, noise_scheduler, measured = run.s, run.accelerator, run.models.noise_scheduler, []
+    s, accelerator, measured = run.s, run.accelerator, []
     torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
     for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
-        batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
-                           accelerator.process_index, accelerator.num_processes)
+        batch = make_batch(run.cache, s, micro_step, run.noise, accelerator.process_index, accelerator.num_processes)
         batch = {key: value if key == "prompt" else moved(value, accelerator.device) for key, value in batch.items()}
         with accelerator.accumulate(*run.modules):
             losses = []
             for start in range(0, len(batch["weight"]), run.at_once):
                 part = {key: value[start:start + run.at_once] for key, value in batch.items()}
-                loss, per_picture = diffusion_loss(noise_scheduler, part, run.denoiser, s.snr_gamma)
+                loss, per_picture = denoising_loss(run.noise, part, run.denoiser)
                 accelerator.backward(loss)
                 losses.append(per_picture.detach())
             norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
@@ -6637,9 +7395,10 @@ def estimate(demand, levers):
 # memory/plans: The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is.
 
 
-def objection(s, levers, precision):
+def objection(s, family, levers, precision):
     """Why these levers cannot be used together, or None."""
     optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    is_quantized = levers.base_precision != "bf16"
     means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
         (fused and s.gradient_accumulation_steps > 1,
@@ -6655,6 +7414,11 @@ def objection(s, levers, precision):
          "either of which rounds stochastically"),
         (levers.offload_optimizer and not fused,
          "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
+        (is_quantized and not is_late(s, family),
+         f"--base_precision {levers.base_precision}: for a LoRA of a transformer whose text encoders do not train; leave it out"),
+        (is_quantized and s.use_dora, f"--base_precision {levers.base_precision}: DoRA needs the weights themselves; leave one out"),
+        (is_quantized and precision == "fp16",
+         f"--base_precision {levers.base_precision}: give --mixed_precision bf16"),
         (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
@@ -6668,29 +7432,43 @@ def objection(s, levers, precision):
     ) if wrong), None)
 
 
-def check_levers(s, plan):
+def is_late(s, family):
+    """Whether a model of this family is read part by part in this training."""
+    return family.comes_late and not s.train_text_encoder and not METHODS[s.method].adds_words
+
+
+def check_levers(s, family, plan):
     """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
     levers = Levers(**levers_by_hand(s))
-    if wrong := objection(s, levers, plan.precision):
+    if wrong := objection(s, family, levers, plan.precision):
         raise UserError(wrong)
     check_package(levers)
+    if levers.base_precision == "nf4" and plan.device.type != "cuda":
+        raise UserError("--base_precision nf4 needs a CUDA GPU and this machine has none; give int8")
     if s.compile and (lacking := missing_compiler(plan.device)):
         raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
     memory_limit(s, plan)
 
 
+def packages_of(levers):
+    """{flag with its value: package that it needs}."""
+    needed = {f"--optimizer {levers.optimizer}": OPTIMIZERS[levers.optimizer].package,
+              f"--base_precision {levers.base_precision}": BASES[levers.base_precision].package}
+    return {flag: package for flag, package in needed.items() if package}
+
+
 def missing_package(levers):
-    """The optimizer's library if it is not installed, else None."""
-    package = OPTIMIZERS[levers.optimizer].package
-    return package if package and importlib.util.find_spec(package) is None else None
+    """A library that these levers need if it is not installed, else None."""
+    return next((package for package in packages_of(levers).values() if importlib.util.find_spec(package) is None), None)
 
 
 def check_package(levers):
-    """UserError if the optimizer's library is not installed, or broken."""
-    if package := missing_package(levers):
-        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
-    if package := OPTIMIZERS[levers.optimizer].package:
-        check_import(package, f"--optimizer {levers.optimizer}")
+    """UserError if a library that these levers need is not installed, or broken."""
+    missing = missing_package(levers)
+    for flag, package in packages_of(levers).items():
+        if package == missing:
+            raise UserError(f"{flag} needs {package}: pip install {package}")
+        check_import(package, flag)
 
 
 PLANS = (  # from the fastest to the most frugal
@@ -6698,6 +7476,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers(split_batch=True),
     Levers(gradient_checkpointing=True),
     Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="int8"),
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="nf4"),
     Levers(gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
     Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
@@ -6708,10 +7488,10 @@ PLANS = (  # from the fastest to the most frugal
 )
 
 
-def plans(s, precision):
+def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, row, precision)]
+    return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")]
 
 
 AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
@@ -6745,7 +7525,7 @@ class Demand:
 
     `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
     a tensor that the backward pass will need, and "gradient" one that appears there. A "gradient in bf16" appears instead where
-    the UNet computes in bf16 on copies; all of these are converted in the end.
+    the denoiser computes in bf16 on copies; all of these are converted in the end.
     """
 
     trained: tuple  # the shapes of the tensors that train
@@ -6754,37 +7534,43 @@ class Demand:
     events: tuple
 
 
-def survey(s, models, subjects, recipe, resolution, plan, levers):
-    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
+def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
+    """The Demand of a training: models without memory are given what trains and pass one batch forward.
+
+    `told` is the conditioning of one prompt by text encoders that do not train, or None: then they are surveyed, too.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if told:
+        models = dataclasses.replace(models, tokenizers=[], text_encoders=[])
     halves = 2 if preserves_prior(s) else 1
     pictures = s.train_batch_size * (1 if levers.split_batch else halves)
     passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
-    side, bf16_throughout = resolution // models.latent_scale, is_bf16_throughout(s, levers, plan.precision)
+    bf16_throughout, shape = is_bf16_throughout(s, models.family, levers, plan.precision), models.family.latent_shape(models.pipeline, resolution)
     with torch.device("meta"):
         hollow = hollow_models(s, models, plan, levers)
         groups = parameter_groups(s, hollow, subjects, recipe)
-    parts = [hollow.unet, *hollow.text_encoders]
+    parts = [hollow.denoiser, *hollow.text_encoders]
     check_rates(s, groups)
+    told = told and rows_of(told, torch.zeros(pictures, dtype=torch.long), torch.device("cpu"))
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
-        copied = set()
+        copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
-            copied = {p for p in hollow.unet.parameters() if p.dtype == torch.float32}.intersection(trained)
-            compute_in_bf16(hollow.unet)
-        latents, timesteps, time_ids = (torch.empty(pictures, *shape)
-                                        for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
+            copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
+            compute_in_bf16(hollow.denoiser, models.family.last_layers(hollow.denoiser))
+        latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
-              listening(parts, trained, copied) as events):
+              listening(parts, trained, copied, fewer) as events):
             with torch.set_grad_enabled(trains_text):
-                hidden, pooled = encode_prompts(hollow, prompts)
-            predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
+                conditioning = told or hollow.family.encode(hollow, prompts)
+            hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
+    frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
@@ -6798,14 +7584,14 @@ def hollow_models(s, models, plan, levers):
     import torch
 
     hollow = dataclasses.replace(
-        models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
+        models, denoiser=type(models.denoiser).from_config(models.denoiser.config), tokenizers=copy.deepcopy(models.tokenizers),
         text_encoders=[type(part)(part.config) for part in models.text_encoders])
-    for part in (hollow.unet, *hollow.text_encoders):
+    for part in (hollow.denoiser, *hollow.text_encoders):
         part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
     if METHODS[s.method].is_adapter:
-        hollow.unet.to(plan.dtype)
+        hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        under_autocast = [] if is_bf16_throughout(s, levers, plan.precision) else [hollow.unet]
+        under_autocast = [] if is_bf16_throughout(s, models.family, levers, plan.precision) else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 
@@ -6835,16 +7621,18 @@ def fake_weights(parts, trained):
 
 
 @contextlib.contextmanager
-def listening(parts, trained, copied):
+def listening(parts, trained, copied, unpacked=frozenset()):
     """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
 
-    Those of `trained` that are `copied` get their gradients in bf16 first.
+    Those of `trained` that are `copied` get their gradients in bf16 first. Weights that are `unpacked` from fewer bits for each use
+    are kept as an activation is.
     """
     import torch
 
     events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
     for part in parts:
-        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())
+                 if tensor not in unpacked}
     owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
 
     def keep(tensor, number):
@@ -6885,17 +7673,18 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
 
     Those that need a library which is not installed are passed over, and that is said.
     """
-    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf, None
+    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
         from accelerate.utils import gather_object
 
         limit = min(gather_object([limit]))
+    told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, levers.base_precision, is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
-            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
             if s.max_vram != "auto":
                 raise
@@ -6918,6 +7707,20 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
                     "flags that rule plans out")
 
 
+def frozen_conditioning(models, subjects, device):
+    """The conditioning of a prompt by text encoders that never train; None where they may."""
+    import torch
+
+    prompts = [subjects[0].instance_prompt]
+    if models.book:
+        models.book.learn(models, prompts, device)
+        return models.book.told[prompts[0]]
+    if models.family.trains_text:
+        return None
+    with torch.no_grad():
+        return models.family.encode(models, prompts)
+
+
 def say_plan(levers, parts, limit, uninstalled):
     """Say what was chosen and what it is expected to take, after a plan that was passed over for want of a library, if any."""
     if uninstalled:
@@ -6928,7 +7731,7 @@ def say_plan(levers, parts, limit, uninstalled):
 
 
 @contextlib.contextmanager
-def naming_next_plan(s, levers, plan, folder):
+def naming_next_plan(s, family, levers, plan, folder):
     """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
     import torch
 
@@ -6940,7 +7743,7 @@ def naming_next_plan(s, levers, plan, folder):
     except RuntimeError as problem:
         if "out of memory" not in str(problem):
             raise
-        rows = plans(s, plan.precision)
+        rows = plans(s, family, plan)
         more = rows[rows.index(levers) + 1:]
         saved = next(reversed(checkpoints_in(folder)), None)
         remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"
@@ -6952,6 +7755,7 @@ def naming_next_plan(s, levers, plan, folder):
 def set_course(s, models, subjects, recipe, plan):
     """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
     resolution = default(s.resolution, models.resolution)
+    models.family.check_side(models.pipeline, resolution, "--resolution")
     if s.lr_warmup_steps >= recipe.steps:
         raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {recipe.steps} steps of this run")
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
@@ -7147,10 +7951,10 @@ def save_card(folder, s, models, subjects, sample=None):
     """
     from huggingface_hub import ModelCardData
 
-    saves, family = METHODS[s.method].saves, family_of(models.unet.config)
+    saves, family = METHODS[s.method].saves, models.family.name
     prompts = [subject.instance_prompt for subject in subjects]
     tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
-                                  "textual_inversion": save_words in saves, family: family != "small"}.items() if fits]
+                                  "textual_inversion": save_words in saves, family: not family.startswith("small")}.items() if fits]
     widget = {"text": f"{prompts[0]} on the moon"}
     if sample:
         widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
@@ -7184,7 +7988,7 @@ def usage(s, models, subjects):
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
     load, scheduler = how_to_load(models, s.variant, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
-    is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
+    is_xl_embedding = save_words in method.saves and len(models.readers) > 1
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
@@ -7200,7 +8004,7 @@ def usage(s, models, subjects):
         for key, number in zip(XL_EMBEDDING, ("", "_2")):
             lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
                          f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
-    scale = guidance_scale(s, models.unet.config)
+    scale = guidance_scale(s, models.pipeline)
     lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
               f'guidance_scale={scale:g}).images[0].save("subject.png")']
     return "\n".join(lines)
@@ -7211,7 +8015,7 @@ def how_to_load(models, variant, quoted):
     place."""
     if not is_single_file(models.name):
         folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
-        variant = variant or folder and choose_variant(files_in(folder), "unet")
+        variant = variant or folder and choose_variant(files_in(folder), models.family.denoiser)
         place, revision = split_revision(models.name)
         options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
         return f"from_pretrained({', '.join([quoted(place), *options])})", []
@@ -7290,7 +8094,7 @@ def check_output_dir(s):
 
 
 # What an output has by these names; all else in it has a "." in its name.
-TAKEN_NAMES = ("checkpoints", "samples", "unet", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+TAKEN_NAMES = ("checkpoints", "samples", "unet", "transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 
 
 def check_logging_dir(s):
@@ -7439,7 +8243,8 @@ def disk_sizes(s, course, models, groups):
     """Bytes of (the output, a checkpoint, the weights alone that --select_best keeps)."""
     shapes = [parameter.shape for group in groups for parameter in group.parameters]
     weights = sum(map(math.prod, shapes))
-    frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
+    frozen = sum(module.num_parameters() for module in (models.denoiser, models.vae, *models.text_encoders)) - weights
+    frozen += models.book.weights if models.book and not models.text_encoders else 0
     trained = BYTES[course.levers.weights] * weights
     output = 2 * trained if METHODS[s.method].is_adapter else trained
     output += 4 * frozen if save_pipeline in saves_of(s) else 0
@@ -7531,7 +8336,7 @@ def write_output(folder, run, models, subjects, seconds, given):
         "base_sample": run.models.sample,  # tells whether the model of that name is still the same
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
         "used": decisions(run.course, run.groups) | {
-            "guidance_scale": guidance_scale(s, models.unet.config),
+            "guidance_scale": guidance_scale(s, models.pipeline),
             "selected_step": best_of(run.scores)["step"] if run.scores else None},
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
@@ -7549,9 +8354,9 @@ def write_output(folder, run, models, subjects, seconds, given):
 def draw_samples(s, models, subjects, viewer, plan):
     """The sample grid of a finished training. The model is safe by then: whatever goes wrong here is only said."""
     try:
-        placed(models.pipeline.to(plan.dtype), plan.device)
+        placed(in_precision(models.pipeline, plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
-                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side))
+                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side), models)
         base = read_record(s.output_dir)["base_model"]
         save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")
@@ -7755,11 +8560,11 @@ def train(s):
             clear(folder, checkpoint, s.overwrite, logs_in(s))
             save_photo_sheet(folder, s, concepts, run.course.resolution)
         prepared = time.monotonic()
-        with naming_next_plan(s, run.course.levers, plan, folder):
+        with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):
             optimize(run, folder, viewer)
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
-        models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
+        models = dataclasses.replace(take_apart(run.models.name, run.models.pipeline), book=run.models.book)  # without their wrappers
         if accelerator.is_main_process:
             save_output(folder, run, models, subjects, seconds, given)
     report_training(s, subjects, run.history, seconds)
@@ -7788,10 +8593,11 @@ def settle_beforehand(s):
     check_publishing(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
+    family_at(name, "--model_name").check_flags(s)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
-    check_levers(s, plan)
+    check_levers(s, family_at(name, "--model_name"), plan)
     if preserves_prior(s):
         class_image_plan(s, plan)  # for its complaint alone
     return concepts, name, metric_names, plan
@@ -7801,21 +8607,25 @@ def prepare(s, name, concepts, plan, accelerator):
     """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
-    models = load_models(name, plan.dtype, METHODS[s.method].is_adapter, s.variant)
-    family = family_of(models.unet.config)
-    recipe = recipe_for(family, s, concepts)
-    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
-        f"{default(s.resolution, models.resolution)} px")
+    is_adapter = METHODS[s.method].is_adapter
+    late = is_late(s, family_at(name, "--model_name"))
+    models = load_late(name, plan.dtype, s.variant) if late else load_models(name, plan.dtype, is_adapter, s.variant)
+    family, recipe = models.family, recipe_for(models.family, s, concepts)
+    side = default(s.resolution, models.resolution)
+    say(f"Model: {models.name} ({family.name}, {family.noise(s, models.pipeline, side).predicts}), {side} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
+    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    if late:
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects)}), plan.device)
+        models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
         class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
-    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)

@@ -20,9 +20,9 @@ from bench_train import RESULTS, UNETS, machine, random_models, timed
 from dreambooth.arguments import parse_settings
 from dreambooth.device import peak_memory, plan_device
 from dreambooth.drawing.draw import draw
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.models.hub import BUNDLED_MODEL
 from dreambooth.models.load import load_models
-from dreambooth.models.recipes import guidance_scale
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
     models = random_models(args.arch, plan.device) if args.arch else load_models(str(BUNDLED_MODEL), torch.float32)
     pipeline = models.pipeline.to(plan.device, plan.dtype)
     side = models.resolution
-    common = dict(steps=s.num_inference_steps, guidance_scale=guidance_scale(s, models.unet.config), height=side,
+    common = dict(steps=s.num_inference_steps, guidance_scale=guidance_scale(s, pipeline), height=side,
                   width=side)
 
     def batch_of(count):

@@ -38,8 +38,7 @@ from dreambooth.memory.plans import check_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.hub import BUNDLED_MODEL
 from dreambooth.models.load import load_models
-from dreambooth.models.parts import Models, predict
-from dreambooth.models.recipes import family_of
+from dreambooth.models.parts import take_apart
 from dreambooth.subjects.words import Subject
 from dreambooth.training.course import Course, recipe_for
 from dreambooth.training.levers import flags_of
@@ -114,15 +113,15 @@ def random_models(arch, device="cpu"):
                                            requires_safety_checker=False)
     for module in (unet, vae, *encoders):
         module.requires_grad_(False).eval()
-    return Models(arch, pipeline, [tokenizer] * len(encoders), encoders, vae, unet, scheduler)
+    return take_apart(arch, pipeline)
 
 
-def untrained_models(arch, plan, freezes_unet=False):
+def untrained_models(arch, plan, freezes_denoiser=False):
     """random_models() on the CPU, as load_models() would leave them, but made where that is fast; a frozen UNet in the plan's
     precision."""
     models = random_models(arch, plan.device)
-    if freezes_unet:
-        models.unet.to(plan.dtype)
+    if freezes_denoiser:
+        models.denoiser.to(plan.dtype)
     models.pipeline.to("cpu")
     if plan.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -131,9 +130,9 @@ def untrained_models(arch, plan, freezes_unet=False):
 
 def made_up_cache(models, resolution, photos, class_images):
     """The latent cache of pictures that nobody took."""
-    side, rows = resolution // models.latent_scale, photos + class_images
+    rows = photos + class_images
     torch.manual_seed(0)
-    latents = torch.randn(rows, models.vae.config.latent_channels, side, side)
+    latents = torch.randn(rows, *models.family.latent_shape(models.pipeline, resolution))
     return LatentCache(latents, torch.full_like(latents, 0.1),
                        torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * rows).float(),
                        (torch.arange(rows) >= photos).long(), ["a phol dog", "a dog"], [list(range(photos))],
@@ -154,15 +153,15 @@ def synchronize(device):
 def prepare(s, models, cache, steps, resolution):
     """(Run, Plan, {part: bytes} that the memory plan expects it to take) of a training with these settings."""
     plan = plan_device(s)
-    check_levers(s, plan)
+    check_levers(s, models.family, plan)
     accelerator = make_accelerator(s, plan)
-    recipe = recipe_for(family_of(models.unet.config), s)
+    recipe = recipe_for(models.family, s)
     subjects = [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
     expected = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
     course = Course(steps, resolution, plan.precision, levers, default(s.lr_scheduler, "constant"))
     if METHODS[s.method].is_adapter:
-        models.unet.to(plan.dtype)
+        models.denoiser.to(plan.dtype)
     groups = parameter_groups(s, models, subjects, recipe)
     return prepare_training(s, course, models, groups, cache, accelerator, {}), plan, expected
 
@@ -180,13 +179,14 @@ def memory_figures(expected, device):
 def bare_step(unet, run, plan):
     """A function that takes one step of a copy of the UNet and nothing else."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, fused=True)
-    batch = make_batch(run.cache, run.s, 0, 1000)
+    batch = make_batch(run.cache, run.s, 0, run.noise)
     batch = {key: value if key == "prompt" else value.to(plan.device) for key, value in batch.items()}
-    hidden, pooled = (None if t is None else t.detach() for t in run.conditioning(batch["prompt"]))
+    told = {name: value.detach() for name, value in run.conditioning(batch["prompt"]).items()}
+    models = dataclasses.replace(run.models, denoiser=unet)
 
     def step():
         with torch.autocast(plan.device.type, plan.dtype, plan.precision != "no"):
-            out = predict(unet, batch["latents"], batch["timesteps"], hidden, pooled, batch["time_ids"])
+            out = models.family.predict(models, batch["latents"], batch["levels"], told, batch["sizes"])
         (out.float() - batch["noise"]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -322,7 +322,7 @@ def main():
             peaks = [peak_of_training(*size, rest, folder) for size in sizes]
     models = model_for(args, s, plan_device(s))
     resolution = s.resolution or models.resolution
-    unet = copy.deepcopy(models.unet).train().requires_grad_(True) if args.bare else None
+    unet = copy.deepcopy(models.denoiser).train().requires_grad_(True) if args.bare else None
     caches = [made_up_cache(models, resolution, *size) for size in sizes]
     if args.cap:
         limit_memory(args.cap)

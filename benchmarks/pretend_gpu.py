@@ -49,7 +49,6 @@ from dreambooth.memory.demand import survey
 from dreambooth.memory.estimate import estimate
 from dreambooth.memory.plan import choose_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
-from dreambooth.models.recipes import family_of
 from dreambooth.subjects.words import Subject
 from dreambooth.training import loop
 from dreambooth.training.course import Course, recipe_for
@@ -238,14 +237,14 @@ def main():
 
     models = random_models(own.arch, "meta")
     resolution = default(s.resolution, models.resolution)
-    recipe, subjects = recipe_for(family_of(models.unet.config), s), [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
+    recipe, subjects = recipe_for(models.family, s), [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
     parts = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
     cache = made_up_cache(models, resolution, PHOTOS, PHOTOS * preserves_prior(s))
     with mode:
         models = random_models(own.arch)
         if METHODS[s.method].is_adapter:
-            models.unet.to(plan.dtype)
+            models.denoiser.to(plan.dtype)
         groups = parameter_groups(s, models, subjects, recipe)
         with memory:
             cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from methods import COMPARED, REPOSITORY, SUBJECTS, program
 
-from dreambooth.models.recipes import RECIPES
+from dreambooth.models.families.stable_diffusion import SmallStableDiffusion
 
 ROW = re.compile(r" *(\d+) +([\d.]+) +([\d.]+) +([\d.]+)  \w+")
-RECIPE = RECIPES["small"]["full"]
+RECIPE = SmallStableDiffusion.recipes["full"]
 # What the program decides by itself without --select_best, which has a schedule of its own.
 DEFAULT = ["--lr_scheduler", RECIPE.lr_scheduler, "--no-use_ema"]
 

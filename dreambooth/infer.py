@@ -12,7 +12,7 @@ from dreambooth.drawing.pipeline import find_base, load_trained
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
-from dreambooth.models.parts import own_size
+from dreambooth.models.families.known import own_size
 from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier
 

@@ -32,7 +32,7 @@ def _field(mode, default, help, **options):
 class Settings:
     """Every flag with its type, default and help; the command line and dreambooth.json are made from this list.
 
-    A default of None means that the value depends on the model (see RECIPES) or the machine; it is derived where it is
+    A default of None means that the value depends on the model (its family's recipe) or the machine; it is derived where it is
     used and printed there. Settings are never changed after parsing.
     """
 
@@ -81,14 +81,14 @@ class Settings:
     # Method
     method: str = _field("train", "full", "what trains: every layer, a LoRA beside them, the vectors of a new word, or "
                                           "word and LoRA", choices=["full", "lora", "textual_inversion", "pivotal"])
-    train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the UNet",
+    train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the denoiser",
                                       methods=("full", "lora", "pivotal"))
     rank: int = _field("train", 16, "rank of the LoRA", minimum=1, methods=("lora", "pivotal"))
     lora_alpha: int | None = _field("train", None, "the LoRA is scaled by alpha / rank", minimum=1, shown="the rank",
                                     methods=("lora", "pivotal"))
-    lora_target: str | None = _field("train", None, "layers of the UNet with a LoRA", methods=("lora", "pivotal"),
+    lora_target: str | None = _field("train", None, "layers of the denoiser with a LoRA", methods=("lora", "pivotal"),
                                      choices=["attention", "attention+ff", "all"], shown="attention; all in small models")
-    use_dora: bool = _field("train", False, "LoRA of the UNet with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
+    use_dora: bool = _field("train", False, "LoRA of the denoiser with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
     lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
                                         below=1, shown="0", methods=("lora", "pivotal"))
     num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
@@ -105,7 +105,7 @@ class Settings:
                                           "instead of --steps", minimum=1, shown="--steps counts")
     repeats: int | None = _field("train", None, "how often a pass takes each photo", minimum=1,
                                  shown="1; 100 for textual_inversion")
-    learning_rate: float | None = _field("train", None, "learning rate of the UNet or its LoRA", minimum=0,
+    learning_rate: float | None = _field("train", None, "learning rate of the denoiser or its LoRA", minimum=0,
                                          shown="depends on the model", methods=("full", "lora", "pivotal"))
     text_encoder_lr: float | None = _field("train", None, "learning rate of the text encoder or its LoRA", minimum=0,
                                            shown="depends on the model", methods=("full", "lora", "pivotal"))
@@ -141,6 +141,9 @@ class Settings:
     noise_offset: float | None = _field("train", None, "noise that a channel has in common, which teaches darker and lighter "
                                         "pictures; 0.1 is usual", minimum=0, shown="0")
     snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
+    timestep_sampling: str | None = _field("train", None, "how the noise of flow models is drawn, before its shift", shown="uniform",
+                                           choices=["uniform", "logit_normal"])
+    flow_shift: str = _field("train", "auto", "shift of that towards more noise, a number; auto: that of the model's own pictures")
     use_ema: bool | None = _field("train", None, "draw and save the running average of the weights, over about the last 100 steps",
                                   shown="on for --method full of small models with --select_best, else off")
     max_vram: str = _field("train", "auto", "GiB of memory that training may take, which decides what of the following is "
@@ -154,11 +157,14 @@ class Settings:
     weights: str | None = _field("train", None, "precision of the trained weights; bf16 is rounded stochastically, and needs "
                                  "--optimizer adamw8bit or --fused_backward", choices=["fp32", "bf16"], methods=("full",),
                                  shown="fp32, or as --max_vram needs")
+    base_precision: str | None = _field("train", None, "precision of the frozen transformer that a LoRA stands on: int8 and fp8 need torchao, "
+                                        "nf4 needs bitsandbytes and a CUDA GPU; bf16: that of the arithmetic", methods=("lora", "pivotal"),
+                                        choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
                                             "--fused_backward and takes time", shown="as --max_vram needs")
-    compile: bool = _field("train", False, "compile the UNet's transformer blocks with torch.compile: the first steps take a "
+    compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
-    channels_last: bool = _field("train", False, "lay the UNet's weights out channels last, as tensor cores read them")
+    channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")

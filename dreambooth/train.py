@@ -15,13 +15,13 @@ from dreambooth.evaluation.networks import metric_models
 from dreambooth.export import check_export, write_export
 from dreambooth.files import check_writable
 from dreambooth.memory.plan import naming_next_plan, set_course
-from dreambooth.memory.plans import check_levers
+from dreambooth.memory.plans import check_levers, is_late
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
-from dreambooth.models.find import check_variant, default_model, find_model
+from dreambooth.models.find import check_variant, default_model, family_at, find_model
+from dreambooth.models.late import load_late, with_denoiser
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import take_apart
-from dreambooth.models.recipes import family_of
 from dreambooth.output.card import CARD
 from dreambooth.output.folder import (
     check_apart,
@@ -43,7 +43,7 @@ from dreambooth.subjects.class_folders import check_class_folders
 from dreambooth.subjects.concepts import captioned, read_concepts
 from dreambooth.subjects.identifier import choose_identifiers
 from dreambooth.subjects.nouns import noun_of
-from dreambooth.subjects.words import Subject, fill_identifier
+from dreambooth.subjects.words import Subject, fill_identifier, usual_prompts_of
 from dreambooth.training.checkpoints import find_checkpoint, load_checkpoint
 from dreambooth.training.course import check_rates, recipe_for
 from dreambooth.training.loop import optimize
@@ -79,11 +79,11 @@ def train(s):
             clear(folder, checkpoint, s.overwrite, logs_in(s))
             save_photo_sheet(folder, s, concepts, run.course.resolution)
         prepared = time.monotonic()
-        with naming_next_plan(s, run.course.levers, plan, folder):
+        with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):
             optimize(run, folder, viewer)
         seconds = {"preparing": round(prepared - started, 1), "training": round(time.monotonic() - prepared, 1)}
         accelerator.free_memory()
-        models = take_apart(run.models.name, run.models.pipeline)  # without their wrappers
+        models = dataclasses.replace(take_apart(run.models.name, run.models.pipeline), book=run.models.book)  # without their wrappers
         if accelerator.is_main_process:
             save_output(folder, run, models, subjects, seconds, given)
     report_training(s, subjects, run.history, seconds)
@@ -112,10 +112,11 @@ def settle_beforehand(s):
     check_publishing(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
+    family_at(name, "--model_name").check_flags(s)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
-    check_levers(s, plan)
+    check_levers(s, family_at(name, "--model_name"), plan)
     if preserves_prior(s):
         class_image_plan(s, plan)  # for its complaint alone
     return concepts, name, metric_names, plan
@@ -125,21 +126,25 @@ def prepare(s, name, concepts, plan, accelerator):
     """(subjects, Run): models, identifiers, what the training will be, pictures, latents, what trains."""
     import torch
 
-    models = load_models(name, plan.dtype, METHODS[s.method].is_adapter, s.variant)
-    family = family_of(models.unet.config)
-    recipe = recipe_for(family, s, concepts)
-    say(f"Model: {models.name} ({family}, {models.noise_scheduler.config.prediction_type}), "
-        f"{default(s.resolution, models.resolution)} px")
+    is_adapter = METHODS[s.method].is_adapter
+    late = is_late(s, family_at(name, "--model_name"))
+    models = load_late(name, plan.dtype, s.variant) if late else load_models(name, plan.dtype, is_adapter, s.variant)
+    family, recipe = models.family, recipe_for(models.family, s, concepts)
+    side = default(s.resolution, models.resolution)
+    say(f"Model: {models.name} ({family.name}, {family.noise(s, models.pipeline, side).predicts}), {side} px")
     say(f"Machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     subjects = settle_subjects(s, models, concepts)
     course = set_course(s, models, subjects, recipe, plan)
     if preserves_prior(s) and not METHODS[s.method].changes_class:
         say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
 
+    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
+    if late:
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects)}), plan.device)
+        models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
         class_images = class_pools(s, models, concepts, course.resolution, class_image_plan(s, plan), accelerator)
-    photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)

@@ -31,6 +31,7 @@ if FOUND not in os.environ:  # the workers of pytest-xdist find it there
         part.write_text(made, encoding="utf-8")
         os.replace(part, single_file.TARGET)
 
+SLOW = tuple(line for line in (REPOSITORY / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
 FAMILIES = ("sd1", "sd2", "sdxl")
 KINDS = (*FAMILIES, "demo")
 
@@ -40,8 +41,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes ten seconds or more, and begins before the others")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config, items):
-    """Long tests first, in each worker's share of them all, so that no worker waits for another's in the end."""
+    """Those in slow.txt are slow. Long tests first, in each worker's share of them all, so that no worker waits for another's in the end."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker("slow")
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     long, others = ([item for item in items if bool(item.get_closest_marker("long")) == is_long] for is_long in (True, False))
     size, ordered = -(-len(items) // workers), []
@@ -67,6 +72,10 @@ def build_pipeline(family, seed=0):
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    if family not in FAMILIES:
+        from tiny_families import build
+
+        return build(family, seed)
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "demo" / "model", subfolder="tokenizer")
     text_config = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3,

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
-from training_runs import made_cache, settings
+from training_runs import made_cache, settings, usual_noise
 
 import dreambooth_implementation as db
 
@@ -21,34 +21,34 @@ def test_batches_keep_latents_prompt_and_size_together(tmp_path, tiny_model):
     assert len(own) == 7
     seen = set()
     for step in range(12):
-        batch = db.make_batch(cache, s, step, 1000)
+        batch = db.make_batch(cache, s, step, usual_noise())
         assert batch["is_class"].tolist() == [False, False, True, True]
         assert batch["weight"].tolist() == [0.5, 0.5, 0.25, 0.25]
         drawn = torch.randn(batch["latents"].shape, generator=db.random_source("noise", s.seed, step, 0))
         for row in range(4):
-            mean, std, prompt = own[tuple(batch["time_ids"][row].int().tolist())]
+            mean, std, prompt = own[tuple(batch["sizes"][row].int().tolist())]
             torch.testing.assert_close(batch["latents"][row], mean + std * drawn[row], atol=1e-5, rtol=1e-4)
             assert (cache.prompts[batch["prompt"][row]], bool(batch["is_class"][row])) == (prompt, prompt == "a dog")
-            seen.add(tuple(batch["time_ids"][row].int().tolist()))
+            seen.add(tuple(batch["sizes"][row].int().tolist()))
     assert len(seen) == 7
 
 
 def test_latents_are_sampled_afresh(tmp_path, tiny_model):
     _, _, cache = made_cache(tmp_path, tiny_model)
     s = settings()
-    a = db.make_batch(cache, s, 0, 1000)
-    b = next(batch for step in range(3, 6) if torch.equal((batch := db.make_batch(cache, s, step, 1000))["time_ids"][0],
-                                                          a["time_ids"][0]))  # three photos: the same one comes again
+    a = db.make_batch(cache, s, 0, usual_noise())
+    b = next(batch for step in range(3, 6) if torch.equal((batch := db.make_batch(cache, s, step, usual_noise()))["sizes"][0],
+                                                          a["sizes"][0]))  # three photos: the same one comes again
     assert not torch.equal(a["latents"][0], b["latents"][0])
-    assert not torch.equal(a["noise"], b["noise"]) and not torch.equal(a["timesteps"], b["timesteps"])
-    again = db.make_batch(cache, s, 0, 1000)
+    assert not torch.equal(a["noise"], b["noise"]) and not torch.equal(a["levels"], b["levels"])
+    again = db.make_batch(cache, s, 0, usual_noise())
     assert all(torch.equal(a[key], again[key]) for key in a)
 
 
 def test_processes_draw_different_pictures_and_noise(tmp_path, tiny_model):
     _, _, cache = made_cache(tmp_path, tiny_model)
-    a, b = (db.make_batch(cache, settings(), 0, 1000, process, 2) for process in (0, 1))
-    assert not torch.equal(a["noise"], b["noise"]) and not torch.equal(a["time_ids"], b["time_ids"])
+    a, b = (db.make_batch(cache, settings(), 0, usual_noise(), process, 2) for process in (0, 1))
+    assert not torch.equal(a["noise"], b["noise"]) and not torch.equal(a["sizes"], b["sizes"])
 
 
 def test_every_picture_is_drawn_once_before_any_twice():

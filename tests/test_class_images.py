@@ -36,8 +36,7 @@ def contents(paths):
 def drawn(monkeypatch):
     """The seeds that were drawn, in order."""
     seeds, draw = [], db.draw
-    for steps in ("CLASS_IMAGE_STEPS", "UNGUIDED_CLASS_IMAGE_STEPS"):
-        monkeypatch.setattr(db, steps, 2)
+    monkeypatch.setattr(db.SmallStableDiffusion, "class_steps", (2, 2))
     monkeypatch.setattr(db, "draw", lambda pipeline, jobs, **look: seeds.extend(seed for _, seed in jobs)
                         or draw(pipeline, jobs, **look))
     return seeds
@@ -84,9 +83,8 @@ def test_class_images_start_from_the_noisiest_timestep(options, steps, rows, tmp
 
 
 def test_class_images_of_stable_diffusion_are_guided():
-    configs = {"stable-diffusion": (None, 768), "stable-diffusion-xl": ("text_time", 2048), "small": (None, 160)}
-    looks = {family: db.class_image_look(settings(), {"addition_embed_type": kind, "cross_attention_dim": channels})
-             for family, (kind, channels) in configs.items()}
+    families = db.StableDiffusion(), db.StableDiffusionXL(), db.SmallStableDiffusion()
+    looks = {family.name: db.class_image_look(settings(), family) for family in families}
     assert looks == {"stable-diffusion": (15, 7.5), "stable-diffusion-xl": (15, 5.0), "small": (10, 1.0)}
 
 

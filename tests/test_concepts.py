@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import picture
-from training_runs import settings
+from training_runs import settings, usual_noise
 
 import dreambooth_implementation as db
 
@@ -46,7 +46,7 @@ def two(tmp_path):
 
 def test_subjects_are_balanced_and_keep_their_captions(two, tiny_model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(db, "UNGUIDED_CLASS_IMAGE_STEPS", 1)
+    monkeypatch.setattr(db.SmallStableDiffusion, "class_steps", (1, 1))
     s = settings(concepts="concepts.json", num_class_images=2, seed=5)
     concepts = db.read_concepts(s, True, True)
     models = db.load_models(str(tiny_model("sd1")), torch.float32)
@@ -69,7 +69,7 @@ def test_subjects_are_balanced_and_keep_their_captions(two, tiny_model, monkeypa
 
     drawn, rows, classes = Counter(), Counter(), Counter()
     for step in range(60):
-        batch = db.make_batch(cache, dataclasses.replace(s, train_batch_size=2), step, 1000)
+        batch = db.make_batch(cache, dataclasses.replace(s, train_batch_size=2), step, usual_noise())
         for prompt, time_id, is_class in zip(batch["prompt"].tolist(), batch["latents"], batch["is_class"].tolist()):
             (classes if is_class else drawn)[cache.prompts[prompt]] += 1
     assert drawn == {x.instance_prompt: 40 for x in subjects}

@@ -23,16 +23,16 @@ def test_activations_take_what_was_estimated(method, family, checkpointing, prec
     if checkpointing:
         db.set_checkpointing(models, groups)
     with torch.no_grad():
-        hidden, pooled = db.encode_prompts(models, ["a dog"] * 6)
+        told = models.family.encode(models, ["a dog"] * 6)
     batch = torch.randn(6, 4, 64, 64), torch.zeros(6, dtype=torch.long)
     tracker = MemTracker()
-    tracker.track_external(models.unet)
+    tracker.track_external(models.denoiser)
     with tracker:
         with torch.autocast("cpu", plan.dtype, precision != "no", cache_enabled=False):
-            out = db.predict(models.unet, *batch, hidden, pooled, torch.zeros(6, 6))
+            out = models.family.predict(models, *batch, told, torch.zeros(6, 6))
         out.float().square().mean().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    real = peak - sum(t.nbytes for t in (*models.unet.parameters(), *models.unet.buffers()))
+    real = peak - sum(t.nbytes for t in (*models.denoiser.parameters(), *models.denoiser.buffers()))
     assert sum(db.peak_of(demand, levers).values()) == pytest.approx(real, rel=0.1)
 
 

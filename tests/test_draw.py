@@ -59,6 +59,12 @@ class Decoder(torch.nn.Linear):
     dtype = property(lambda self: self.weight.dtype)
 
 
+def made_up(monkeypatch):
+    """What is drawn are texts, by pipelines that are none."""
+    monkeypatch.setattr(db, "is_flat", lambda picture: False)
+    monkeypatch.setattr(db, "family_of", lambda pipeline: db.StableDiffusion())
+
+
 class SmallMemory:
     """A pipeline that holds three pictures at most."""
 
@@ -67,20 +73,20 @@ class SmallMemory:
     def __init__(self):
         self.vae = Decoder(1, 1).half()
 
-    def __call__(self, prompts, generator, **look):
-        self.asked = (*self.asked, len(prompts))
+    def __call__(self, prompt, generator, **look):
+        self.asked = (*self.asked, len(prompt))
         assert self.vae.dtype == torch.float16
-        if len(prompts) > 3:
+        if len(prompt) > 3:
             self.vae.float()  # as SDXL's pipeline does to decode
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return types.SimpleNamespace(images=[f"{prompt} {g.initial_seed()}" for prompt, g in zip(prompts, generator)])
+        return types.SimpleNamespace(images=[f"{text} {g.initial_seed()}" for text, g in zip(prompt, generator)])
 
     def maybe_free_model_hooks(self):
         pass
 
 
 def test_pictures_are_drawn_as_many_at_once_as_fit(monkeypatch, capsys):
-    monkeypatch.setattr(db, "is_flat", lambda picture: False)
+    made_up(monkeypatch)
     jobs, look = [(f"p{i}", i) for i in range(7)], dict(steps=1, guidance_scale=1, height=512, width=512)
     pipeline = SmallMemory()
     assert list(db.draw(pipeline, jobs, batch_size=None, **look)) == [f"p{i} {i}" for i in range(7)]
@@ -108,17 +114,17 @@ class TinyMemory(SmallMemory):
     def maybe_free_model_hooks(self):
         self.device = torch.device("cpu") if self.takes_turns else GPU
 
-    def __call__(self, prompts, generator, **look):
-        if not self.takes_turns or len(prompts) > self.room:
+    def __call__(self, prompt, generator, **look):
+        if not self.takes_turns or len(prompt) > self.room:
             self.device = GPU  # of the part that found no room
             self.vae.float()
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().__call__(prompts, generator, **look)
+        return super().__call__(prompt, generator, **look)
 
 
 @pytest.mark.parametrize("batch_size, at_once", [(None, (1, 1, 1)), (2, (2, 1))])
 def test_where_no_picture_fits_the_parts_of_the_model_take_turns(batch_size, at_once, monkeypatch, capsys):
-    monkeypatch.setattr(db, "is_flat", lambda picture: False)
+    made_up(monkeypatch)
     jobs = [(f"p{i}", i) for i in range(3)]
     look = dict(steps=1, guidance_scale=1, height=512, width=512, batch_size=batch_size)
     pipeline = TinyMemory()
@@ -134,7 +140,7 @@ def test_a_model_larger_than_memory_is_drawn_with_by_parts_in_turn(monkeypatch, 
 
         def to(self, device):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(db, "is_flat", lambda picture: False)
+    made_up(monkeypatch)
     pipeline, look = Large(room=2), dict(steps=1, guidance_scale=1, height=512, width=512)
     assert db.placed(pipeline, GPU) is pipeline and pipeline.takes_turns
     assert list(db.draw(pipeline, [("p", 0), ("q", 1), ("r", 2)], batch_size=None, **look)) == ["p 0", "q 1", "r 2"]

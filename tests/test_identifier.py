@@ -35,7 +35,7 @@ def clip():
 
         def maybe_convert_prompt(self, prompts, tokenizer):
             return prompts
-    return db.Models("clip", Pipeline(), [tokenizer], [text_encoder], None, None, None)
+    return db.Models("clip", Pipeline(), db.StableDiffusion(), [tokenizer], [text_encoder], None, None)
 
 
 def concept(class_prompt="a dog", name="rex", identifier="auto"):

@@ -30,8 +30,8 @@ def test_a_damaged_model_is_one_line(run, photos, tmp_path, tiny_model):
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model, monkeypatch, tmp_path):
-    whole, half = (db.load_models(str(tiny_model(family)), torch.bfloat16, freezes_unet=freezes) for freezes in (False, True))
-    assert (whole.unet.dtype, half.unet.dtype) == (torch.float32, torch.bfloat16)
+    whole, half = (db.load_models(str(tiny_model(family)), torch.bfloat16, freezes_denoiser=freezes) for freezes in (False, True))
+    assert (whole.denoiser.dtype, half.denoiser.dtype) == (torch.float32, torch.bfloat16)
     assert {part.dtype for part in (half.vae, *half.text_encoders)} == {torch.float32}
     assert half.fingerprint == whole.fingerprint  # one cache of class images serves both
     drawn_with, draw = [], db.draw
@@ -43,7 +43,7 @@ def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model
         folder = tmp_path / str(len(drawn_with))
         folder.mkdir()
         db.draw_class_images(s, models, settings, plan, folder, [0])
-    assert [pipeline.unet is models.unet for pipeline, models in zip(drawn_with, (whole, half))] == [False, True]
+    assert [pipeline.unet is models.denoiser for pipeline, models in zip(drawn_with, (whole, half))] == [False, True]
     assert all(pipeline.vae is not models.vae for pipeline, models in zip(drawn_with, (whole, half)))
     first, second = (next((tmp_path / number).glob("*.png")).read_bytes() for number in "01")
     assert first == second

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, picture
+from training_runs import usual_noise
 
 import dreambooth_implementation as db
 
@@ -434,7 +435,7 @@ def batch_with(offset):
     rows = torch.arange(3)
     cache = db.LatentCache(torch.zeros(3, 4, 8, 8), torch.zeros(3, 4, 8, 8), torch.zeros(3, 6), rows, ["a"] * 3, [[0, 1, 2]], [])
     s = SimpleNamespace(train_batch_size=2, seed=3, prior_loss_weight=1.0, noise_offset=offset)
-    return db.make_batch(cache, s, 5, 1000)
+    return db.make_batch(cache, s, 5, usual_noise())
 
 
 def test_noise_offset_adds_one_number_to_each_channel():
@@ -442,7 +443,7 @@ def test_noise_offset_adds_one_number_to_each_channel():
     shift = (moved["noise"] - plain["noise"]) / 0.1
     assert torch.allclose(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-5)
     assert shift[:, :, 0, 0].unique().numel() == 8 and 0.3 < shift[:, :, 0, 0].std() < 2  # of a normal distribution
-    assert all(torch.equal(plain[key], moved[key]) for key in ("latents", "timesteps", "weight"))
+    assert all(torch.equal(plain[key], moved[key]) for key in ("latents", "levels", "weight"))
     assert torch.allclose(batch_with(0.3)["noise"] - plain["noise"], 3 * (moved["noise"] - plain["noise"]), atol=1e-5)
     assert torch.equal(batch_with(0.0)["noise"], plain["noise"])
 
@@ -502,13 +503,13 @@ def test_the_text_encoders_have_a_weight_decay_of_their_own():
 def test_what_an_optimizer_lacks_is_said(flags, said):
     s = db.parse_settings(["--train", *flags])
     with pytest.raises(db.UserError, match=said):
-        db.check_levers(s, db.Plan(torch.device("cpu"), "no"))
+        db.check_levers(s, db.StableDiffusion(), db.Plan(torch.device("cpu"), "no"))
 
 
 def test_no_plan_takes_an_optimizer_without_the_moments_given():
     s = db.parse_settings(["--train", "--adam_beta1", "0.8"])
-    assert {levers.optimizer for levers in db.plans(s, "bf16")} == {"adamw", "adamw8bit"}
-    assert "adafactor" in {levers.optimizer for levers in db.plans(db.Settings("train"), "bf16")}
+    assert {levers.optimizer for levers in db.plans(s, db.StableDiffusion(), db.Plan(torch.device("cpu"), "bf16"))} == {"adamw", "adamw8bit"}
+    assert "adafactor" in {levers.optimizer for levers in db.plans(db.Settings("train"), db.StableDiffusion(), db.Plan(torch.device("cpu"), "bf16"))}
 
 
 @pytest.mark.parametrize("name, options", [
@@ -540,7 +541,7 @@ def test_scaled_rates_are_multiplied_by_batch_accumulation_and_processes(tiny_mo
     models = db.load_models(str(tiny_model("sd1")), torch.float32)
     s = db.parse_settings(["--train", "--scale_lr", "--train_batch_size", "3", "--gradient_accumulation_steps", "4",
                            "--train_text_encoder", "--learning_rate", "1e-6"])
-    recipe = db.RECIPES["small"]["full"]
+    recipe = db.SmallStableDiffusion.recipes["full"]
     assert [group.lr for group in db.parameter_groups(s, models, [], recipe)] == pytest.approx([12e-6, 12 * recipe.text_encoder_lr])
     two_processes(monkeypatch)
     assert db.parameter_groups(s, models, [], recipe)[0].lr == pytest.approx(24e-6)
@@ -567,7 +568,7 @@ def test_epochs_are_counted_as_diffusers_scripts_do(flags, photos, classes, expe
     length = max(photos * (s.repeats or (100 if "textual" in s.method else 1)), classes if db.preserves_prior(s) else 0)
     batches = math.ceil(length / s.train_batch_size)
     assert db.epoch_steps(s, concepts) == expected == math.ceil(batches / s.gradient_accumulation_steps)
-    assert db.recipe_for("stable-diffusion", s, concepts).steps == 3 * expected
+    assert db.recipe_for(db.StableDiffusion(), s, concepts).steps == 3 * expected
     assert f"Epochs: 3 of {expected} steps each." in capsys.readouterr().out
 
 
@@ -584,7 +585,7 @@ def test_epochs_count_own_class_images_and_processes(tmp_path, monkeypatch):
 
 def test_steps_go_before_epochs(tmp_path):
     s = db.parse_settings(["--train", "--num_train_epochs", "3", "--steps", "7"])
-    assert db.recipe_for("stable-diffusion", s, concepts_of(5, 200, tmp_path)).steps == 7
+    assert db.recipe_for(db.StableDiffusion(), s, concepts_of(5, 200, tmp_path)).steps == 7
 
 
 def test_epochs_of_validation_are_steps(tmp_path):
@@ -599,8 +600,8 @@ def test_epochs_of_validation_are_steps(tmp_path):
 def test_lora_dropout_is_in_every_layer(tiny_model):
     s = db.parse_settings(["--train", "--method", "lora", "--lora_dropout", "0.3", "--rank", "2", "--train_text_encoder"])
     models = db.load_models(str(tiny_model("sd1")), torch.float32)
-    db.parameter_groups(s, models, [], db.RECIPES["small"]["lora"])
-    chances = [part.p for module in (models.unet, *models.text_encoders) for name, part in module.named_modules()
+    db.parameter_groups(s, models, [], db.SmallStableDiffusion.recipes["lora"])
+    chances = [part.p for module in (models.denoiser, *models.text_encoders) for name, part in module.named_modules()
                if "lora_dropout" in name and isinstance(part, torch.nn.Dropout)]
     assert len(chances) > 20 and set(chances) == {0.3}
 

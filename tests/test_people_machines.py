@@ -933,8 +933,8 @@ def test_a_gamma_of_nought_is_off():
 
     generator = torch.Generator().manual_seed(0)
     batch = {"latents": torch.randn(2, 4, 8, 8, generator=generator), "noise": torch.randn(2, 4, 8, 8, generator=generator),
-             "timesteps": torch.tensor([10, 900]), "weight": torch.ones(2)}
-    off, nought, five = (db.diffusion_loss(DDPMScheduler(), batch, lambda noisy, batch: noisy * 0.5, gamma)[1] for gamma in (None, 0.0, 5.0))
+             "levels": torch.tensor([10, 900]), "weight": torch.ones(2)}
+    off, nought, five = (db.denoising_loss(db.Diffusion(DDPMScheduler(), gamma), batch, lambda noisy, batch: noisy * 0.5)[1] for gamma in (None, 0.0, 5.0))
     assert torch.equal(off, nought) and (nought > 0).all() and not torch.equal(off, five)
 
 

@@ -50,6 +50,10 @@ def load(name, **options):
     return db.load_pipeline(str(name), torch.float32, **options)
 
 
+def noise_of(models):
+    return models.family.noise(db.Settings("train"), models.pipeline, 32)
+
+
 def weights_of(pipeline):
     return {f"{part}.{name}": tensor for part in ("unet", "vae", "text_encoder", "text_encoder_2") if pipeline.components.get(part)
             for name, tensor in pipeline.components[part].state_dict().items()}
@@ -277,7 +281,7 @@ def test_unusual_configs_of_a_unet(values, size, copy_of, tiny_model, run):
     models = db.load_models(str(folder), torch.float32)
     assert same(weights_of(models.pipeline), weights_of(load(tiny_model("sd1"))))
     assert db.own_size(models.pipeline) == size and models.resolution == min(size)
-    assert db.family_of(models.unet.config) == "small"
+    assert models.family.name == "small"
     status, _, err = run("--infer", *DRAW, "--model_path", folder, "--prompt", "a dog")
     assert status == 0, err
     from PIL import Image
@@ -286,7 +290,8 @@ def test_unusual_configs_of_a_unet(values, size, copy_of, tiny_model, run):
 
 def test_families_are_told_from_lists_of_widths():
     for width, family in (([768, 768], "stable-diffusion"), (1024, "stable-diffusion"), ([32, 32], "small"), (32, "small")):
-        assert db.family_of({"addition_embed_type": None, "cross_attention_dim": width}) == family
+        assert next(each for each in db.FAMILIES if "StableDiffusionPipeline" in each.pipelines
+                    and each.fits({"cross_attention_dim": width})).name == family
 
 
 def test_a_missing_sample_size_is_sdxls_in_sdxl(copy_of):
@@ -360,7 +365,7 @@ def test_schedulers_of_the_ddpm_kind_train(kind, options, copy_of, capsys):
     import diffusers
 
     models = db.load_models(str(with_scheduler(copy_of(), getattr(diffusers, kind)(**options))), torch.float32)
-    assert models.noise_scheduler.config.prediction_type == "epsilon" and "distilled" not in capsys.readouterr().out
+    assert noise_of(models).predicts == "epsilon" and "distilled" not in capsys.readouterr().out
 
 
 def test_other_prediction_types_are_refused(copy_of):
@@ -539,9 +544,9 @@ def test_a_checkpoint_tells_what_it_predicts(kind, flags, notes, scheduler, pred
     models = db.load_models(name, torch.float32)
     own = models.pipeline.scheduler
     assert (type(own).__name__, own.config.prediction_type) == (scheduler, predicts)
-    assert bool(own.config.get("rescale_betas_zero_snr")) == from_noise == bool(models.noise_scheduler.config.rescale_betas_zero_snr)
-    assert models.noise_scheduler.config.prediction_type == predicts
-    assert models.noise_scheduler.alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-6) or not from_noise
+    assert bool(own.config.get("rescale_betas_zero_snr")) == from_noise == bool(noise_of(models).scheduler.config.rescale_betas_zero_snr)
+    assert noise_of(models).predicts == predicts
+    assert noise_of(models).scheduler.alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-6) or not from_noise
     said = "says of itself" in capsys.readouterr().out
     assert said == (kind != "sd1" or predicts != "epsilon")
 
@@ -899,7 +904,7 @@ def made(tiny_model, tmp_path_factory):
             models = db.take_apart("x", load(tiny_model(family)))
             s = db.Settings("train", rank=rank, lora_alpha=alpha, use_dora=dora)
             recipe = db.Recipe(1, lora_target=target)
-            groups = [db.unet_lora(s, models, [], recipe)] + ([db.text_encoder_lora(s, models, [], recipe)] if text else [])
+            groups = [db.denoiser_lora(s, models, [], recipe)] + ([db.text_encoder_lora(s, models, [], recipe)] if text else [])
             torch.manual_seed(seed)
             for group in groups:
                 for parameter in group.parameters:

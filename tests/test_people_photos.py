@@ -746,7 +746,7 @@ def test_two_subjects_of_the_same_photos_are_said(photos, tmp_path, capsys):
 @pytest.fixture
 def training(run, photos, tiny_model, monkeypatch):
     """training(*flags) -> (status, output, error) of a training of two steps."""
-    monkeypatch.setattr(db, "UNGUIDED_CLASS_IMAGE_STEPS", 1)
+    monkeypatch.setattr(db.SmallStableDiffusion, "class_steps", (1, 1))
     given = ["--train", "--model_name", tiny_model("sd1"), "--instance_data_dir", "photos", "--class_prompt", "a dog",
              "--num_class_images", 1, "--steps", 2, "--num_inference_steps", 1, "--method", "lora", "--rank", 2]
     return lambda *flags: run(*given, *flags)

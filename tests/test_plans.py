@@ -44,8 +44,8 @@ def test_a_missing_package_is_named(run, photos, tiny_model, monkeypatch):
 
 def test_fused_backward_does_not_go_with_fp16():
     s = db.Settings("train", fused_backward=True)
-    assert db.objection(s, db.Levers(fused_backward=True), "no") is None
-    assert "fp16" in db.objection(s, db.Levers(fused_backward=True), "fp16")
+    assert db.objection(s, db.StableDiffusion(), db.Levers(fused_backward=True), "no") is None
+    assert "fp16" in db.objection(s, db.StableDiffusion(), db.Levers(fused_backward=True), "fp16")
 
 
 def test_every_further_lever_saves(tiny_model):

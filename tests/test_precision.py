@@ -64,26 +64,26 @@ def test_rounding_by_chance_is_right_on_average_and_leaves_what_fits():
 def test_autocast_stays_where_float32_weights_are_recomputed(expected, levers, precision, dora, tiny_model):
     run = make_run(tiny_model, "lora" if dora else "full", "sdxl", precision, levers, use_dora=dora)
     found = []
-    run.models.unet.conv_in.register_forward_hook(lambda module, args, out: found.append(torch.is_autocast_enabled("cpu")))
+    run.models.denoiser.conv_in.register_forward_hook(lambda module, args, out: found.append(torch.is_autocast_enabled("cpu")))
     steps(run, 0, 1)
     assert found[0] == (precision != "no" and not expected)
-    assert not db.is_bf16_throughout(run.s, levers, "fp16")
+    assert not db.is_bf16_throughout(run.s, run.models.family, levers, "fp16")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
 def test_the_unet_computes_in_bf16_on_copies_of_its_weights(master, layout, tiny_model):
     """As a UNet in bf16 with its last two layers in float32 does, to the bit; gradients come in the weights' precision."""
-    unet = db.load_models(str(tiny_model("sd1")), torch.float32).unet.to(master, memory_format=layout).requires_grad_(True)
+    unet = db.load_models(str(tiny_model("sd1")), torch.float32).denoiser.to(master, memory_format=layout).requires_grad_(True)
     twin = copy.deepcopy(unet).bfloat16()
     for name in ("conv_norm_out", "conv_out"):
         setattr(twin, name, copy.deepcopy(getattr(unet, name)).float())
     twin.conv_norm_out.register_forward_pre_hook(lambda module, args: (args[0].float(),))
     noisy, timesteps, hidden = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 8, 32)
-    expected = db.predict(twin, noisy.bfloat16(), timesteps, hidden.bfloat16(), None, None)
+    expected = twin(noisy.bfloat16(), timesteps, encoder_hidden_states=hidden.bfloat16()).sample
     own = list(unet.parameters())
-    db.compute_in_bf16(unet)
-    predicted = db.predict(unet, noisy, timesteps, hidden, None, None)
+    db.compute_in_bf16(unet, db.StableDiffusion().last_layers(unet))
+    predicted = unet(noisy, timesteps, encoder_hidden_states=hidden).sample
     assert predicted.dtype == torch.float32 and torch.equal(predicted, expected)
     for out in (predicted, expected):
         out.square().mean().backward()
@@ -91,7 +91,7 @@ def test_the_unet_computes_in_bf16_on_copies_of_its_weights(master, layout, tiny
     for mine, other in zip(own, twin.parameters(), strict=True):
         assert mine.grad.dtype == master and torch.equal(mine.grad, other.grad.to(master))
     with pytest.raises(RuntimeError):  # whatever happens, the weights are back
-        db.predict(unet, noisy[:, :3], timesteps, hidden, None, None)
+        unet(noisy[:, :3], timesteps, encoder_hidden_states=hidden)
     assert all(a is b for a, b in zip(own, unet.parameters(), strict=True)) and not unet.conv_norm_out._forward_pre_hooks
 
 

@@ -44,7 +44,7 @@ def prepared(model, precision, levers, at_once):
     batch, db.make_batch = db.make_batch, made
     s = db.Settings("train", train_text_encoder=True, max_grad_norm=0)
     models = db.load_models(model, torch.float32)
-    groups = db.parameter_groups(s, models, [], db.RECIPES["small"]["full"])
+    groups = db.parameter_groups(s, models, [], db.SmallStableDiffusion.recipes["full"])
     accelerator = db.make_accelerator(s, db.Plan(torch.device("cpu"), precision))
     run = db.prepare_training(s, db.Course(1, 64, precision, levers), models, groups, made_up_latents(), accelerator, {})
     object.__setattr__(run, "at_once", at_once or 2 * (3 - accelerator.num_processes))
@@ -109,7 +109,7 @@ def test_steps_average_what_processes_find(precision, levers, tmp_path, tiny_mod
     statuses, said = forked.finish([forked.begin(tmp_path, save_weights, *options)], tmp_path)
     assert statuses == [0], said
     one, first, second = (load_file(tmp_path / f"weights-{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    start = {f"unet.{i}": p for i, p in enumerate(db.load_models(options[0], torch.float32).unet.parameters())}
+    start = {f"unet.{i}": p for i, p in enumerate(db.load_models(options[0], torch.float32).denoiser.parameters())}
     assert len(start) > 50 and same(first, second) and one.keys() == first.keys()
     moved, apart = (torch.cat([(one[n].float() - other[n].float()).flatten() for n in start]).norm()
                     for other in (start, first))
@@ -184,7 +184,7 @@ def second_of(launcher):
 def test_autocast_keeps_no_copies_of_weights(tiny_model):
     """With gradient checkpointing they would be there, all of them, at the end of a pass."""
     run, kept = make_run(tiny_model, precision="bf16", levers=db.Levers(gradient_checkpointing=True)), []
-    run.models.unet.conv_out.register_forward_hook(lambda *args: kept.append(torch.is_autocast_cache_enabled()))
+    run.models.denoiser.conv_out.register_forward_hook(lambda *args: kept.append(torch.is_autocast_cache_enabled()))
     steps(run, 0, 1)
     assert kept == [False]
 

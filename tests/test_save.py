@@ -38,8 +38,8 @@ def test_output_is_complete(train, run, tmp_path):
     assert record["used"] == {"steps": 2, "resolution": 32, "precision": "no", "lr_scheduler": "warmup_stable_decay",
                               "use_ema": False, "optimizer": "adamw", "weights": "fp32", "offload_optimizer": False,
                               "gradient_checkpointing": False, "split_batch": False, "fused_backward": False,
-                              "learning_rates": {"unet": db.RECIPES["small"]["full"].learning_rate},
-                              "guidance_scale": db.GUIDANCE["small"], "selected_step": None}
+                              "learning_rates": {"unet": db.SmallStableDiffusion.recipes["full"].learning_rate},
+                              "guidance_scale": db.SmallStableDiffusion.guidance, "selected_step": None}
     assert set(record["loss"]["first_100_steps"]) == {"instance", "prior"} and record["versions"]["torch"]
     assert len(list((tmp_path / "output" / "samples").glob("a-zqq-dog-in-the-snow-*.png"))) == 4
     assert list((tmp_path / "output" / "logs").glob("events*"))

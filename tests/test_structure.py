@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import single_file
 from conftest import FOUND, REPOSITORY
+from conftest import SLOW as SLOW_TESTS
 
 import dreambooth_implementation as db
 
@@ -19,7 +20,7 @@ MODULES = single_file.read_modules(single_file.PACKAGE)  # {name: (source, synta
 SLOW = {"accelerate", "diffusers", "huggingface_hub", "lpips", "numpy", "peft", "pillow_heif", "prodigyopt",
         "safetensors.torch", "torch", "torchao", "transformers"}
 # Test files after no module: of the whole program, or of what lies beside it.
-OTHERS = {"bad_input", "benchmarks", "demo", "docs", "kills", "notebook", "people_flags", "people_machines", "people_models",
+OTHERS = {"bad_input", "benchmarks", "demo", "docs", "families", "kills", "notebook", "people_flags", "people_machines", "people_models",
           "people_photos", "pretended_gpu", "properties", "single_file",
           "structure", "webui"}
 # In an interpreter that has imported nothing of the program: each module in a fork of its own. Prints {module: what is wrong}.
@@ -99,6 +100,12 @@ def test_test_files_follow_the_modules():
     modules = {name.split(".")[-1] for name in MODULES}
     named = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests").glob("test_*.py")}
     assert named - modules - OTHERS == set() and OTHERS <= named and not OTHERS & modules
+
+
+@pytest.mark.parametrize("line", SLOW_TESTS)
+def test_what_is_named_slow_exists(line):
+    file, function = re.match(r"(\w+\.py)::(\w+)", line).groups()
+    assert f"def {function}" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8")
 
 
 def test_every_name_of_the_modules_is_in_the_single_file():

@@ -36,11 +36,18 @@ def need(optimizer):
 # ---- a Run
 
 
+def usual_noise():
+    """Diffusion with diffusers' usual 1000 timesteps."""
+    from diffusers import DDPMScheduler
+
+    return db.Diffusion(DDPMScheduler())
+
+
 def tiny_training(tiny_model, method="full", family="sd1", precision="no", resolution=64, **flags):
     """(settings, models, subjects, recipe, plan) of a training on the CPU, ready to be surveyed."""
     s = db.Settings("train", method=method, mixed_precision=precision, rank=2, **flags)
     models = db.load_models(str(tiny_model(family)), torch.float32)
-    recipe = db.RECIPES["small"][method]
+    recipe = db.SmallStableDiffusion.recipes[method]
     return s, models, [db.Subject("<dog>", "a dog", "a <dog> dog", "dog")], recipe, db.Plan(torch.device("cpu"), precision)
 
 
@@ -52,7 +59,7 @@ def make_run(tiny_model, method="full", family="sd1", precision="no", levers=db.
     s, models, subjects, recipe, plan = tiny_training(tiny_model, method, family, precision, **flags)
     torch.manual_seed(0)
     if db.METHODS[method].is_adapter:
-        models.unet.to(plan.dtype)
+        models.denoiser.to(plan.dtype)
     groups = db.parameter_groups(s, models, subjects, db.with_own_rate(recipe, s))
     course = db.Course(4, 64, precision, levers, "cosine")
     return db.prepare_training(s, course, models, groups, made_up_latents(), db.make_accelerator(s, plan), {})

@@ -61,7 +61,7 @@ def single_file(package=PACKAGE):
     for name in order:
         for node in modules[name][1].body:
             defined = [node.name] if hasattr(node, "name") else [
-                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+                part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)
             ] if isinstance(node, ast.Assign) else []
             if taken := [word for word in defined if owners.setdefault(word, name) != name]:
                 raise SystemExit(f"{taken[0]} is defined in {owners[taken[0]]} and in {name}; give one another name")

@@ -28,10 +28,10 @@ def balanced(pools, start, count, *key):
     return rows
 
 
-def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_processes=1):
+def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
     """The batch of one micro-step: `train_batch_size` photos and, with prior preservation, as many class images.
 
-    Photos and class images are drawn independently, each row with its own noise and timestep (paper equation 2), and
+    Photos and class images are drawn independently, each row with its own noise and level (paper equation 2), and
     from all subjects equally often. The batch depends on nothing but seed, micro-step and process. `weight` [B] makes the
     loss a weighted sum: a photo counts 1 / photos, a class image prior_loss_weight / class images.
     """
@@ -46,14 +46,14 @@ def make_batch(cache, s, micro_step, num_train_timesteps, process=0, num_process
     source = random_source("noise", s.seed, micro_step, process)
     mean, std = cache.mean[rows], cache.std[rows]
     latents, noise = mean + std * torch.randn(mean.shape, generator=source), torch.randn(mean.shape, generator=source)
-    timesteps = torch.randint(num_train_timesteps, (len(rows),), generator=source)
+    levels = noise_kind.levels(len(rows), source)
     if s.noise_offset:  # one number for all of a channel (Guttenberg, "Diffusion with offset noise", 2023)
         noise += s.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=source)
     return {
         "latents": latents,
         "noise": noise,
-        "timesteps": timesteps,
-        "time_ids": cache.time_ids[rows],
+        "levels": levels,
+        "sizes": cache.sizes[rows],
         "prompt": cache.prompt[rows],
         "is_class": is_class,
         "weight": torch.tensor(weight),

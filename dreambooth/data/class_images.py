@@ -13,12 +13,8 @@ from dreambooth.drawing.draw import draw, placed
 from dreambooth.files import file_digest, read_sums, whole_file
 from dreambooth.images import is_flat
 from dreambooth.models.load import load_pipeline
-from dreambooth.models.recipes import CLASS_GUIDANCE, family_of
 from dreambooth.subjects.class_folders import own_class_images
 
-# The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
-# do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
-CLASS_IMAGE_STEPS, UNGUIDED_CLASS_IMAGE_STEPS, CLASS_IMAGE_SPACING = 15, 10, "trailing"
 MANIFEST = "MANIFEST.sha256"
 
 
@@ -30,19 +26,19 @@ def class_image_plan(s, plan):
     return dataclasses.replace(plan, precision=precision)
 
 
-def class_image_look(s, unet_config):
+def class_image_look(s, family):
     """(denoising steps, guidance scale) of the class images."""
-    scale = default(s.class_guidance_scale, CLASS_GUIDANCE[family_of(unet_config)])
-    return CLASS_IMAGE_STEPS if scale > 1 else UNGUIDED_CLASS_IMAGE_STEPS, scale
+    scale = default(s.class_guidance_scale, family.class_guidance)
+    guided, unguided = family.class_steps
+    return guided if scale > 1 else unguided, scale
 
 
 def class_image_settings(s, models, class_prompt, resolution, plan):
     """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
-    steps, scale = class_image_look(s, models.unet.config)
+    steps, scale = class_image_look(s, models.family)
     return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
-            "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": steps, "timestep_spacing": CLASS_IMAGE_SPACING,
-            "guidance_scale": scale, "precision": plan.precision, "seed": "index",
+            **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
 
 
@@ -97,18 +93,17 @@ def prepare_class_images(s, models, class_prompt, class_data_dir, count, resolut
 
 def draw_class_images(s, models, settings, plan, folder, indices):
     """Draw the class images of these indices, as `settings` say, into `folder` and enter each in its manifest."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    # In another precision the model is read a second time, but for a UNet that is in that precision already: what is to be
+    # In another precision the model is read a second time, but for a denoiser that is in that precision already: what is to be
     # trained keeps all its digits.
-    pipeline, shares = models.pipeline, models.unet.dtype == plan.dtype
+    pipeline, shares = models.pipeline, models.denoiser.dtype == plan.dtype
     if plan.precision != "no" or not shares:
-        pipeline = load_pipeline(models.name, plan.dtype, unet=models.unet.to(plan.device) if shares else None, variant=s.variant)
+        parts = {models.family.denoiser: models.denoiser.to(plan.device)} if shares else {}
+        parts |= dict.fromkeys(models.book.shelf.texts) if models.book else {}
+        pipeline = load_pipeline(models.name, plan.dtype, parts=parts, variant=s.variant)
     own_scheduler = pipeline.scheduler
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config,
-                                                                  timestep_spacing=settings["timestep_spacing"])
+    pipeline.scheduler = models.family.class_scheduler(own_scheduler)
     placed(pipeline, plan.device)
-    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images",
+    look = dict(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], title="class images", models=models,
                 height=settings["resolution"], width=settings["resolution"])
     pictures = draw(pipeline, [(settings["prompt"], index) for index in indices], batch_size=s.sample_batch_size, **look)
     for picture, index in zip(pictures, indices):
@@ -121,4 +116,4 @@ def draw_class_images(s, models, settings, plan, folder, indices):
             manifest.write(f"{file_digest(folder / name)}  {name}\n")
     pipeline.scheduler = own_scheduler
     pipeline.remove_all_hooks()
-    models.unet.to("cpu")
+    models.denoiser.to("cpu")

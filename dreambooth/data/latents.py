@@ -17,9 +17,9 @@ class LatentCache:
     with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
     """
 
-    mean: typing.Any  # [N, C, h, w], times the VAE's scaling factor
+    mean: typing.Any  # [N, C, h, w], as the denoiser takes them
     std: typing.Any  # [N, C, h, w], likewise
-    time_ids: typing.Any  # [N, 6]
+    sizes: typing.Any  # [N, 6]: original height and width, top and left of the crop, target height and width
     prompt: typing.Any  # [N], index into `prompts`
     prompts: list
     photos: list  # for each subject the rows of its photos
@@ -38,27 +38,23 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     own = {picture for pool in photos for picture in pool}
     pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
     prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    variants = 2 if random_flip else 1
+    variants, shape = 2 if random_flip else 1, models.family.latent_shape(models.pipeline, resolution)
     rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(pictures)}
-    side = resolution // models.latent_scale
     # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(pictures), vae.config.latent_channels, side, side)
-    time_ids, prompt = [], []
+    mean, std = torch.empty(2, variants * len(pictures), *shape)
+    sizes, prompt = [], []
     for picture in progress(pictures, "encoding", "image", hidden=not is_first_process()):
         path, caption = picture
         image = load_image(path)
         if min(image.size) < resolution and picture in own:
             say(f"Note: {path} is {image.width} x {image.height}; it is enlarged to {resolution}, which blurs it.")
-        image, sizes = square(image, resolution)
+        image, size = square(image, resolution)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, vae.dtype) / 127.5 - 1  # [1, 3, H, W]
         for row, variant in zip(rows_of[picture], (pixels, pixels.flip(-1))):
             with torch.no_grad():
-                moments = vae.encode(variant).latent_dist
-            mean[row], std[row] = moments.mean[0], moments.std[0]
-            time_ids.append(sizes)
+                (mean[row],), (std[row],) = models.family.moments(vae, variant)
+            sizes.append(size)
             prompt.append(prompts.index(caption))
     vae.to("cpu")
-    scale = vae.config.scaling_factor
     pools = [[[row for picture in pool for row in rows_of[picture]] for pool in kind] for kind in (photos, class_images)]
-    return LatentCache(mean.mul_(scale), std.mul_(scale), torch.tensor(time_ids, dtype=torch.float32), torch.tensor(prompt),
-                       prompts, *pools)
+    return LatentCache(mean, std, torch.tensor(sizes, dtype=torch.float32), torch.tensor(prompt), prompts, *pools)

@@ -6,22 +6,23 @@ Knows nothing of subjects or training.
 from dreambooth.base import UserError, is_first_process, say, slug
 from dreambooth.images import image_grid, is_flat, save_picture
 from dreambooth.mishaps import mishap
-from dreambooth.models.recipes import guidance_scale
+from dreambooth.models.families.known import family_of, guidance_scale
 from dreambooth.progress import progress
 from dreambooth.threads import threads_that_help
 
 
-def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing"):
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing", models=None):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
+    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there.
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
     Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
     import torch
 
-    look = dict(num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, negative_prompt, look)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
     for picture, (prompt, _) in zip(drawn, jobs):
         if is_flat(picture) and pipeline.dtype != torch.float32:
@@ -30,7 +31,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
         yield picture
 
 
-def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
+def draw_batches(pipeline, jobs, size, may_halve, told, look):
     """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
     import torch
 
@@ -40,8 +41,8 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
         prompts, seeds = zip(*jobs[start:start + size])
         try:
             pictures = called(
-                pipeline, list(prompts), negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **look, **counting(threads, len(prompts))).images
+                pipeline, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told(prompts), **look,
+                **counting(threads, len(prompts))).images
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
             if not (can_halve or all_there):
@@ -60,12 +61,26 @@ def draw_batches(pipeline, jobs, size, may_halve, negative_prompt, look):
             all_there = False
 
 
-def called(pipeline, *args, **options):
+def prompts_given(pipeline, models, scale, negative_prompt):
+    """A function from prompts to what a pipeline's call is given of them and of the guidance."""
+    family, book = family_of(pipeline), models and models.book
+
+    def told(prompts):
+        negatives = [negative_prompt] * len(prompts)
+        if not book:
+            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative_prompt else None)
+        device = pipeline._execution_device
+        rows = (book.rows(models, texts, device) for texts in (prompts, negatives))
+        return family.call_options(scale, None) | family.book_options(*rows)
+    return told
+
+
+def called(pipeline, **options):
     """What a pipeline returns. UserError for whatever its code finds wrong with the model, as where its configs disagree."""
     import torch
 
     try:
-        return pipeline(*args, **options)
+        return pipeline(**options)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as problem:
@@ -88,6 +103,16 @@ def counting(threads, pictures):
     return {"callback_on_step_end": count}
 
 
+def in_precision(pipeline, dtype):
+    """`pipeline` with its parts in this precision, but for those in fewer bits, which stay as they are."""
+    import torch
+
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and not getattr(part, "is_quantized", False):
+            part.to(dtype)
+    return pipeline
+
+
 def placed(pipeline, device):
     """`pipeline` with all its parts on the device; where memory is too small for that, they are to take turns there."""
     import torch
@@ -106,17 +131,17 @@ def take_turns(pipeline, device):
     pipeline.enable_model_cpu_offload(device=device)
 
 
-def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
+def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None):
     """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
 
     `model` is what the pictures' text chunks say of the model, `size` is (width, height).
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    guidance, pictures, common = guidance_scale(s, pipeline.unet.config), [], sampling_settings(s, pipeline)
+    guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline)
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
-                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt)
+                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt, models=models)
     for picture, (prompt, seed) in zip(drawn, jobs):
         settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
         lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
@@ -129,4 +154,4 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size):
 def sampling_settings(s, pipeline):
     """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
     return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-            "CFG scale": guidance_scale(s, pipeline.unet.config)}
+            "CFG scale": guidance_scale(s, pipeline)}

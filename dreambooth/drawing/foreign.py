@@ -4,18 +4,16 @@ import re
 from pathlib import Path
 
 from dreambooth.base import UserError, say_once
+from dreambooth.models.families.family import LORA_LAYER
+from dreambooth.models.families.known import family_of
 from dreambooth.models.headers import read_header, read_json
-from dreambooth.models.recipes import TEXT_CHANNELS
 
 PEFT = "base_model.model."
 PEFT_CONFIG = "adapter_config.json"
-LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
 # What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
            (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
             "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
-TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|single_blocks|"
-                r"joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
 # Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
 PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
               (r"(text_model|encoder)\.", "text_encoder."))
@@ -35,16 +33,8 @@ def check_lora(path, pipeline, flag):
                             f"the program that made it")
     if not any(re.search(LORA_LAYER, name) for name in shapes):
         raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: no pair of matrices in it has a name that is known")
-    if any(re.search(TRANSFORMERS, name) for name in shapes):
-        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a transformer model, such as Flux or "
-                        f"Stable Diffusion 3 ({min(shapes)})")
-    wants = sorted({shape[1] for name, shape in shapes.items()
-                    if re.search(r"attn2[._]?(processor[._])?to_[kv]", name) and re.search(LORA_LAYER, name) and len(shape) > 1})
-    has = pipeline.unet.config.cross_attention_dim
-    if wants and isinstance(has, int) and wants != [has]:
-        of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
-        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: it is for a model whose text has "
-                        f"{' or '.join(of[:-1])} channels, and this one's has {of[-1]}")
+    if trouble := family_of(pipeline).lora_misfit(pipeline, shapes):
+        raise UserError(f"{flag} {path}: this LoRA does not fit {pipeline.name_or_path}: {trouble}")
 
 
 def lora_weights(path):

@@ -6,10 +6,12 @@ from pathlib import Path
 from dreambooth.base import HERE, UserError, say, say_once
 from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_weights
 from dreambooth.files import load_tensors
+from dreambooth.models.families.family import text_encoders_of
+from dreambooth.models.families.known import family_of
 from dreambooth.models.find import find_model
 from dreambooth.models.fits import say_if_distilled
 from dreambooth.models.load import load_pipeline
-from dreambooth.models.parts import is_same_sample, sample_weights, take_apart, text_encoders_of
+from dreambooth.models.parts import is_same_sample, sample_weights, take_apart
 from dreambooth.models.vocabulary import add_word, embedding_vectors, taken_tokens
 
 
@@ -65,7 +67,7 @@ def add_words(pipeline, trained, flag):
             vectors = embedding_vectors(models, load_tensors(path, flag))
         except ValueError as problem:
             raise UserError(f"{flag} {path}: this embedding does not fit {pipeline.name_or_path} ({problem})") from None
-        for tokenizer, text_encoder, rows in zip(models.tokenizers, models.text_encoders, vectors):
+        for tokenizer, text_encoder, rows in zip(*zip(*models.readers), vectors):
             if taken := taken_tokens(tokenizer, word, len(rows)):
                 raise UserError(f'{flag} {path}: its word "{taken[0]}" is in the vocabulary already, of the model or of what else is added; '
                                 f"leave it out" + ("" if trained.record else ", or give the file another name if that is its word"))
@@ -84,7 +86,7 @@ def add_lora_file(pipeline, trained, adapter, flag):
     except Exception as problem:  # whatever diffusers' converters of other programs' names raise
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} ({reason})") from None
-    taken = layers_taken([pipeline.unet, *text_encoders_of(pipeline).values()], adapter)
+    taken = layers_taken([family_of(pipeline).denoiser_of(pipeline), *text_encoders_of(pipeline).values()], adapter)
     total = layers_in(trained.lora)
     if not taken:
         raise UserError(f"{flag} {trained.lora}: this LoRA does not fit {pipeline.name_or_path} (none of its {total} layers is in it)")

@@ -12,8 +12,8 @@ from dreambooth.drawing.pipeline import load_trained
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
 from dreambooth.files import whole_file
 from dreambooth.images import load_square, png_parameters
-from dreambooth.models.parts import own_size, take_apart
-from dreambooth.models.recipes import guidance_scale
+from dreambooth.models.families.known import guidance_scale, own_size
+from dreambooth.models.parts import take_apart
 
 
 def picture_jobs(s, trial):
@@ -53,7 +53,7 @@ def draw_candidate(s, candidate, plan):
 def draw_missing(s, pipeline, missing, side):
     """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
     drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size)
+                 width=side, guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)

@@ -3,11 +3,12 @@
 import contextlib
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
-from dreambooth.models.encoding import encode_prompts
-from dreambooth.models.parts import predict
+from dreambooth.models.encoding import rows_of
+from dreambooth.models.quantized import BASES, in_fewer_bits
 from dreambooth.training.course import check_rates
 from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
 
@@ -18,7 +19,7 @@ class Demand:
 
     `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
     a tensor that the backward pass will need, and "gradient" one that appears there. A "gradient in bf16" appears instead where
-    the UNet computes in bf16 on copies; all of these are converted in the end.
+    the denoiser computes in bf16 on copies; all of these are converted in the end.
     """
 
     trained: tuple  # the shapes of the tensors that train
@@ -27,37 +28,43 @@ class Demand:
     events: tuple
 
 
-def survey(s, models, subjects, recipe, resolution, plan, levers):
-    """The Demand of a training: models without memory are given what trains and pass one batch forward."""
+def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
+    """The Demand of a training: models without memory are given what trains and pass one batch forward.
+
+    `told` is the conditioning of one prompt by text encoders that do not train, or None: then they are surveyed, too.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if told:
+        models = dataclasses.replace(models, tokenizers=[], text_encoders=[])
     halves = 2 if preserves_prior(s) else 1
     pictures = s.train_batch_size * (1 if levers.split_batch else halves)
     passes = s.gradient_accumulation_steps * (halves if levers.split_batch else 1)
-    side, bf16_throughout = resolution // models.latent_scale, is_bf16_throughout(s, levers, plan.precision)
+    bf16_throughout, shape = is_bf16_throughout(s, models.family, levers, plan.precision), models.family.latent_shape(models.pipeline, resolution)
     with torch.device("meta"):
         hollow = hollow_models(s, models, plan, levers)
         groups = parameter_groups(s, hollow, subjects, recipe)
-    parts = [hollow.unet, *hollow.text_encoders]
+    parts = [hollow.denoiser, *hollow.text_encoders]
     check_rates(s, groups)
+    told = told and rows_of(told, torch.zeros(pictures, dtype=torch.long), torch.device("cpu"))
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trained = fake_weights(parts, {parameter for group in groups for parameter in group.parameters})
-        copied = set()
+        copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
-            copied = {p for p in hollow.unet.parameters() if p.dtype == torch.float32}.intersection(trained)
-            compute_in_bf16(hollow.unet)
-        latents, timesteps, time_ids = (torch.empty(pictures, *shape)
-                                        for shape in ((models.unet.config.in_channels, side, side), (), (6,)))
+            copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
+            compute_in_bf16(hollow.denoiser, models.family.last_layers(hollow.denoiser))
+        latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
-              listening(parts, trained, copied) as events):
+              listening(parts, trained, copied, fewer) as events):
             with torch.set_grad_enabled(trains_text):
-                hidden, pooled = encode_prompts(hollow, prompts)
-            predict(hollow.unet, latents, timesteps, hidden, pooled, time_ids)
+                conditioning = told or hollow.family.encode(hollow, prompts)
+            hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    frozen = sum(tensor.nbytes for tensor in beside - set(trained))
+    frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
+    frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
@@ -71,14 +78,14 @@ def hollow_models(s, models, plan, levers):
     import torch
 
     hollow = dataclasses.replace(
-        models, unet=type(models.unet).from_config(models.unet.config), tokenizers=copy.deepcopy(models.tokenizers),
+        models, denoiser=type(models.denoiser).from_config(models.denoiser.config), tokenizers=copy.deepcopy(models.tokenizers),
         text_encoders=[type(part)(part.config) for part in models.text_encoders])
-    for part in (hollow.unet, *hollow.text_encoders):
+    for part in (hollow.denoiser, *hollow.text_encoders):
         part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
     if METHODS[s.method].is_adapter:
-        hollow.unet.to(plan.dtype)
+        hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        under_autocast = [] if is_bf16_throughout(s, levers, plan.precision) else [hollow.unet]
+        under_autocast = [] if is_bf16_throughout(s, models.family, levers, plan.precision) else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 
@@ -108,16 +115,18 @@ def fake_weights(parts, trained):
 
 
 @contextlib.contextmanager
-def listening(parts, trained, copied):
+def listening(parts, trained, copied, unpacked=frozenset()):
     """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
 
-    Those of `trained` that are `copied` get their gradients in bf16 first.
+    Those of `trained` that are `copied` get their gradients in bf16 first. Weights that are `unpacked` from fewer bits for each use
+    are kept as an activation is.
     """
     import torch
 
     events, seen, stretch, hooks, waiting = [], {}, [None], [], set(trained)
     for part in parts:
-        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())}
+        seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*part.parameters(), *part.buffers())
+                 if tensor not in unpacked}
     owned = {module: list(module.parameters(recurse=False)) for part in parts for module in part.modules()}
 
     def keep(tensor, number):

@@ -19,17 +19,18 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
 
     Those that need a library which is not installed are passed over, and that is said.
     """
-    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, plan.precision), {}, math.inf, None
+    limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
         from accelerate.utils import gather_object
 
         limit = min(gather_object([limit]))
+    told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, is_bf16_throughout(s, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, levers.base_precision, is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
-            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers)
+            demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
             if s.max_vram != "auto":
                 raise
@@ -52,6 +53,20 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
                     "flags that rule plans out")
 
 
+def frozen_conditioning(models, subjects, device):
+    """The conditioning of a prompt by text encoders that never train; None where they may."""
+    import torch
+
+    prompts = [subjects[0].instance_prompt]
+    if models.book:
+        models.book.learn(models, prompts, device)
+        return models.book.told[prompts[0]]
+    if models.family.trains_text:
+        return None
+    with torch.no_grad():
+        return models.family.encode(models, prompts)
+
+
 def say_plan(levers, parts, limit, uninstalled):
     """Say what was chosen and what it is expected to take, after a plan that was passed over for want of a library, if any."""
     if uninstalled:
@@ -62,7 +77,7 @@ def say_plan(levers, parts, limit, uninstalled):
 
 
 @contextlib.contextmanager
-def naming_next_plan(s, levers, plan, folder):
+def naming_next_plan(s, family, levers, plan, folder):
     """Say after the block what its peak was. If memory runs out in it: UserError that names the next plan to try."""
     import torch
 
@@ -74,7 +89,7 @@ def naming_next_plan(s, levers, plan, folder):
     except RuntimeError as problem:
         if "out of memory" not in str(problem):
             raise
-        rows = plans(s, plan.precision)
+        rows = plans(s, family, plan)
         more = rows[rows.index(levers) + 1:]
         saved = next(reversed(checkpoints_in(folder)), None)
         remedy = flags_of(more[0]) if more else "a smaller --resolution, or --method lora"
@@ -86,6 +101,7 @@ def naming_next_plan(s, levers, plan, folder):
 def set_course(s, models, subjects, recipe, plan):
     """The Course of a training: the flags, and where they leave it open the recipe, the model and the memory there is."""
     resolution = default(s.resolution, models.resolution)
+    models.family.check_side(models.pipeline, resolution, "--resolution")
     if s.lr_warmup_steps >= recipe.steps:
         raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps}: must be less than the {recipe.steps} steps of this run")
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)

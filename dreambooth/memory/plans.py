@@ -8,13 +8,15 @@ from dreambooth.base import GIB, UserError
 from dreambooth.device import missing_compiler
 from dreambooth.methods.table import METHODS
 from dreambooth.mishaps import check_import
+from dreambooth.models.quantized import BASES
 from dreambooth.training.levers import Levers, levers_by_hand
 from dreambooth.training.optimizers import OPTIMIZERS
 
 
-def objection(s, levers, precision):
+def objection(s, family, levers, precision):
     """Why these levers cannot be used together, or None."""
     optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    is_quantized = levers.base_precision != "bf16"
     means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
         (fused and s.gradient_accumulation_steps > 1,
@@ -30,6 +32,11 @@ def objection(s, levers, precision):
          "either of which rounds stochastically"),
         (levers.offload_optimizer and not fused,
          "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
+        (is_quantized and not is_late(s, family),
+         f"--base_precision {levers.base_precision}: for a LoRA of a transformer whose text encoders do not train; leave it out"),
+        (is_quantized and s.use_dora, f"--base_precision {levers.base_precision}: DoRA needs the weights themselves; leave one out"),
+        (is_quantized and precision == "fp16",
+         f"--base_precision {levers.base_precision}: give --mixed_precision bf16"),
         (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
@@ -43,29 +50,43 @@ def objection(s, levers, precision):
     ) if wrong), None)
 
 
-def check_levers(s, plan):
+def is_late(s, family):
+    """Whether a model of this family is read part by part in this training."""
+    return family.comes_late and not s.train_text_encoder and not METHODS[s.method].adds_words
+
+
+def check_levers(s, family, plan):
     """UserError unless the levers set by hand work together, here, within a limit that can be understood."""
     levers = Levers(**levers_by_hand(s))
-    if wrong := objection(s, levers, plan.precision):
+    if wrong := objection(s, family, levers, plan.precision):
         raise UserError(wrong)
     check_package(levers)
+    if levers.base_precision == "nf4" and plan.device.type != "cuda":
+        raise UserError("--base_precision nf4 needs a CUDA GPU and this machine has none; give int8")
     if s.compile and (lacking := missing_compiler(plan.device)):
         raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
     memory_limit(s, plan)
 
 
+def packages_of(levers):
+    """{flag with its value: package that it needs}."""
+    needed = {f"--optimizer {levers.optimizer}": OPTIMIZERS[levers.optimizer].package,
+              f"--base_precision {levers.base_precision}": BASES[levers.base_precision].package}
+    return {flag: package for flag, package in needed.items() if package}
+
+
 def missing_package(levers):
-    """The optimizer's library if it is not installed, else None."""
-    package = OPTIMIZERS[levers.optimizer].package
-    return package if package and importlib.util.find_spec(package) is None else None
+    """A library that these levers need if it is not installed, else None."""
+    return next((package for package in packages_of(levers).values() if importlib.util.find_spec(package) is None), None)
 
 
 def check_package(levers):
-    """UserError if the optimizer's library is not installed, or broken."""
-    if package := missing_package(levers):
-        raise UserError(f"--optimizer {levers.optimizer} needs {package}: pip install {package}")
-    if package := OPTIMIZERS[levers.optimizer].package:
-        check_import(package, f"--optimizer {levers.optimizer}")
+    """UserError if a library that these levers need is not installed, or broken."""
+    missing = missing_package(levers)
+    for flag, package in packages_of(levers).items():
+        if package == missing:
+            raise UserError(f"{flag} needs {package}: pip install {package}")
+        check_import(package, flag)
 
 
 PLANS = (  # from the fastest to the most frugal
@@ -73,6 +94,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers(split_batch=True),
     Levers(gradient_checkpointing=True),
     Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="int8"),
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="nf4"),
     Levers(gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", gradient_checkpointing=True, split_batch=True),
     Levers("adamw8bit", gradient_checkpointing=True, fused_backward=True),
@@ -83,10 +106,10 @@ PLANS = (  # from the fastest to the most frugal
 )
 
 
-def plans(s, precision):
+def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, row, precision)]
+    return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")]
 
 
 AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then

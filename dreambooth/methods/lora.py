@@ -4,15 +4,7 @@ import re
 
 from dreambooth.base import default
 from dreambooth.methods.groups import ParameterGroup
-from dreambooth.models.parts import layers_read, text_encoders_of
-
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-LORA_TARGETS = {
-    "attention": ATTENTION,
-    "attention+ff": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
-    "all": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "conv",
-            "time_emb_proj"],
-}
+from dreambooth.models.families.family import text_encoders_of
 
 
 def add_lora(s, module, **options):
@@ -24,17 +16,17 @@ def add_lora(s, module, **options):
     return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
 
 
-def unet_lora(s, models, subjects, recipe):
-    """Low-rank changes of the UNet's layers."""
-    parameters = add_lora(s, models.unet, target_modules=LORA_TARGETS[recipe.lora_target], use_dora=s.use_dora)
-    return ParameterGroup("unet_lora", [models.unet], parameters, default(s.learning_rate, recipe.learning_rate))
+def denoiser_lora(s, models, subjects, recipe):
+    """Low-rank changes of the denoiser's layers."""
+    parameters = add_lora(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora)
+    return ParameterGroup(f"{models.family.denoiser}_lora", [models.denoiser], parameters, default(s.learning_rate, recipe.learning_rate))
 
 
 def text_encoder_lora(s, models, subjects, recipe):
     """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
     parameters = [parameter for text_encoder in models.text_encoders for parameter in add_lora(
         s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
-        layers_to_transform=list(range(layers_read(models, text_encoder))), layers_pattern="layers")]
+        layers_to_transform=list(range(models.family.text_layers(models, text_encoder))), layers_pattern="layers")]
     return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
@@ -49,20 +41,23 @@ def save_lora(folder, models, subjects):
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    parts = {"unet": models.unet, **text_encoders_of(models.pipeline)}
+    family = models.family
+    parts = {family.denoiser: models.denoiser, **text_encoders_of(models.pipeline)}
     parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
     weights, kohya = {}, {}
     for part, module in parts.items():
         tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        if part != "unet":  # transformers 5.6 dropped this prefix; every tool knows it
+        if part != family.denoiser:  # transformers 5.6 dropped this prefix; every tool knows it
             tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
         config = module.peft_config["default"]
         weights[f"{part}_lora_layers"] = tensors
-        kohya |= kohya_lora(kohya_prefix(models, part), tensors, config.lora_alpha)
+        if prefix := family.kohya_prefix(models, part):
+            kohya |= kohya_lora(prefix, tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
-    save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
-                                           "ss_network_alpha": str(config.lora_alpha)})
+    if kohya:
+        save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
+                                               "ss_network_alpha": str(config.lora_alpha)})
 
 
 def kohya_lora(prefix, tensors, alpha):
@@ -79,10 +74,3 @@ def kohya_lora(prefix, tensors, alpha):
             renamed[f"{layer}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
             renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return renamed
-
-
-def kohya_prefix(models, part):
-    """What Kohya's tools call a part of a model: lora_unet, lora_te, and for SDXL lora_te1 and lora_te2."""
-    if part == "unet":
-        return "lora_unet"
-    return "lora_te" if len(models.text_encoders) == 1 else {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]

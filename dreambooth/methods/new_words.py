@@ -23,7 +23,7 @@ def new_words(s, models, subjects, recipe, starts=()):
     for subject, start in zip(subjects, starts):
         say_once(f'New word "{subject.identifier}" starts as "{start}".')
     rows, finishers = [], []
-    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+    for tokenizer, text_encoder in models.readers:
         first = len(tokenizer)
         for subject, start in zip(subjects, starts):
             ids = tokenizer(start, add_special_tokens=False).input_ids
@@ -45,7 +45,7 @@ def new_words(s, models, subjects, recipe, starts=()):
             table.weight.data[first:] = table.new_rows.data.to(table.weight)
             del table.new_rows
         finishers.append(finish)
-    return ParameterGroup("new_words", models.text_encoders, rows, default(s.embedding_lr, recipe.embedding_lr),
+    return ParameterGroup("new_words", [text_encoder for _, text_encoder in models.readers], rows, default(s.embedding_lr, recipe.embedding_lr),
                           finish=lambda: [finish() for finish in finishers])
 
 
@@ -55,7 +55,7 @@ def pivotal_words(s, models, subjects, recipe):
     They start as rare words. As the class noun, the word of "a <rex> dog" would mean another dog of the class, which the
     LoRA is taught at the same time to leave as it is.
     """
-    rare = rare_words(models.tokenizers, [subject.class_prompt or "" for subject in subjects])
+    rare = rare_words([tokenizer for tokenizer, _ in models.readers], [subject.class_prompt or "" for subject in subjects])
     random.Random(s.seed).shuffle(rare)
     starts = rare[:len(subjects)] if len(rare) >= len(subjects) else ()
     return dataclasses.replace(new_words(s, models, subjects, recipe, starts), until=s.embedding_frac)
@@ -72,5 +72,5 @@ def save_words(folder, models, subjects):
 
     for subject in subjects:
         vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
-                   for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders)]
+                   for tokenizer, text_encoder in models.readers]
         save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))

@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from dreambooth.base import default, processes
-from dreambooth.methods.full import full_text_encoder, full_unet, save_pipeline
-from dreambooth.methods.lora import save_lora, text_encoder_lora, unet_lora
+from dreambooth.methods.full import full_denoiser, full_text_encoder, save_pipeline
+from dreambooth.methods.lora import denoiser_lora, save_lora, text_encoder_lora
 from dreambooth.methods.new_words import new_words, pivotal_words, save_words
 
 
@@ -23,10 +23,10 @@ class Method:
 
 
 METHODS = {
-    "full": Method((full_unet,), (full_text_encoder,), (save_pipeline,), is_adapter=False),
-    "lora": Method((unet_lora,), (text_encoder_lora,), (save_lora,)),
+    "full": Method((full_denoiser,), (full_text_encoder,), (save_pipeline,), is_adapter=False),
+    "lora": Method((denoiser_lora,), (text_encoder_lora,), (save_lora,)),
     "textual_inversion": Method((new_words,), (), (save_words,), adds_words=True, changes_class=False, names_class=False),
-    "pivotal": Method((pivotal_words, unet_lora), (text_encoder_lora,), (save_lora, save_words), adds_words=True),
+    "pivotal": Method((pivotal_words, denoiser_lora), (text_encoder_lora,), (save_lora, save_words), adds_words=True),
 }
 
 

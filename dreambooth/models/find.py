@@ -7,7 +7,9 @@ from pathlib import Path
 from dreambooth.base import UserError, say, say_once, short_path
 from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.checkpoint import checkpoint_configs
+from dreambooth.models.families.known import PIPELINES, family_named, known_kinds
 from dreambooth.models.fits import check_fit
+from dreambooth.models.headers import read_json
 from dreambooth.models.hub import (
     BUNDLED_MODEL,
     DEFAULT_MODEL,
@@ -18,10 +20,8 @@ from dreambooth.models.hub import (
     hub_refusal,
     where_cached,
 )
-from dreambooth.models.inventory import check_folder
+from dreambooth.models.inventory import check_folder, denoiser_of_index
 from dreambooth.models.kinds import kind_of_folder
-
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def default_model():
@@ -78,12 +78,17 @@ def find_model(name, flag, revision=None):
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
     if kind not in PIPELINES:
-        raise UserError(f"{flag} {name}: it is a {kind}; Stable Diffusion 1.x, 2.x and XL pipelines are supported")
+        raise UserError(f"{flag} {name}: it is a {kind}; {known_kinds()} pipelines are supported")
     if Path(name).is_dir():
         check_folder(name, name, flag)
     if Path(name).exists():
         check_fit(index.parent, name, flag)
     return name
+
+
+def family_at(name, flag):
+    """A family of the pipeline that find_model() found; of those of its class, for questions that all answer alike."""
+    return family_named(read_json(model_index(name, flag)).get("_class_name"))
 
 
 def with_revision(name, revision):
@@ -98,8 +103,9 @@ def with_revision(name, revision):
 
 def check_variant(name, variant):
     """UserError if a folder has no weights of --variant."""
-    if variant and Path(name).is_dir() and not any(Path(name).glob(f"unet/*.{variant}*.safetensors")):
-        raise UserError(f"--variant {variant}: {name} has no unet/*.{variant}.safetensors; leave the flag out")
+    part = denoiser_of_index(read_json(Path(name) / "model_index.json"))
+    if variant and Path(name).is_dir() and not any(Path(name).glob(f"{part}/*.{variant}*.safetensors")):
+        raise UserError(f"--variant {variant}: {name} has no {part}/*.{variant}.safetensors; leave the flag out")
     if variant and name.endswith(".safetensors"):
         raise UserError(f"--variant {variant}: {name} is one file, which has no variants; leave the flag out")
 

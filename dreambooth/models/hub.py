@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dreambooth.base import HERE, UserError
 from dreambooth.models.headers import read_json
-from dreambooth.models.inventory import check_files, choose_variant, files_in, missing_parts, needed_files
+from dreambooth.models.inventory import check_files, choose_variant, denoiser_of_index, files_in, missing_parts, needed_files
 
 BUNDLED_MODEL = HERE / "demo" / "model"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -143,7 +143,7 @@ def hub_folder(name, flag, variant=None):
     lacks = ["all of it"]
     try:
         index = hub_file(name, "model_index.json")
-        is_there = variant is None or choose_variant(files_in(index.parent), "unet", variant) == variant
+        is_there = variant is None or choose_variant(files_in(index.parent), denoiser_of_index(read_json(index)), variant) == variant
         if not (lacks := lacks_in_cache(index.parent)) and is_there:
             return index.parent
         lacks = lacks or [f"its variant {variant}"]

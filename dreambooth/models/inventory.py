@@ -9,10 +9,12 @@ from pathlib import Path
 from dreambooth.base import UserError
 from dreambooth.models.headers import read_header, read_json
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+DENOISERS = ("unet", "transformer")
+WEIGHTS = {**dict.fromkeys((*DENOISERS, "vae"), "diffusion_pytorch_model"),
+           **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "model")}
 CONFIGS = {**{part: "config.json" for part in WEIGHTS}, "scheduler": "scheduler_config.json"}
-WORDS = {"tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",)),
-         "tokenizer_2": (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))}
+WORDS = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"),
+                      (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",)))
 PARTS = (*CONFIGS, *WORDS)
 # Weights that are not read: how the names of their files end -> what they are.
 OTHER_FORMATS = {
@@ -32,6 +34,11 @@ def files_in(folder):
 def parts_of(index):
     """The parts of PARTS that a model_index.json, a dict, lists with a class."""
     return [part for part in PARTS if isinstance(index.get(part), list) and all(index[part])]
+
+
+def denoiser_of_index(index):
+    """Which part of a model_index.json is what trains: the UNet or the transformer."""
+    return next((part for part in parts_of(index) if part in DENOISERS), DENOISERS[0])
 
 
 def variants_of(files, part):

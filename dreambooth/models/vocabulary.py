@@ -46,7 +46,7 @@ XL_EMBEDDING = ["clip_l", "clip_g"]  # a word's tensors in a file for SDXL, one 
 
 def embedding_keys(models, word):
     """Names of a word's tensors in learned_embeds.safetensors, one for each text encoder, as diffusers' loaders want."""
-    return XL_EMBEDDING if len(models.text_encoders) > 1 else [word]
+    return XL_EMBEDDING if len(models.readers) > 1 else [word]
 
 
 def word_in(names, otherwise):
@@ -62,7 +62,7 @@ def embedding_vectors(models, tensors):
     if sorted(tensors) != sorted(keys):
         raise ValueError("it is for SDXL, which has two text encoders" if set(tensors) == set(XL_EMBEDDING) else
                          "it is for a model with one text encoder")
-    widths = [text_encoder.get_input_embeddings().weight.shape[1] for text_encoder in models.text_encoders]
+    widths = [text_encoder.get_input_embeddings().weight.shape[1] for _, text_encoder in models.readers]
     own = [tensors[key].shape[-1] if tensors[key].dim() else 1 for key in keys]
     if own != widths:
         raise ValueError(f"its vectors have {' and '.join(map(str, own))} numbers, those of this model {' and '.join(map(str, widths))}")

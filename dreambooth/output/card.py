@@ -10,9 +10,9 @@ from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import TRAILING, told_of_noise
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.models.hub import cached_file, split_revision
 from dreambooth.models.inventory import choose_variant, files_in
-from dreambooth.models.recipes import family_of, guidance_scale
 from dreambooth.models.vocabulary import XL_EMBEDDING
 from dreambooth.subjects.nouns import noun_of
 
@@ -26,10 +26,10 @@ def save_card(folder, s, models, subjects, sample=None):
     """
     from huggingface_hub import ModelCardData
 
-    saves, family = METHODS[s.method].saves, family_of(models.unet.config)
+    saves, family = METHODS[s.method].saves, models.family.name
     prompts = [subject.instance_prompt for subject in subjects]
     tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
-                                  "textual_inversion": save_words in saves, family: family != "small"}.items() if fits]
+                                  "textual_inversion": save_words in saves, family: not family.startswith("small")}.items() if fits]
     widget = {"text": f"{prompts[0]} on the moon"}
     if sample:
         widget["output"] = {"url": Path(sample).relative_to(folder).as_posix()}
@@ -63,7 +63,7 @@ def usage(s, models, subjects):
     method, kind = METHODS[s.method], type(models.pipeline).__name__
     quoted = functools.partial(json.dumps, ensure_ascii=False)
     load, scheduler = how_to_load(models, s.variant, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
-    is_xl_embedding = save_words in method.saves and len(models.text_encoders) > 1
+    is_xl_embedding = save_words in method.saves and len(models.readers) > 1
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
     lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
@@ -79,7 +79,7 @@ def usage(s, models, subjects):
         for key, number in zip(XL_EMBEDDING, ("", "_2")):
             lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
                          f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
-    scale = guidance_scale(s, models.unet.config)
+    scale = guidance_scale(s, models.pipeline)
     lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
               f'guidance_scale={scale:g}).images[0].save("subject.png")']
     return "\n".join(lines)
@@ -90,7 +90,7 @@ def how_to_load(models, variant, quoted):
     place."""
     if not is_single_file(models.name):
         folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
-        variant = variant or folder and choose_variant(files_in(folder), "unet")
+        variant = variant or folder and choose_variant(files_in(folder), models.family.denoiser)
         place, revision = split_revision(models.name)
         options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
         return f"from_pretrained({', '.join([quoted(place), *options])})", []

@@ -44,7 +44,7 @@ def check_output_dir(s):
 
 
 # What an output has by these names; all else in it has a "." in its name.
-TAKEN_NAMES = ("checkpoints", "samples", "unet", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+TAKEN_NAMES = ("checkpoints", "samples", "unet", "transformer", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 
 
 def check_logging_dir(s):
@@ -193,7 +193,8 @@ def disk_sizes(s, course, models, groups):
     """Bytes of (the output, a checkpoint, the weights alone that --select_best keeps)."""
     shapes = [parameter.shape for group in groups for parameter in group.parameters]
     weights = sum(map(math.prod, shapes))
-    frozen = sum(module.num_parameters() for module in (models.unet, models.vae, *models.text_encoders)) - weights
+    frozen = sum(module.num_parameters() for module in (models.denoiser, models.vae, *models.text_encoders)) - weights
+    frozen += models.book.weights if models.book and not models.text_encoders else 0
     trained = BYTES[course.levers.weights] * weights
     output = 2 * trained if METHODS[s.method].is_adapter else trained
     output += 4 * frozen if save_pipeline in saves_of(s) else 0

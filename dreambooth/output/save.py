@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dreambooth.base import Interrupted, UserError, say
-from dreambooth.drawing.draw import draw_pictures, placed
+from dreambooth.drawing.draw import draw_pictures, in_precision, placed
 from dreambooth.drawing.trained import read_record
 from dreambooth.files import flush, share, whole_file
 from dreambooth.methods.table import saves_of
-from dreambooth.models.recipes import guidance_scale
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.output.card import save_card
 from dreambooth.output.needed import name_when_done
 from dreambooth.output.pictures import LOSS_PLOT, loss_plot
@@ -45,7 +45,7 @@ def write_output(folder, run, models, subjects, seconds, given):
         "base_sample": run.models.sample,  # tells whether the model of that name is still the same
         "subjects": [dataclasses.asdict(subject) for subject in subjects],
         "used": decisions(run.course, run.groups) | {
-            "guidance_scale": guidance_scale(s, models.unet.config),
+            "guidance_scale": guidance_scale(s, models.pipeline),
             "selected_step": best_of(run.scores)["step"] if run.scores else None},
         "loss": {"first_100_steps": loss_means(history[:100]), "last_100_steps": loss_means(history[-100:])},
         "seconds": seconds,
@@ -63,9 +63,9 @@ def write_output(folder, run, models, subjects, seconds, given):
 def draw_samples(s, models, subjects, viewer, plan):
     """The sample grid of a finished training. The model is safe by then: whatever goes wrong here is only said."""
     try:
-        placed(models.pipeline.to(plan.dtype), plan.device)
+        placed(in_precision(models.pipeline, plan.dtype), plan.device)
         grid = draw_pictures(Path(s.output_dir) / "samples", models.pipeline, s, viewer.prompts,
-                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side))
+                             range(s.seed, s.seed + viewer.pictures), {"Model": s.output_dir}, (viewer.side, viewer.side), models)
         base = read_record(s.output_dir)["base_model"]
         save_card(Path(s.output_dir), s, dataclasses.replace(models, name=base), subjects, grid)
         say(f"A look at it is in {grid}.")

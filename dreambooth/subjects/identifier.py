@@ -18,18 +18,33 @@ RARE_WORDS = """
 
 
 def rare_words(tokenizers, class_prompts):
-    """Those of RARE_WORDS that every tokenizer reads as one rare token, alone and before each class noun."""
+    """Those of RARE_WORDS that every tokenizer reads as one rare token before each class noun."""
     def is_one(tokenizer, word):
-        def ids(text):
-            return tokenizer(text, add_special_tokens=False).input_ids
-        return (len(ids(word)) == 1 and is_rare(tokenizer, ids(word)[0])
-                and all(ids(f"a {word} {prompt}") == ids("a") + ids(word) + ids(prompt) for prompt in class_prompts))
+        tokens = [token_within(tokenizer, word, prompt) for prompt in class_prompts or [""]]
+        return all(token is not None and is_rare(tokenizer, token) for token in tokens)
     return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
             and not any(word in prompt for prompt in class_prompts)]
 
 
+def token_within(tokenizer, word, class_prompt):
+    """The id of the one token that `word` adds to "a CLASS", between its two words; None if it adds others or changes them.
+
+    Byte-level vocabularies have a word with and without the space before it; what counts is how it is read in a sentence.
+    """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    with_word, without, first = ids(f"a {word} {class_prompt}".strip()), ids(f"a {class_prompt}".strip()), len(ids("a"))
+    is_one = len(with_word) == len(without) + 1 and with_word[:first] == without[:first] and with_word[first + 1:] == without[first:]
+    return with_word[first] if is_one else None
+
+
 def is_rare(tokenizer, token_id):
     return token_id >= RARE * len(tokenizer)
+
+
+def pieces_of(tokenizer, word):
+    """The tokens, as text, that a tokenizer reads a word as within a sentence."""
+    return tokenizer.tokenize(f"a {word}")[len(tokenizer.tokenize("a")):]
 
 
 def choose_identifiers(models, concepts, seed, embed):
@@ -56,14 +71,14 @@ def choose_identifiers(models, concepts, seed, embed):
                             f"yourself with --identifier")
         shift = embedding_shift(embed, free, concept)
         best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
-        vectors = {word: table[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))].mean(0) for word in best + taken}
+        vectors = {word: table[tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, word))].mean(0) for word in best + taken}
 
         def similarity(word):
             return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
         random.Random(f"{seed} {concept.name}").shuffle(best)
         words.append(min(best, key=similarity))
         taken.append(words[-1])
-        token = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(words[-1]))[0]
+        token = tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, words[-1]))[0]
         say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
             f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
             f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
@@ -83,7 +98,7 @@ def embedding_shift(embed, words, concept):
 
 def check_identifier(tokenizer, identifier):
     """Say so if the tokenizer does not read the identifier as one rare token."""
-    pieces = tokenizer.tokenize(identifier)
+    pieces = pieces_of(tokenizer, identifier)
     if len(pieces) > 1:
         say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
             f"mean something already; one rare token learns better. --identifier auto finds one.")

@@ -44,6 +44,12 @@ def mentions(prompt, identifier):
     return bool(PLACE.search(prompt) or re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, re.IGNORECASE))
 
 
+def usual_prompts_of(subjects):
+    """What is drawn of subjects where nothing else is asked for: each, each on the moon, and its class; and "" to guide against."""
+    drawn = [prompt for x in subjects for prompt in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if prompt]
+    return [*dict.fromkeys(drawn), ""]
+
+
 def fill_identifier(prompt, subjects, source, others=()):
     """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`, [class] by its noun.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dreambooth.base import UserError, default, processes, say
 from dreambooth.methods.table import preserves_prior
-from dreambooth.models.recipes import RECIPES
 from dreambooth.subjects.class_folders import own_class_images
 from dreambooth.training.levers import Levers
 from dreambooth.training.optimizers import OPTIMIZERS
@@ -26,8 +25,8 @@ class Course:
 
 
 def recipe_for(family, s, concepts=()):
-    """The Recipe of this training on a model of `family`; what the flags say takes its place, but for learning rates."""
-    recipe = with_own_rate(RECIPES[family][s.method], s)
+    """The Recipe of this training on a model of this Family; what the flags say takes its place, but for learning rates."""
+    recipe = with_own_rate(family.recipes[s.method], s)
     flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
     if s.num_train_epochs and not s.steps:
         flags["steps"] = s.num_train_epochs * epoch_steps(s, concepts)

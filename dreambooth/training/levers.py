@@ -16,11 +16,12 @@ class Levers:
     split_batch: bool = False
     fused_backward: bool = False
     offload_optimizer: bool = False
+    base_precision: str = "bf16"
 
 
 def levers_by_hand(s):
     """{flag: value} of those levers that the user has set."""
-    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) is not None}
+    return {f.name: value for f in dataclasses.fields(Levers) if (value := getattr(s, f.name)) not in (None, "auto")}
 
 
 def flags_of(levers):

@@ -13,7 +13,7 @@ from dreambooth.methods.groups import check_finite, trained_tensors
 from dreambooth.progress import progress
 from dreambooth.threads import threads_that_help
 from dreambooth.training.checkpoints import write_checkpoint
-from dreambooth.training.loss import diffusion_loss, split_means
+from dreambooth.training.loss import denoising_loss, split_means
 from dreambooth.training.prepare import unwrap
 from dreambooth.training.reports import REPORT_EVERY, loss_writer, report_losses
 from dreambooth.training.run import ema_decay
@@ -63,17 +63,16 @@ def train_step(run, step):
     """
     import torch
 
-    s, accelerator, noise_scheduler, measured = run.s, run.accelerator, run.models.noise_scheduler, []
+    s, accelerator, measured = run.s, run.accelerator, []
     torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
     for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
-        batch = make_batch(run.cache, s, micro_step, noise_scheduler.config.num_train_timesteps,
-                           accelerator.process_index, accelerator.num_processes)
+        batch = make_batch(run.cache, s, micro_step, run.noise, accelerator.process_index, accelerator.num_processes)
         batch = {key: value if key == "prompt" else moved(value, accelerator.device) for key, value in batch.items()}
         with accelerator.accumulate(*run.modules):
             losses = []
             for start in range(0, len(batch["weight"]), run.at_once):
                 part = {key: value[start:start + run.at_once] for key, value in batch.items()}
-                loss, per_picture = diffusion_loss(noise_scheduler, part, run.denoiser, s.snr_gamma)
+                loss, per_picture = denoising_loss(run.noise, part, run.denoiser)
                 accelerator.backward(loss)
                 losses.append(per_picture.detach())
             norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())

@@ -3,31 +3,19 @@
 Knows nothing of the model: it is given a function from noisy latents to a prediction.
 """
 
-def min_snr_weights(noise_scheduler, timesteps, snr_gamma):
-    """Loss weights [B] that even out the timesteps (Hang et al., arXiv 2303.09556, section 3.4).
 
-    min(snr, gamma) / snr when the model predicts noise, min(snr, gamma) / (snr + 1) when it predicts velocity.
-    """
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        return snr.clamp(max=snr_gamma) / (snr + 1)
-    return (snr_gamma / snr).clamp(max=1)  # written so that snr = 0 gives 1, not 0 / 0
-
-
-def diffusion_loss(noise_scheduler, batch, denoiser, snr_gamma=None):
-    """(loss, per-picture losses [B]): the paper's equation 2.
+def denoising_loss(noise, batch, denoiser):
+    """(loss, per-picture losses [B]): the paper's equation 2, of a Diffusion or a Flow.
 
     `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
     not a term here but the weight that each picture of the batch carries.
     """
-    noisy = noise_scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-    target = batch["noise"]
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
+    given = batch["latents"], batch["noise"], batch["levels"]
+    noisy, target = noise.noisy(*given), noise.target(*given)
     losses = (denoiser(noisy, batch).float() - target.float()).square().mean(dim=(1, 2, 3))
-    if snr_gamma:  # 0 is off, as in other trainers
-        losses = losses * min_snr_weights(noise_scheduler, batch["timesteps"], snr_gamma)
+    weights = noise.weights(batch["levels"])
+    if weights is not None:
+        losses = losses * weights
     return (batch["weight"] * losses).sum(), losses
 
 

@@ -3,36 +3,36 @@
 import functools
 
 
-def is_bf16_throughout(s, levers, precision):
-    """Whether the UNet computes as compute_in_bf16() has it, rather than under autocast.
+def is_bf16_throughout(s, family, levers, precision):
+    """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
 
     Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
     together that are to be freed one by one. DoRA's magnitudes need float32.
     """
     is_frugal = levers.gradient_checkpointing or levers.fused_backward
-    return precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
+    return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
 
 
-def compute_in_bf16(unet):
-    """Have a UNet compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
+def compute_in_bf16(denoiser, last):
+    """Have a denoiser compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
 
     Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
     half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
     both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
-    What comes last is in float32, since a good prediction differs from its target by little more than bf16's grain.
+    What comes `last`, a list of its layers, is in float32, since a good prediction differs from its target by little more than bf16's grain.
     """
     import torch
 
-    end, forward, places = [module for module in (unet.conv_norm_out, unet.conv_out) if module], unet.forward, {}
-    for module in unet.modules():
-        dtype = torch.float32 if module in end else torch.bfloat16
+    forward, places = denoiser.forward, {}
+    for module in denoiser.modules():
+        dtype = torch.float32 if module in last else torch.bfloat16
         for name, weight in module.named_parameters(recurse=False):
             if weight.dtype != dtype:
                 places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
     groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
 
     def in_bf16(sample, timestep, encoder_hidden_states, **rest):
-        widening = end[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        widening = last[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
         try:
             for dtype, group in groups:
                 copies = cast_together()(dtype, *(weight for _, _, weight in group))
@@ -44,7 +44,7 @@ def compute_in_bf16(unet):
             widening.remove()
             for parameters, name, weight in (place for _, group in groups for place in group):
                 parameters[name] = weight
-    unet.forward = in_bf16
+    denoiser.forward = in_bf16
 
 
 def grouped(places, size=2**25):

@@ -4,10 +4,9 @@ import dataclasses
 import functools
 
 from dreambooth.base import default, say
-from dreambooth.device import moved
 from dreambooth.methods.groups import trained_tensors
-from dreambooth.models.encoding import encode_prompts
-from dreambooth.models.parts import text_encoders_of
+from dreambooth.models.encoding import rows_of
+from dreambooth.models.families.family import text_encoders_of
 from dreambooth.training.fused import fuse_backward
 from dreambooth.training.optimizers import OPTIMIZERS, moment_options
 from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
@@ -30,12 +29,12 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
         module.to(device).train()
     if s.channels_last:
-        models.unet.to(memory_format=torch.channels_last)
-    if is_bf16_throughout(s, levers, course.precision):
-        compute_in_bf16(models.unet)
+        models.denoiser.to(memory_format=torch.channels_last)
+    if is_bf16_throughout(s, models.family, levers, course.precision):
+        compute_in_bf16(models.denoiser, models.family.last_layers(models.denoiser))
     if s.compile:
-        say("Compiling the UNet's transformer blocks; the first steps take a minute longer.")
-        models.unet.compile_repeated_blocks()
+        say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
+        models.denoiser.compile_repeated_blocks()
     optimizer = make_optimizer(s, levers.optimizer, groups, device)
     # The schedule stays ours: accelerate would advance it once per process.
     lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps, default(s.lr_num_cycles, 1),
@@ -47,17 +46,18 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
 
     def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
         return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
-    parts = [models.unet, *models.text_encoders]
-    ready = [prepared(part) if trains_text or part is models.unet else part for part in parts]
+    parts = [models.denoiser, *models.text_encoders]
+    ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
     modules = [module for module, part in zip(ready, parts) if part in training]
-    models = dataclasses.replace(models, unet=ready[0], text_encoders=ready[1:])
+    models = dataclasses.replace(models, denoiser=ready[0], text_encoders=ready[1:])
     conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
+    noise = models.family.noise(s, models.pipeline, course.resolution)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
-    return Run(s, course, models, groups, modules, conditioning, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+    return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
                origin, averages)
 
 
@@ -89,29 +89,29 @@ def make_schedule(name, optimizer, warmup, steps, cycles=1, power=1.0):
 
 
 def encode_for_good(models, prompts, device):
-    """encode_prompts() by text encoders that do not train: they leave the GPU again."""
+    """Conditioning by text encoders that do not train: they leave the GPU again."""
     import torch
 
+    if models.book:
+        return models.book.rows(models, prompts, device)
     for text_encoder in models.text_encoders:
         text_encoder.to(device)
     with torch.no_grad():
-        encoded = encode_prompts(models, prompts)
+        encoded = models.family.encode(models, prompts)
     for text_encoder in models.text_encoders:
         text_encoder.to("cpu")
     return encoded
 
 
 def prompt_conditioning(models, prompts, encoded, device):
-    """A function from prompt numbers [B] to their conditioning ([B, tokens, channels], pooled [B, channels] or None).
+    """A function from prompt numbers [B] to their conditioning.
 
     `encoded` is what encode_for_good() made of the prompts; if it is None, each call encodes every distinct prompt once. The
     numbers stay on the CPU, where counting them does not wait for the GPU.
     """
     def conditioning(numbers):
         distinct, numbers = (None, numbers) if encoded else numbers.unique(return_inverse=True)
-        hidden, pooled = encoded or encode_prompts(models, [prompts[i] for i in distinct])
-        numbers = moved(numbers, device)
-        return hidden[numbers], None if pooled is None else pooled[numbers]
+        return rows_of(encoded or models.family.encode(models, [prompts[i] for i in distinct]), numbers, device)
 
     return conditioning
 
@@ -119,7 +119,7 @@ def prompt_conditioning(models, prompts, encoded, device):
 def set_checkpointing(models, groups):
     """Have activations recomputed in whatever gradients pass."""
     say("Gradient checkpointing: on (less memory, but slower).")
-    for module in {models.unet, *(module for group in groups for module in group.modules)}:
+    for module in {models.denoiser, *(module for group in groups for module in group.modules)}:
         enable = (getattr(module, "enable_gradient_checkpointing", None) or getattr(module, "activation_checkpointing_enable", None)
                   or module.gradient_checkpointing_enable)  # diffusers', transformers' of today, and of before
         enable()
@@ -133,7 +133,7 @@ def unwrap(run):
     import torch
 
     pipeline = run.models.pipeline
-    for module in (pipeline.unet, *text_encoders_of(pipeline).values()):
+    for module in (run.models.family.denoiser_of(pipeline), *text_encoders_of(pipeline).values()):
         module.eval()
         for name in ("forward", "_original_forward"):
             vars(module).pop(name, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dreambooth.data.latents import LatentCache
 from dreambooth.methods.groups import trained_tensors
-from dreambooth.models.parts import Models, predict
+from dreambooth.models.parts import Models
 from dreambooth.settings import Settings
 from dreambooth.training.course import Course
 
@@ -21,7 +21,8 @@ class Run:
     models: Models  # what trains is wrapped for precision and processes
     groups: list
     modules: list  # those of `models` that train
-    conditioning: typing.Callable  # prompt numbers [B] -> what the UNet is told
+    conditioning: typing.Callable  # prompt numbers [B] -> what the denoiser is told
+    noise: typing.Any  # a Diffusion or a Flow
     cache: LatentCache
     optimizer: typing.Any
     lr_scheduler: typing.Any
@@ -34,8 +35,8 @@ class Run:
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 
     def denoiser(self, noisy_latents, batch):
-        hidden, pooled = self.conditioning(batch["prompt"])
-        return predict(self.models.unet, noisy_latents, batch["timesteps"], hidden, pooled, batch["time_ids"])
+        told = self.conditioning(batch["prompt"])
+        return self.models.family.predict(self.models, noisy_latents, batch["levels"], told, batch["sizes"])
 
 
 @contextlib.contextmanager

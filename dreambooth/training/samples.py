@@ -14,10 +14,10 @@ from dreambooth.evaluation.networks import Metrics, load_metrics
 from dreambooth.evaluation.prompts import fill_template, read_prompts, usual_prompts
 from dreambooth.images import image_grid, load_square
 from dreambooth.methods.table import METHODS
-from dreambooth.models.parts import text_encoders_of
-from dreambooth.models.recipes import guidance_scale
+from dreambooth.models.families.family import text_encoders_of
+from dreambooth.models.families.known import guidance_scale
 from dreambooth.subjects.syntax import tell_prompts
-from dreambooth.subjects.words import fill_identifier, with_places
+from dreambooth.subjects.words import fill_identifier, usual_prompts_of, with_places
 from dreambooth.training.course import sample_interval
 from dreambooth.training.levers import Levers
 from dreambooth.training.run import averaged
@@ -48,8 +48,7 @@ def make_viewer(run, concepts, subjects, metric_names):
     if not s.select_best:
         own = [fill_identifier(prompt, subjects, "--validation_prompt") for prompt in s.validation_prompt or []]
         tell_prompts(own, subjects)
-        usual = [p for x in subjects for p in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if p]
-        return Viewer(tuple(dict.fromkeys(own or usual)), side, every, pictures=count)
+        return Viewer(tuple(dict.fromkeys(own or usual_prompts_of(subjects)[:-1])), side, every, pictures=count)
     templates = s.validation_prompt and [with_places(prompt) for prompt in s.validation_prompt]
     tell_prompts(templates or [], subjects)
     if templates is None and s.prompts_file:
@@ -81,7 +80,7 @@ def ready_to_draw(run):
     import torch
 
     pipeline, device = run.models.pipeline, run.accelerator.device
-    parts = [pipeline.vae, pipeline.unet, *text_encoders_of(pipeline).values()]
+    parts = [pipeline.vae, run.models.family.denoiser_of(pipeline), *text_encoders_of(pipeline).values()]
     before = [(part, part.device, part.training) for part in parts]
     for part in parts:
         part.eval()
@@ -113,8 +112,8 @@ def draw_view(run, folder, viewer, writer):
     jobs = [(prompt, seed) for prompt in viewer.prompts for seed in range(s.seed, s.seed + viewer.pictures)]
     with ready_to_draw(run) as pipeline:
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
-                             guidance_scale=guidance_scale(s, pipeline.unet.config), batch_size=s.sample_batch_size,
-                             title=f"samples of step {done}"))
+                             guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size,
+                             title=f"samples of step {done}", models=run.models))
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):

@@ -1,0 +1,190 @@
+"""Each family against its own pipeline in diffusers: what is told, sent and predicted; that pictures come back; that it learns."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from tiny_families import TINY
+
+import dreambooth_implementation as db
+
+SIDE = 32
+
+
+@pytest.fixture(params=list(TINY))
+def models(request, tiny_model):
+    return db.load_models(str(tiny_model(request.param)), torch.float32)
+
+
+def tensors_in(value):
+    """All tensors in nested lists and dictionaries, in order."""
+    if torch.is_tensor(value):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+class Recorder:
+    """What a denoiser is called with and answers, and what the scheduler is given."""
+
+    def __init__(self, pipeline, monkeypatch):
+        self.calls, self.steps, self.answer = [], [], None
+        denoiser = db.family_of(pipeline).denoiser_of(pipeline)
+        forward, step = denoiser.forward, pipeline.scheduler.step
+
+        def recorded(*args, **options):
+            out = forward(*args, **options) if self.answer is None else self.answer(*args, **options)
+            self.calls.append(([tensor.clone() for tensor in tensors_in([args, options])], [t.clone() for t in tensors_in(out)]))
+            return out
+
+        def stepped(output, timestep, sample, **options):
+            self.steps.append((output.clone(), timestep / pipeline.scheduler.config.num_train_timesteps, sample.clone()))
+            return step(output, timestep, sample, **options)
+        monkeypatch.setattr(denoiser, "forward", recorded)
+        monkeypatch.setattr(pipeline.scheduler, "step", stepped)
+
+
+def draw(pipeline, prompts, side=SIDE, steps=3, **options):
+    family = db.family_of(pipeline)
+    return pipeline(prompt=list(prompts), height=side, width=side, num_inference_steps=steps,
+                    generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+                    **family.call_options(UNGUIDED.get(family.pipelines[0], 1.0), None), **options)
+
+
+UNGUIDED = {"ZImagePipeline": 0.0}  # the scale that means no guidance, where it is not 1
+PROMPTS = ["a zwx dog on the moon", "a cat"]
+
+
+def spatial(models, latents):
+    """A pipeline's latents [B, ...] as the program has them, [B, C, h, w]."""
+    return latents
+
+
+def test_encoding_and_prediction_are_the_pipelines_own(models, monkeypatch):
+    pipeline, family = models.pipeline, models.family
+    recorder = Recorder(pipeline, monkeypatch)
+    draw(pipeline, PROMPTS)
+    assert len(recorder.calls) == len(recorder.steps) == 3
+    with torch.no_grad():
+        told = family.encode(models, PROMPTS)
+    assert db.rows_of(told, torch.tensor([1, 0]), torch.device("cpu")).keys() == told.keys()
+    for (output, level, sample), (sent, answered) in zip(recorder.steps, recorder.calls[:3]):
+        with torch.no_grad():
+            mine = family.predict(models, spatial(models, sample), level.expand(2), told, torch.zeros(2, 6))
+        my_sent, my_answer = recorder.calls.pop()
+        assert len(sent) == len(my_sent) and all(torch.allclose(a.float(), b.float()) for a, b in zip(sent, my_sent))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(answered, my_answer))
+        torch.testing.assert_close(mine, spatial(models, output))
+
+
+def pixels_of(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def test_a_picture_comes_back(models, monkeypatch):
+    """With the model replaced by one that answers with the true target: the loss is 0, and the pipeline draws the picture as the
+    VAE alone gives it."""
+    pipeline, family = models.pipeline, models.family
+    pixels = pixels_of(picture(5, (SIDE, SIDE)))
+    with torch.no_grad():
+        mean, deviation = family.moments(models.vae, pixels)
+        alone = models.vae.decode(models.vae.encode(pixels).latent_dist.mode()).sample
+        told = family.encode(models, PROMPTS[:1])
+    assert mean.shape[1:] == family.latent_shape(pipeline, SIDE) and deviation.shape == mean.shape
+    kind, levels, noise = family.noise(db.Settings("train"), pipeline, SIDE), torch.tensor([0.3]), torch.randn(mean.shape)
+    batch = {"latents": mean, "noise": noise, "levels": levels, "weight": torch.ones(1)}
+    monkeypatch.setattr(models.denoiser, "forward", ANSWERS[family.pipelines[0]](noise - mean))
+    loss, _ = db.denoising_loss(kind, batch, lambda noisy, batch: family.predict(models, noisy, levels, told, torch.zeros(1, 6)))
+    assert loss.item() == pytest.approx(0, abs=1e-10)
+
+    recorder = Recorder(pipeline, monkeypatch)
+
+    def exact(*args, **options):
+        sample, level = recorder.sample
+        return ANSWERS[family.pipelines[0]]((spatial(models, sample) - mean) / level)(*args, **options)
+    recorder.answer = exact
+    scale = pipeline.scheduler.scale_noise if hasattr(pipeline.scheduler, "scale_noise") else None
+    assert scale
+    drawn = drawn_exactly(pipeline, recorder, mean)
+    seen = torch.from_numpy(drawn).permute(2, 0, 1)[None] * 2 - 1
+    assert (seen - alone.clamp(-1, 1)).abs().max() < 0.01
+
+
+def drawn_exactly(pipeline, recorder, mean):
+    """The picture [H, W, 3] that a pipeline draws while its denoiser points at `mean`."""
+    prepare = pipeline.prepare_latents
+
+    def prepared(*args, **options):
+        out = prepare(*args, **options)
+        recorder.sample = (out[0] if isinstance(out, tuple) else out), torch.tensor(1.0)
+        return out
+    step = pipeline.scheduler.step
+
+    def stepped(output, timestep, sample, **options):
+        out = step(output, timestep, sample, **options)
+        index = pipeline.scheduler.step_index
+        recorder.sample = out[0], pipeline.scheduler.sigmas[index]
+        return out
+    pipeline.prepare_latents, pipeline.scheduler.step = prepared, stepped
+    return draw(pipeline, PROMPTS[:1], output_type="np").images[0]
+
+
+# What a denoiser's forward returns for a true target [B, C, h, w].
+ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),)}
+
+
+def test_levels_follow_the_models_own_shift(models):
+    kind = models.family.noise(db.Settings("train"), models.pipeline, SIDE)
+    source = torch.Generator().manual_seed(0)
+    levels, plain = kind.levels(20_000, source), db.Flow().levels(20_000, torch.Generator().manual_seed(0))
+    models.pipeline.scheduler.set_timesteps(**schedule_of(models))
+    drawn_with = models.pipeline.scheduler.sigmas[:-1]
+    assert kind.shift != 1 and 0 < levels.min() and levels.max() <= 1
+    own = plain.new_tensor([1 - i / len(drawn_with) for i in range(len(drawn_with))])
+    torch.testing.assert_close(kind.shift * own / (1 + (kind.shift - 1) * own), drawn_with, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(levels, kind.shift * plain / (1 + (kind.shift - 1) * plain))
+
+
+def schedule_of(models, steps=8):
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+
+@pytest.mark.long
+def test_it_learns_a_picture(models):
+    """A tiny random model that is trained in full on one picture draws it with its own pipeline."""
+    family, pipeline = models.family, models.pipeline
+    image = picture(5, (SIDE, SIDE)).resize((4, 4)).resize((SIDE, SIDE), 0)
+    pixels, source = pixels_of(image), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mean, _ = family.moments(models.vae, pixels)
+        alone = models.vae.decode(models.vae.encode(pixels).latent_dist.mode()).sample
+        told = db.rows_of(family.encode(models, ["a zwx dog"]), torch.zeros(8, dtype=torch.long), torch.device("cpu"))
+    before = psnr(draw(pipeline, ["a zwx dog"], steps=12, output_type="np").images[0], alone)
+    kind = family.noise(db.Settings("train"), pipeline, SIDE)
+    models.denoiser.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(models.denoiser.parameters(), 5e-3)
+    latents = mean.expand(8, -1, -1, -1)
+    for _ in range(400):
+        batch = {"latents": latents, "noise": torch.randn(latents.shape, generator=source), "levels": kind.levels(8, source),
+                 "weight": torch.full((8,), 1 / 8)}
+        loss, _ = db.denoising_loss(kind, batch, lambda noisy, batch: family.predict(models, noisy, batch["levels"], told, torch.zeros(8, 6)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    models.denoiser.eval()
+    after = psnr(draw(pipeline, ["a zwx dog"], steps=12, output_type="np").images[0], alone)
+    assert before < 16 and after > 22, (before, after)
+
+
+def psnr(drawn, alone):
+    """In decibels, of a picture [H, W, 3] in 0 to 1 against the VAE's own [1, 3, H, W] in -1 to 1."""
+    error = torch.from_numpy(drawn).permute(2, 0, 1)[None] - (alone.clamp(-1, 1) + 1) / 2
+    return -10 * error.square().mean().log10().item()
+
+
+def test_weights_stay_as_they_are_while_a_picture_is_drawn(models):
+    before = copy.deepcopy(models.denoiser.state_dict())
+    draw(models.pipeline, PROMPTS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in models.denoiser.state_dict().items())

@@ -1,0 +1,60 @@
+"""The frozen base of a LoRA in fewer bits."""
+
+import pytest
+import torch
+from tiny_families import TINY
+from training_runs import need
+
+import dreambooth_implementation as db
+
+QUICK = ["--class_prompt", "a dog", "--steps", "3", "--num_class_images", "1", "--num_inference_steps", "1", "--method", "lora",
+         "--mixed_precision", "bf16"]
+
+
+@pytest.fixture(params=list(TINY))
+def model(request, tiny_model):
+    pytest.importorskip("torchao")
+    return str(tiny_model(request.param))
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8"])
+def test_a_base_in_fewer_bits_is_smaller_and_nearly_the_same(base, model):
+    shelf = db.Shelf(model, "", None)
+    whole = shelf.read(shelf.denoiser, torch.bfloat16)
+    fewer = shelf.read(shelf.denoiser, torch.bfloat16, **db.quantization(base, torch.bfloat16))
+    layers = {name: part for name, part in whole.named_modules() if isinstance(part, torch.nn.Linear)}
+    changed = 0
+    for name, layer in layers.items():
+        weight = fewer.get_submodule(name).weight
+        if type(weight).__name__ != "Parameter":
+            changed += 1
+            error = (weight.dequantize().float() - layer.weight.float()).norm() / layer.weight.float().norm()
+            assert 0 < error < (0.02 if base == "int8" else 0.05), name
+    assert changed > len(layers) / 2
+
+
+def test_only_the_lora_trains_on_a_base_in_fewer_bits(model, photos, run, tmp_path):
+    status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, *QUICK, "--base_precision", "int8",
+                         "--learning_rate", "1e-2")
+    assert status == 0, err
+    from safetensors.torch import load_file
+    weights = load_file(tmp_path / "output" / "pytorch_lora_weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    status, _, err = run("--infer", "--model_path", "output", "--num_images", 1, "--num_inference_steps", 1)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--method", "full"], "has no meaning with --method full"), (["--method", "lora", "--use_dora"], "DoRA needs the weights"),
+    (["--method", "lora", "--mixed_precision", "no", "--train_text_encoder"], "text encoder")])
+def test_where_fewer_bits_make_no_sense_it_is_said(flags, said, model, photos, run):
+    status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, "--class_prompt", "a dog", "--base_precision",
+                         "int8", *flags)
+    assert status == 2 and said in err and len(err.splitlines()) < 3
+
+
+def test_without_a_gpu_nf4_is_one_line(tiny_model, photos, run):
+    need("adamw8bit")
+    status, _, err = run("--train", "--model_name", tiny_model("z-image"), "--instance_data_dir", photos, *QUICK, "--base_precision", "nf4")
+    assert status == 2 and ("CUDA" in err or "bitsandbytes" in err)
