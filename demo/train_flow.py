@@ -2,6 +2,7 @@
 
     python demo/train_flow.py                  # everything still to do, then demo/model-flow
     python demo/train_flow.py --steps 40000    # train on from where the last run ended
+    python demo/train_flow.py --start demo/model-flow --steps 9000   # train on without demo/work: from a saved model
 
 It needs the pictures of world.py and the autoencoder of demo/model. What is trained is a small ZImageTransformer2DModel
 together with a small Qwen3 that reads the captions, as diffusers' ZImagePipeline calls them: that is what will draw.
@@ -120,6 +121,25 @@ def new_transformer(latent_channels, text_width):
     return transformer
 
 
+def new_model(tokenizer, latent_channels):
+    text_encoder = new_text_encoder(tokenizer)
+    transformer = new_transformer(latent_channels, text_encoder.config.hidden_size)
+    return torch.nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
+
+
+def load_start(folder, tokenizer):
+    """The trained parts of a saved pipeline, as new_model() gives them."""
+    pipe = ZImagePipeline.from_pretrained(folder, dtype=torch.float32)
+    assert pipe.tokenizer.get_vocab() == tokenizer.get_vocab(), "its tokens mean other words"
+    return torch.nn.ModuleDict({"text_encoder": pipe.text_encoder, "transformer": pipe.transformer})
+
+
+def hidden_matrices(model):
+    """What Muon trains: the matrices of the blocks, but for those that read the time."""
+    blocks = {name: weight for name, weight in model.named_parameters() if ".layers." in name or "_refiner." in name}
+    return [weight for name, weight in blocks.items() if weight.ndim == 2 and "adaLN" not in name]
+
+
 class PlainAttention:
     """What ZSingleStreamAttnProcessor computes, for sequences of one length, in half its time for so few tokens on a CPU."""
 
@@ -190,6 +210,7 @@ def export(vae, tokenizer, model, folder, sheet):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--start", type=Path, help="a pipeline whose weights to train on")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vae", type=Path, default=world.DEMO / "model", help="a pipeline whose autoencoder to use")
@@ -211,21 +232,14 @@ def main():
     tokens = encode_captions(tokenizer, [*captions, ""])
     empty, tokens = [part[-1:] for part in tokens], [part[:-1] for part in tokens]
     torch.manual_seed(0)
-    text_encoder = new_text_encoder(tokenizer)
-    model = torch.nn.ModuleDict(
-        {"text_encoder": text_encoder, "transformer": new_transformer(latents.shape[1], text_encoder.config.hidden_size)}
-    )
+    model = load_start(args.start, tokenizer) if args.start else new_model(tokenizer, latents.shape[1])
     model["text_encoder"].set_attn_implementation("eager")
     plain_attention(model["transformer"])
     if args.compile:
         model["transformer"].compile_repeated_blocks()
-    names = (".layers.", "_refiner.")
-    matrices = [
-        weight for name, weight in model.named_parameters()
-        if weight.ndim == 2 and any(part in name for part in names) and "adaLN" not in name
-    ]
     loss_fn = flow_loss(latents, tokens, empty, device)
-    settings = dict(matrices=matrices, average_decay=0.999)
+    settings = dict(matrices=hidden_matrices(model), average_decay=0.999)
+    settings |= dict(seed=1_000_000) if args.start else {}  # not the same pictures and noise again
     model = fit("flow", model, loss_fn, args.steps, args.batch_size, args.lr, world.PICTURES, device, **settings)
     export(vae, tokenizer, model, args.output, args.sheet)
 

@@ -129,7 +129,8 @@ def test_the_recipes_loss_is_of_what_the_pipeline_asks(recipe):
 def test_the_recipe_runs_and_resumes(recipe, monkeypatch, tmp_path):
     from diffusers import ZImagePipeline
 
-    monkeypatch.setattr(recipe, "DRAWING", recipe.DRAWING | {"num_inference_steps": 1})
+    quick = {"num_inference_steps": 1, "guidance_scale": 0, "max_sequence_length": 32}
+    monkeypatch.setattr(recipe, "DRAWING", recipe.DRAWING | quick)
     def train(steps):
         monkeypatch.setattr(sys, "argv", ["train_flow.py", "--steps", str(steps), "--batch_size", "2", "--no-compile",
                                           "--output", str(tmp_path / "flow"), "--sheet", str(tmp_path / "sheet.png")])
