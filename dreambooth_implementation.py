@@ -665,6 +665,105 @@ def white_of(path, image, values, tags):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# profiles: Colour profiles of files that say their colours in numbers alone: gAMA and cHRM in PNG, ITU-T H.273's code points.
+#
+# Knows nothing of what is done with a profile.
+
+
+SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
+PRIMARIES = {1: SRGB, 9: (*SRGB[:2], 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),  # H.273's numbers: BT.709, BT.2020, Display P3
+             12: (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)}
+CURVES = {1: None, 2: None, 6: None, 13: None, 14: None, 15: None, 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
+BRIGHTER = {16: "PQ", 18: "HLG"}  # than any screen's white
+D50 = (0.9642, 1, 0.8249)
+
+
+def profile_in_numbers(path, image):
+    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's."""
+    chunks = short_chunks(path) if image.format == "PNG" else {}
+    if codes := code_points(path, image, chunks):
+        if name := BRIGHTER.get(codes[1]):
+            say_once(f"Note: {path} is HDR ({name}), which looks dull here; save it as a usual JPEG to have its colours right.")
+        known = codes[0] in PRIMARIES and codes[1] in CURVES
+        return written(PRIMARIES[codes[0]], CURVES[codes[1]]) if known else None
+    if "sRGB" in chunks:
+        return None
+    places, gamma = chunks.get("cHRM", b""), int.from_bytes(chunks.get("gAMA", b""), "big") / 100000
+    places = tuple(number / 100000 for number in struct.unpack(">8I", places)) if len(places) == 32 else SRGB
+    return written(places, None if not gamma or abs(1 / gamma - 2.2) < 0.05 else 1 / gamma)
+
+
+def short_chunks(path):
+    """{kind: content} of the chunks of up to 32 bytes before a PNG's pixels."""
+    chunks = {}
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            length = int.from_bytes(head[:4], "big")
+            content = file.read(length) if length <= 32 else None
+            if content is not None:
+                chunks.setdefault(head[4:].decode("latin-1"), content)
+            file.seek(4 if content is not None else length + 4, 1)
+    return chunks
+
+
+def code_points(path, image, chunks):
+    """(primaries, transfer) by H.273's numbers, where a file has them; else None."""
+    if image.format == "PNG":
+        return tuple(chunks["cICP"][:2]) if len(chunks.get("cICP", b"")) == 4 else None
+    if image.format == "AVIF":
+        with open(path, "rb") as file:
+            box = file.read(2**16).partition(b"colrnclx")[2][:4]
+        return struct.unpack(">HH", box) if len(box) == 4 else None
+    codes = image.info.get("nclx_profile") or {}
+    return (codes["color_primaries"], codes["transfer_characteristics"]) if codes else None
+
+
+def written(places, gamma):
+    """The ICC profile of colours whose white, red, green and blue have these x and y. None for sRGB's, and for impossible ones."""
+    if gamma is None and max(abs(one - other) for one, other in zip(places, SRGB)) < 0.002:
+        return None
+    with contextlib.suppress(ArithmeticError, ValueError, struct.error):  # numbers that no light has
+        return icc(primaries_at_d50(places), gamma)
+
+
+def primaries_at_d50(places):
+    """XYZ of red, green and blue under the white that profiles have, adapted as Bradford's."""
+    import numpy as np
+
+    def xyz(x, y):
+        return np.array([x / y, 1, (1 - x - y) / y])
+    white, *lights = (xyz(*places[i:i + 2]) for i in range(0, 8, 2))
+    lights = np.stack(lights, 1)
+    try:
+        lights = lights * np.linalg.solve(lights, white)
+    except np.linalg.LinAlgError:
+        raise ValueError("these lights mix to no white") from None
+    eye = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    adapted = np.linalg.inv(eye) @ np.diag(eye @ D50 / (eye @ white)) @ eye
+    return (adapted @ lights).T.tolist()
+
+
+def icc(primaries, gamma):
+    """An ICC profile, version 4, of three primaries and one curve."""
+    def fixed(*numbers):
+        return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+    curve = b"para\0\0\0\0" + (struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045) if gamma is None
+                               else struct.pack(">HH", 0, 0) + fixed(gamma))
+    text = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 2, 28) + "x".encode("utf-16-be") + b"\0\0"
+    tags = {b"desc": text, b"cprt": text, b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50)}
+    tags |= {kind: b"XYZ \0\0\0\0" + fixed(*light) for kind, light in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries)}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for kind, content in tags.items():
+        table += kind + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x04200000, b"mntr", b"RGB ", b"XYZ ")
+    head += struct.pack(">6H4s", 2024, 1, 1, 0, 0, 0, b"acsp") + b"\0" * 28 + fixed(*D50) + b"\0" * 48
+    return head + table + body
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # decode: Picture files decoded as every viewer shows them, whatever camera, phone or editor wrote them.
 #
 # Knows nothing of what the pictures are for.
@@ -833,7 +932,7 @@ def as_seen(path, image):
     if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
         say_once(f"{path} has {image.n_frames} frames; the first is used.")
     image.load()
-    turn, profile = turn_of(path, image), image.info.get("icc_profile")
+    turn, profile = turn_of(path, image), image.info.get("icc_profile") or profile_in_numbers(path, image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(path, image)
     if image.mode == "La":
@@ -969,24 +1068,41 @@ def png_parameters(path):
 EVERY, SELDOM = 10, 600  # seconds between lines: at least, and at most as long as anything moves
 
 
-def progress(iterable, title, unit, total=None, done=0, hidden=False):
-    """`iterable`, and on standard error how far it is; `done` of `total` items were there before.
+def one(item):
+    """How much an item is, where each is as much as any other."""
+    return 1
+
+
+def progress(iterable, title, unit, total=None, done=0, hidden=False, weigh=one):
+    """`iterable`, and on standard error how far it is; `done` of `total` items were there before. An item is weigh(item) of them.
 
     What it returns has tqdm's set_postfix(), which takes {name: value} to show. DREAMBOOTH_PROGRESS=bar in the environment asks
     for the bar where no terminal is, for programs that read it.
     """
     if hidden or sys.stderr.isatty() or os.environ.get("DREAMBOOTH_PROGRESS") == "bar":
-        return tqdm(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
-    return Lines(iterable, title, unit, len(iterable) if total is None else total, done)
+        bar = Bar(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
+        bar.weigh = weigh
+        return bar
+    return Lines(iterable, title, unit, len(iterable) if total is None else total, done, weigh=weigh)
+
+
+class Bar(tqdm):
+    """tqdm's bar, for items of several weights."""
+
+    def __iter__(self):
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update(self.weigh(item))
 
 
 class Lines:
     """`iterable` with a line every ten seconds, and whenever another tenth of the work is done, but never more than a hundred
     or so; a piece of work that takes less than a second gets one line in the end."""
 
-    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic):
+    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic, weigh=one):
         self.iterable, self.title, self.unit, self.total, self.done, self.clock = iterable, title, unit, total, done, clock
-        self.shown = {}
+        self.shown, self.weigh = {}, weigh
 
     def set_postfix(self, values):
         """Show {name: value} in the lines that follow."""
@@ -997,7 +1113,7 @@ class Lines:
         before = said = self.done
         for item in self.iterable:
             yield item
-            self.done += 1
+            self.done += self.weigh(item)
             now = self.clock()
             is_tenth = 10 * self.done // self.total > 10 * said // self.total and now - said_at >= 1
             is_due = is_tenth or now - said_at >= (EVERY if 100 * (self.done - said) >= self.total else SELDOM)
@@ -1124,7 +1240,8 @@ def all_threads():
 
 DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
 MODES = {  # which commands know a flag; --help lists the flags in this order
-    "all": ("train", "infer", "evaluate"), "train+evaluate": ("train", "evaluate"), "train": ("train",),
+    "all": ("train", "infer", "evaluate"), "all+export": ("train", "infer", "evaluate", "export"),
+    "train+evaluate": ("train", "evaluate"), "train": ("train",),
     "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"), "infer": ("infer",),
     "infer+evaluate": ("infer", "evaluate"), "evaluate": ("evaluate",)}
 SAMPLE_PHOTOS = "./instance_images"
@@ -1159,7 +1276,7 @@ class Settings:
                                                  "the same", shown="main")
     variant: str | None = _field("train", None, "which of a model's weights to read, such as fp16: those named *.fp16.safetensors",
                                  shown="those without such a word")
-    cache_dir: str | None = _field("all", None, "folder where models from the hub are kept",
+    cache_dir: str | None = _field("all+export", None, "folder where models from the hub are kept",
                                    shown="the hub client's own, which HF_HOME moves")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
@@ -1292,6 +1409,7 @@ class Settings:
                                           shown="samples are drawn at the end only; a tenth of the steps with --select_best")
     validation_epochs: int | None = _field("train", None, "passes over the photos between samples, instead of "
                                            "--validation_steps", minimum=1, shown="--validation_steps counts")
+    samples: bool = _field("train", True, "draw samples when training is over")
     num_validation_images: int | None = _field("train", None, "pictures of each sample prompt", minimum=1, shown="4")
     logging_dir: str | None = _field("train", None, "folder in --output_dir for TensorBoard's files", shown="logs")
     select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
@@ -1303,6 +1421,8 @@ class Settings:
         "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
         "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
         "holds", shown="none")
+    export_precision: str | None = _field("train+export", None, "precision of what --export writes", choices=["fp32", "fp16", "bf16"],
+                                          shown="fp16 for a whole model; a LoRA or an embedding as it was trained")
 
     # Inference
     model_path: list[str] | None = _field("trained", None, "what was trained: a folder or hub id; with --evaluate "
@@ -1737,18 +1857,19 @@ class Parts:
 
 MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
     painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
-    thumbnail""".split()
+    thumbnail polaroid mugshot still doodle caricature wallpaper""".split()
 RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
 AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
 OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
 OWNERS = "my your his her its our their".split()
-DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
+DETERMINERS = ["an?", "one", "the", *OWNERS, "some", "this", "that", "these", "those"]
 # "my sister's dog" and "Anna's dog", but not "a dog's bowl".
 POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[^\W\d_a-z])\w*)['’]s? "
 COUNTS = "two three four five six several many".split()
 WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
                    re.IGNORECASE | re.DOTALL)
-EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
+PRONOUNS = "me myself him himself herself them us you yourself it".split()  # of whom the model knows nothing
+EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS + PRONOUNS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
 CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$", re.DOTALL)
 ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()
@@ -2051,12 +2172,15 @@ def fill_class(prompt, names, subjects):
 # Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
 
 
-RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after this share of it are rare
+RARE = 0.8  # vocabularies of byte pairs and of sentencepiece list the frequent tokens first: those after this share of it are rare
 # Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
-# everybody uses, is a rifle). The last line are such tokens of the bundled model's.
+# everybody uses, is a rifle). Then such tokens of Qwen's, beginnings of Polish, Turkish and Spanish words; the last line are such of
+# the bundled model's.
 RARE_WORDS = """
     phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
     azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
+    yapt olmad wygl chcia pomys wypos tytu ihtiy zespo znale dotyc bezpo szko todav narz niezb rozp wybra zobac pobli zobow najb zwyk
+    yayg niekt vazge
     zwx xqr qvk vkz wjq jxv fzw kqx"""
 
 
@@ -2096,13 +2220,14 @@ def choose_identifiers(models, concepts, seed, embed):
     `embed` maps P prompts to the text encoder's embeddings [P, channels] at their ends.
     Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
     seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
-    with a weak prior in both language model and diffusion model.)
+    with a weak prior in both language model and diffusion model.) Of several tokenizers the first decides what is rare: beside CLIP's,
+    T5's may read the word in pieces, which mean little together.
     """
     import torch
 
     tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
     words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
-    candidates = rare_words(models.tokenizers, [concept.class_prompt or "" for concept in concepts])
+    candidates = rare_words(models.tokenizers[:1], [concept.class_prompt or "" for concept in concepts])
     for concept in concepts:
         if concept.identifier != "auto":
             check_identifier(tokenizer, concept.identifier)
@@ -2341,7 +2466,8 @@ def check_own(folder, count, concepts):
     if images[count:]:
         say(f"Note: {folder} holds {len(images)} class images, of which the first {count} are used; --num_class_images "
             f"{len(images)} would use all.")
-    if any(path.with_suffix(".txt").exists() for path in used):
+    texts = [path.with_suffix(".txt") for path in used] + [Path(folder) / name for name in CAPTION_LISTS]
+    if any(path.exists() for path in texts):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:
@@ -2708,6 +2834,7 @@ ADAPTER_RECIPES = {"lora": Recipe(800, 1e-4, 1e-4, 5e-5), "textual_inversion": R
 
 # What files begin with that have the name of a .safetensors file and are none.
 IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the file: run `git lfs pull` in its repository",
+             b"../": "it is a text in place of a link, as in a copy of the hub's cache: copy that with links followed (cp -rL)",
              b"<": "it is a web page, not the file; download it again",
              b"PK\x03\x04": "it is a pickle under another name, which can run any code, and is not opened",
              b"\x80\x02": "it is a pickle under another name, which can run any code, and is not opened",
@@ -2846,8 +2973,9 @@ def text_encoders_of(pipeline):
 
 
 def tokenizer_of(pipeline, part):
-    """The tokenizer of the text encoder of this name."""
-    return pipeline.components[part.replace("text_encoder", "tokenizer")]
+    """The tokenizer of the text encoder of this name; of a processor of text and pictures, the one within."""
+    found = pipeline.components[part.replace("text_encoder", "tokenizer")]
+    return getattr(found, "tokenizer", found)
 
 
 def moments_of(vae, pixels):
@@ -2879,10 +3007,13 @@ class Family:
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
+    exports = False  # whether --export writes it for other programs
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
     class_guidance = 1.0
+    takes_negatives = True  # negative prompts
+    usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
@@ -2900,6 +3031,15 @@ class Family:
         """What does not fit between a pipeline's parts, with a remedy, as a phrase; "" if all does."""
         return ""
 
+    def distilled(self, index, config):
+        """Whether a model_index.json and the denoiser's config, each {} where it is not there yet, say that it was distilled."""
+        return False
+
+    def check_drawn(self, s):
+        """UserError for flags that have no meaning where this family draws."""
+        if s.negative_prompt and not self.takes_negatives:
+            raise UserError(f"--negative_prompt: {self.kind} takes none; leave it out, and say in --prompt what is to be seen instead")
+
     def check_flags(self, s):
         """UserError for flags that have no meaning in this family."""
         if s.method not in self.recipes:
@@ -2910,6 +3050,8 @@ class Family:
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
+        if s.export and not self.exports:
+            raise UserError(f"--export: {self.kind} is not written for other programs yet; leave it out")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -3002,8 +3144,15 @@ class Family:
 
     def lora_misfit(self, pipeline, shapes):
         """Why a LoRA of tensors {name: shape} is not for this pipeline, as a phrase; "" if nothing is known against it."""
-        found = next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None)
-        return f"it is for a Stable Diffusion model with a UNet ({found})" if found else ""
+        if found := next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None):
+            return f"it is for a Stable Diffusion model with a UNet ({found})"
+        layers = dict(self.denoiser_of(pipeline).named_modules())
+        for name, shape in sorted(shapes.items()):
+            layer = layers.get(re.sub(rf"^(base_model\.model\.)?({self.denoiser}\.)?|\.{LORA_LAYER}", "", name))
+            takes = getattr(layer, "in_features", None)
+            if takes and re.search(LORA_LAYER, name) and shape[1] != takes:
+                return f"its {name} takes {shape[1]} channels, that layer here {takes}; it is for another model of this kind"
+        return ""
 
     def book_options(self, told, against):
         """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
@@ -3020,6 +3169,11 @@ class Family:
         raise NotImplementedError
 
     # ---- other programs
+
+    def notes(self, config, scheduler):
+        """{note: text or None} that a file's header says of the architecture, as ModelSpec and Kohya's tools have it, by the configs of
+        denoiser and scheduler."""
+        return {}
 
     def kohya_prefix(self, models, part):
         """What Kohya's tools call a part of a model in a LoRA; None where they have no such file."""
@@ -3181,6 +3335,143 @@ def kind_of_folder(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# models/families/flux2: FLUX.2 (Black Forest Labs): klein, told by three layers of Qwen3, and dev, told by three of Mistral's.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' Flux2KleinPipeline and Flux2Pipeline.
+
+
+ATTENTION_OF_FLUX2 = r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out"
+REST_OF_FLUX2 = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
+SHARED_OF_FLUX2 = r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear"
+
+
+class Flux2Klein(Family):
+    """FLUX.2 klein base, 4 and 9 thousand million weights."""
+
+    name = "flux2-klein"
+    pipelines = ("Flux2KleinPipeline",)
+    kind = "FLUX.2 klein"
+    guidance = class_guidance = 4.0
+    takes_negatives = False
+    lora_targets = {"attention": ATTENTION_OF_FLUX2, "attention+ff": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}",
+                    "all": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}|{SHARED_OF_FLUX2}"}
+    # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
+    recipes = {"lora": Recipe(500, 1e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "black-forest-labs/FLUX.2-klein-base-4B or -9B"
+    usual_steps = 30  # of drawing; the shift depends on their number
+
+    def distilled(self, index, config):
+        return bool(index.get("is_distilled"))
+
+    def misfit(self, index, configs):
+        transformer, latents = configs["transformer"], configs["vae"].get("latent_channels", 32)
+        if transformer.get("in_channels", 128) != 4 * latents:
+            return (f"its transformer takes {transformer.get('in_channels', 128)} channels, its VAE makes 4 x {latents}; the parts are of "
+                    f"different models")
+        takes, makes = transformer.get("joint_attention_dim", 15360), text_channels(configs["text_encoder"])
+        if makes and takes != 3 * makes:
+            return (f"its transformer attends to {takes} text channels, but three layers of its text encoder make 3 x {makes}; the parts "
+                    f"are of different models")
+        return ""
+
+    def latent_scale(self, pipeline):
+        return 2 * pipeline.vae_scale_factor
+
+    def multiple(self, pipeline):
+        return self.latent_scale(pipeline)
+
+    def usual_shift(self, pipeline, side):
+        """As the pipeline has it for so many tokens and steps."""
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        config = pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return super().usual_shift(pipeline, side)
+        return shift_of(config, compute_empirical_mu(self.tokens(pipeline, side), self.usual_steps))
+
+    def moments(self, vae, pixels):
+        """Of 2 x 2 latents as channels, each by its own mean and deviation over many pictures (the VAE's BatchNorm)."""
+        import torch
+
+        mean = torch.nn.functional.pixel_unshuffle(vae.encode(pixels).latent_dist.mode(), 2)
+        of_many, squared = (numbers.view(1, -1, 1, 1).to(mean) for numbers in (vae.bn.running_mean, vae.bn.running_var))
+        mean = (mean - of_many) / (squared + vae.config.batch_norm_eps).sqrt()
+        return mean, mean.new_zeros(mean.shape)
+
+    def encode(self, models, prompts):
+        """{"hidden": [P, tokens, channels]}, of the template and with what fills it up."""
+        device = next(models.text_encoders[0].parameters()).device
+        hidden, _ = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
+        return {"hidden": hidden}
+
+    def summaries(self, models, prompts):
+        import torch
+
+        hidden, places = self.encode(models, prompts)["hidden"], [-1] * len(prompts)
+        if tokenizer_of(models.pipeline, "text_encoder").padding_side == "right":
+            places = [min(self.prompt_length(models.pipeline, prompt)) - 1 for prompt in prompts]
+        return hidden[torch.arange(len(prompts)), places]
+
+    def prompt_length(self, pipeline, prompt):
+        """With its template."""
+        return len(self.templated(pipeline, prompt)["input_ids"][0]), self.prompt_tokens
+
+    def templated(self, pipeline, prompt):
+        """What a tokenizer makes of a prompt in its template."""
+        return pipeline.tokenizer.apply_chat_template([[{"role": "user", "content": prompt}]], add_generation_prompt=True,
+                                                      enable_thinking=False, return_dict=True)
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        hidden, (height, width), device = conditioning["hidden"], noisy.shape[-2:], noisy.device
+        predicted = models.denoiser(
+            hidden_states=noisy.flatten(2).transpose(1, 2), timestep=levels, guidance=self.told_guidance(models, levels),
+            encoder_hidden_states=hidden, txt_ids=moved(grid_places((1, 1, 1, hidden.shape[1]), len(hidden)), device),
+            img_ids=moved(grid_places((1, height, width, 1), len(noisy)), device), return_dict=False)[0]
+        return predicted.transpose(1, 2).unflatten(2, (height, width))
+
+    def told_guidance(self, models, levels):
+        """[B]: none in training, where the model is to learn what the photos show; None where it takes no such number."""
+        import torch
+
+        return torch.ones_like(levels) if models.pipeline.transformer.config.guidance_embeds else None
+
+
+class Flux2Dev(Flux2Klein):
+    """FLUX.2 dev, 32 thousand million weights, which is told by how much to be guided."""
+
+    name = "flux2"
+    pipelines = ("Flux2Pipeline",)
+    kind = "FLUX.2 dev"
+    base_of_distilled = "black-forest-labs/FLUX.2-dev"
+
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"]}
+
+    def misfit(self, index, configs):
+        if "Processor" in str(index.get("tokenizer")) and not importlib.util.find_spec("torchvision"):
+            return "its text encoder reads pictures, too, and needs torchvision for that: pip install torchvision"
+        return super().misfit(index, configs)
+
+    def templated(self, pipeline, prompt):
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        return pipeline.tokenizer.apply_chat_template(format_input([prompt], pipeline.system_message), add_generation_prompt=False,
+                                                      tokenize=True, return_dict=True)
+
+
+def grid_places(counts, pictures):
+    """Numbers [pictures, tokens, axes] of the places in a grid of so many along each axis."""
+    import torch
+
+    return torch.cartesian_prod(*map(torch.arange, counts)).expand(pictures, -1, -1)
+
+
+def text_channels(config):
+    """How many channels a text encoder's layers have; Mistral's config has them beside those of its pictures. None if unsaid."""
+    return (config.get("text_config") or config).get("hidden_size")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/families/stable_diffusion: Stable Diffusion 1.x, 2.x and XL, and small models of their kind: a UNet that learnt diffusion, told by CLIP's text encoders.
 
 
@@ -3188,6 +3479,14 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+CODE = "https://github.com/Stability-AI/generative-models"  # whose layout is meant
+# (channels of the text that a UNet attends to, whether it predicts velocity): (ModelSpec's name, Kohya's) of the architecture. Of
+# others, such as the bundled model, nothing is claimed, since no other program has them.
+ARCHITECTURES = {(768, False): ("stable-diffusion-v1", "sd_v1"), (768, True): ("stable-diffusion-v1", "sd_v1_v"),
+                 (1024, False): ("stable-diffusion-v2-512", "sd_v2"), (1024, True): ("stable-diffusion-v2-768-v", "sd_v2_v"),
+                 (2048, False): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+                 (2048, True): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")}
+SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -3205,7 +3504,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = True
+    trains_text = bf16_throughout = exports = True
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
@@ -3271,6 +3570,13 @@ class StableDiffusion(Family):
         if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
             raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
                             f"VAE has a scaling_factor alone")
+        scale, is_xl = vae.get("scaling_factor"), len(self.word_encoders) > 1
+        if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json "
+                            f"(Stable Diffusion's is 0.18215, SDXL's 0.13025)")
+        if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
+            say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that "
+                f"one's VAE, what is learnt is spoilt.")
         for part in ("text_encoder", "text_encoder_2"):
             kind = type(pipeline.components.get(part)).__name__
             if kind not in (*TEXT_ENCODERS, "NoneType"):
@@ -3355,6 +3661,16 @@ class StableDiffusion(Family):
         of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
         return f"it is for a model whose text has {' or '.join(of[:-1])} channels, and this one's has {of[-1]}"
 
+    def notes(self, config, scheduler):
+        widths = numbers(config.get("cross_attention_dim"))
+        velocity = scheduler.get("prediction_type") == "v_prediction"
+        # Where its layers differ in width it is as no published model.
+        architecture, version = ARCHITECTURES.get((widths[0] if len(widths) == 1 else None, velocity), (None, None))
+        return {"modelspec.architecture": architecture, "modelspec.implementation": architecture and CODE,
+                "modelspec.prediction_type": "v" if velocity else "epsilon",
+                "ss_base_model_version": version, "ss_v2": version and str(version.startswith("sd_v2")),
+                "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None}
+
     def kohya_prefix(self, models, part):
         return "lora_unet" if part == "unet" else self.prefixes[part]
 
@@ -3399,7 +3715,9 @@ class SmallStableDiffusion(StableDiffusion):
 
 
 def settle_clip(tokenizer, text_encoder):
-    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut."""
+    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut; where it is there yet."""
+    if text_encoder is None:
+        return
     # Without a config of its own a tokenizer would not know that, and the text encoder has no more places.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     # Older configs name another id, and then the highest one is taken for the end of the text: with words added to the
@@ -3663,37 +3981,324 @@ def hub_configs(name):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/families/known: The families that this program knows, and which of them a model is of.
+# models/families/qwen_image: Qwen-Image (Alibaba, Apache-2.0): two streams of tokens, told by Qwen2.5-VL's last layer under a template of its own.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' QwenImagePipeline.
 
 
-FAMILIES = (StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(), ZImage(), SmallZImage())  # of those that fit, the first
-PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES for kind in family.pipelines))
+ATTENTION_OF_QWEN = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION_OF_QWEN = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD_OF_QWEN = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
-def family_named(kind):
-    """A family of the pipelines of this class, for questions that all such families answer alike; None if there is none."""
-    return next((family for family in FAMILIES if kind in family.pipelines), None)
+class QwenImage(Family):
+    """Qwen-Image, 20 thousand million weights."""
+
+    name = "qwen-image"
+    pipelines = ("QwenImagePipeline",)
+    kind = "Qwen-Image"
+    guidance = class_guidance = 4.0
+    usual_negative = " "  # without a negative prompt it would not be guided; this is what its makers draw with
+    # The pictures' attention alone, as others train it; then the text's, too.
+    lora_targets = {"attention": [*ATTENTION_OF_QWEN],
+                    "attention+ff": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN],
+                    "all": [*ATTENTION_OF_QWEN, *TEXT_ATTENTION_OF_QWEN, *FEED_FORWARD_OF_QWEN, "img_mod.1", "txt_mod.1"]}
+    # diffusers' example trains a LoRA of 500 steps at 2e-4; the rate of full training is other trainers'. Neither was measured here.
+    recipes = {"lora": Recipe(500, 2e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "Qwen/Qwen-Image"
+
+    def misfit(self, index, configs):
+        transformer, vae, text = configs["transformer"], configs["vae"], configs["text_encoder"]
+        if transformer.get("guidance_embeds") or transformer.get("use_additional_t_cond"):
+            return "its transformer wants more than a prompt (a model that edits pictures or was distilled?); give Qwen/Qwen-Image"
+        takes, makes = transformer.get("in_channels", 64), vae.get("z_dim", 16)
+        if takes != 4 * makes:
+            return f"its transformer takes {takes} channels, its VAE makes 4 x {makes}; the parts are of different models"
+        takes, makes = transformer.get("joint_attention_dim", 3584), text_channels(text)
+        if takes != makes:
+            return (f"its transformer attends to {takes} text channels, but its text encoder makes {makes}; the parts are of different "
+                    f"models")
+        return ""
+
+    def own_size(self, pipeline):
+        return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
+
+    def latent_shape(self, pipeline, side):
+        return (pipeline.vae.config.z_dim, *[side // self.latent_scale(pipeline)] * 2)
+
+    def moments(self, vae, pixels):
+        """Of a film of one picture, and each channel by its own mean and deviation."""
+        import torch
+
+        distribution = vae.encode(pixels.unsqueeze(2)).latent_dist
+        mean, deviation = (torch.tensor(numbers).view(1, -1, 1, 1).to(pixels) for numbers in (vae.config.latents_mean, vae.config.latents_std))
+        return (distribution.mean.squeeze(2) - mean) / deviation, distribution.std.squeeze(2) / deviation
+
+    def encode(self, models, prompts):
+        """{"hidden": a list of P tensors [tokens, channels]}: what the template puts before the prompt is dropped."""
+        device = next(models.text_encoders[0].parameters()).device
+        hidden, mask = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
+        counts = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
+        return {"hidden": [row[:count] for row, count in zip(hidden, counts)]}
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        import torch
+
+        height, width = (side // 2 for side in noisy.shape[-2:])
+        hidden, mask = padded(conditioning["hidden"])
+        predicted = models.denoiser(
+            hidden_states=torch.nn.functional.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2), timestep=levels,
+            encoder_hidden_states_mask=mask, encoder_hidden_states=hidden, img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
+        return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
+
+    def book_options(self, told, against):
+        (hidden, mask), (other, other_mask) = padded(told["hidden"]), padded(against["hidden"])
+        return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": other,
+                "negative_prompt_embeds_mask": other_mask}
+
+    def call_options(self, scale, negatives):
+        guides = scale > 1 and negatives
+        return {"true_cfg_scale": scale} | ({"negative_prompt": negatives} if guides else {})
 
 
-def known_kinds():
-    """The families, in words."""
-    kinds = list(dict.fromkeys(family.kind for family in FAMILIES))
-    return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+def padded(hidden):
+    """(Embeddings [B, tokens, channels] of a list, with zeros at their ends, mask [B, tokens] or None where all are of one length)."""
+    import torch
+
+    counts = [len(row) for row in hidden]
+    rows = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+    if len(set(counts)) == 1:
+        return rows, None
+    return rows, (torch.arange(rows.shape[1]) < torch.tensor(counts)[:, None]).long().to(rows.device)
 
 
-def family_of(pipeline):
-    """The family of a loaded pipeline."""
-    kind = type(pipeline).__name__
-    return next(family for family in FAMILIES if kind in family.pipelines and family.fits(family.denoiser_of(pipeline).config))
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/flux: FLUX.1 (Black Forest Labs): two streams of tokens, told by T5 and by CLIP's pooled embedding.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' FluxPipeline.
 
 
-def guidance_scale(s, pipeline):
-    return default(s.guidance_scale, family_of(pipeline).guidance)
+BLOCKS_OF_FLUX = r"(single_)?transformer_blocks\.\d+"
+ATTENTION_OF_FLUX = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+FEED_FORWARD_OF_FLUX = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+MODULATION_OF_FLUX = r"norm(1(_context)?)?\.linear"
 
 
-def own_size(pipeline):
-    """(width, height) in pixels that a pipeline draws by itself."""
-    return family_of(pipeline).own_size(pipeline)
+class Flux(Family):
+    """FLUX.1 dev, 12 thousand million weights, which is told by how much to be guided."""
+
+    name = "flux"
+    pipelines = ("FluxPipeline",)
+    kind = "FLUX.1 dev"
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    guidance = class_guidance = 3.5
+    takes_negatives = False
+    lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
+                    "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",
+                    "all": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX}|{MODULATION_OF_FLUX})"}
+    # diffusers' example trains a LoRA of 500 steps, other trainers at 1e-4; the rate of full training is theirs, too. Neither was
+    # measured here.
+    recipes = {"lora": Recipe(500, 1e-4), "full": Recipe(500, 1e-5)}
+    base_of_distilled = "black-forest-labs/FLUX.1-dev"
+
+    def distilled(self, index, config):
+        """As schnell, which takes no guidance."""
+        return bool(config) and not config.get("guidance_embeds")
+
+    def misfit(self, index, configs):
+        transformer, latents = configs["transformer"], configs["vae"].get("latent_channels", 4)
+        if transformer.get("in_channels", 64) != 4 * latents:
+            return (f"its transformer takes {transformer.get('in_channels', 64)} channels, its VAE makes 4 x {latents}; is it a model that "
+                    f"edits pictures? Give a text-to-image model")
+        for part, key, takes in (("text_encoder", "hidden_size", transformer.get("pooled_projection_dim", 768)),
+                                 ("text_encoder_2", "d_model", transformer.get("joint_attention_dim", 4096))):
+            if configs[part].get(key, takes) != takes:
+                return (f"its transformer takes {takes} channels of {part}, which makes {configs[part][key]}; the parts are of different "
+                        f"models")
+        return ""
+
+    def make_ready(self, pipeline):
+        settle_clip(pipeline.tokenizer, pipeline.text_encoder)
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+
+    def latent_shape(self, pipeline, side):
+        return (pipeline.transformer.config.in_channels // 4, *[side // self.latent_scale(pipeline)] * 2)
+
+    def moments(self, vae, pixels):
+        return moments_of(vae, pixels)
+
+    def encode(self, models, prompts):
+        """{"hidden": T5's [P, tokens, channels], with what fills it up; "pooled": CLIP's [P, channels]}."""
+        device = next(models.text_encoders[0].parameters()).device
+        hidden, pooled, _ = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
+        return {"hidden": hidden, "pooled": pooled}
+
+    def summaries(self, models, prompts):
+        return self.encode(models, prompts)["pooled"]
+
+    def prompt_length(self, pipeline, prompt):
+        """As T5 reads it; of CLIP only the sum counts."""
+        return len(pipeline.tokenizer_2(prompt).input_ids), self.prompt_tokens
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        import torch
+
+        height, width = (side // 2 for side in noisy.shape[-2:])
+        hidden, device = conditioning["hidden"], noisy.device
+        tells = models.pipeline.transformer.config.guidance_embeds  # none in training: the model is to learn what the photos show
+        predicted = models.denoiser(
+            hidden_states=torch.nn.functional.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2), timestep=levels,
+            guidance=torch.ones_like(levels) if tells else None, pooled_projections=conditioning["pooled"], encoder_hidden_states=hidden,
+            txt_ids=hidden.new_zeros(hidden.shape[1], 3), img_ids=moved(picture_places(height, width), device).to(hidden.dtype),
+            return_dict=False)[0]
+        return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
+
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"]}
+
+
+def picture_places(height, width):
+    """Numbers [tokens, 3] of the places in a picture: nothing, row, column."""
+    import torch
+
+    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/stable_diffusion_3: Stable Diffusion 3 and 3.5 (Stability AI, gated): two streams of tokens, told by two CLIPs and, where it is there, T5.
+#
+# What is sent to the transformer, and with which sign, is as in diffusers' StableDiffusion3Pipeline.
+
+
+CLIP_TOKENS = 77
+ATTENTION_OF_SD3 = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+                    "attn.to_add_out")
+FEED_FORWARD_OF_SD3 = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+OTHERS_OF_SD3 = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "norm1.linear", "norm1_context.linear")
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3, 2 thousand million weights."""
+
+    name = "stable-diffusion-3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    kind = "Stable Diffusion 3"
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    word_encoders = ("text_encoder", "text_encoder_2")
+    trains_text = True
+    guidance = class_guidance = 7.0
+    lora_targets = {"attention": [*ATTENTION_OF_SD3], "attention+ff": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3],
+                    "all": [*ATTENTION_OF_SD3, *FEED_FORWARD_OF_SD3, *OTHERS_OF_SD3]}
+    # diffusers' example trains a LoRA of 500 steps at 4e-4; the text's rate and the words' are those of Stable Diffusion XL, the rate of
+    # full training is other trainers'. None was measured here.
+    recipes = {"lora": Recipe(500, 4e-4, 4e-4, 5e-5), "full": Recipe(500, 1e-5, 1e-5, 1e-6),
+               "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 4e-4, 4e-4, 5e-5, 3e-4)}
+    prompt_tokens = 256  # that T5 reads
+    base_of_distilled = "stabilityai/stable-diffusion-3.5-large"
+
+    def fits(self, config):
+        return not config.get("qk_norm")
+
+    def misfit(self, index, configs):
+        transformer, latents = configs["transformer"], configs["vae"].get("latent_channels", 4)
+        if transformer.get("in_channels", 16) != latents:
+            return (f"its transformer takes {transformer.get('in_channels', 16)} channels, its VAE makes {latents}; give a text-to-image "
+                    f"model of one make")
+        clips = [configs[part] for part in self.word_encoders]
+        takes, makes = transformer.get("pooled_projection_dim", 2048), [clip.get("projection_dim", 512) for clip in clips]
+        if takes != sum(makes):
+            return (f"its transformer is told {takes} numbers of a whole prompt, but its text encoders make "
+                    f"{' + '.join(map(str, makes))}; the parts are of different models")
+        takes = transformer.get("joint_attention_dim", 4096)
+        if "text_encoder_3" in configs and (makes := configs["text_encoder_3"].get("d_model")) != takes:
+            return f"its transformer attends to {takes} text channels, but its T5 makes {makes}; the parts are of different models"
+        return ""
+
+    def check_flags(self, s):
+        super().check_flags(s)
+        if s.num_vectors > 1:
+            raise UserError(f"--num_vectors {s.num_vectors}: {self.kind}'s pipeline reads a new word as one vector; leave it out")
+
+    def check_side(self, pipeline, side, flag):
+        super().check_side(pipeline, side, flag)
+        largest = pipeline.transformer.config.pos_embed_max_size * self.multiple(pipeline)
+        if side > largest:
+            raise UserError(f"{flag} {side}: {pipeline.name_or_path} knows places in pictures of up to {largest} px; give less")
+
+    def make_ready(self, pipeline):
+        for part in self.word_encoders:
+            settle_clip(tokenizer_of(pipeline, part), pipeline.components.get(part))
+        pipeline.tokenizer_max_length = min(pipeline.tokenizer.model_max_length, CLIP_TOKENS)
+
+    def own_size(self, pipeline):
+        return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
+
+    def multiple(self, pipeline):
+        return pipeline.patch_size * self.latent_scale(pipeline)
+
+    def moments(self, vae, pixels):
+        distribution, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
+        return (distribution.mean - (vae.config.shift_factor or 0)) * scale, distribution.std * scale
+
+    def encode(self, models, prompts):
+        """{"hidden": [P, tokens, channels], "pooled": [P, channels]}: both CLIPs' last but one layers beside each other, padded to the
+        width of T5's, which follow; zeros stand for a T5 that is not there."""
+        import torch
+
+        told = [clip_told(models.pipeline, tokenizer, clip, prompts) for tokenizer, clip in models.readers]
+        clips, pooled = (torch.cat(each, dim=-1) for each in zip(*told))
+        t5 = self.t5_told(models, prompts, clips)
+        return {"hidden": torch.cat([torch.nn.functional.pad(clips, (0, t5.shape[-1] - clips.shape[-1])), t5], dim=1), "pooled": pooled}
+
+    def t5_told(self, models, prompts, like):
+        """T5's last layer [P, tokens, channels]."""
+        if len(models.text_encoders) <= len(models.readers):
+            return like.new_zeros(len(like), self.prompt_tokens, models.denoiser.config.joint_attention_dim)
+        ids = models.tokenizers[-1](list(prompts), padding="max_length", max_length=self.prompt_tokens, truncation=True,
+                                    return_tensors="pt").input_ids
+        return models.text_encoders[-1](moved(ids, like.device))[0]
+
+    def summaries(self, models, prompts):
+        return self.encode(models, prompts)["pooled"]
+
+    def prompt_length(self, pipeline, prompt):
+        if pipeline.text_encoder_3 is not None:
+            return len(pipeline.tokenizer_3(prompt).input_ids), self.prompt_tokens
+        return len(pipeline.tokenizer(prompt).input_ids), pipeline.tokenizer_max_length
+
+    def predict(self, models, noisy, levels, conditioning, sizes):
+        return models.denoiser(hidden_states=noisy, timestep=1000 * levels, encoder_hidden_states=conditioning["hidden"],
+                               pooled_projections=conditioning["pooled"], return_dict=False)[0]
+
+    def book_options(self, told, against):
+        return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"], "negative_prompt_embeds": against["hidden"],
+                "negative_pooled_prompt_embeds": against["pooled"]}
+
+    def text_parameters(self, models):
+        return [parameter for _, clip in models.readers for parameter in clip.parameters()]
+
+    def text_layers(self, models, text_encoder):
+        """All: the pooled embedding comes out of the last."""
+        return text_encoder.config.num_hidden_layers
+
+
+class StableDiffusion35(StableDiffusion3):
+    """Stable Diffusion 3.5 medium and large, 2.5 and 8 thousand million weights."""
+
+    name = "stable-diffusion-3.5"
+    kind = "Stable Diffusion 3.5"
+    guidance = class_guidance = 4.5
+
+    def fits(self, config):
+        return True
+
+
+def clip_told(pipeline, tokenizer, clip, prompts):
+    """(The last but one layer [P, tokens, channels], pooled [P, channels]) of one of the CLIPs."""
+    ids = tokenizer(list(prompts), padding="max_length", max_length=pipeline.tokenizer_max_length, truncation=True,
+                    return_tensors="pt").input_ids
+    out = clip(moved(ids, next(clip.parameters()).device), output_hidden_states=True)
+    return out.hidden_states[-2], out[0]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3812,23 +4417,27 @@ def today(name):
     return name
 
 
-def checkpoint_configs(name, flag):
-    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
-
-    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
-    """
+def configs_place(name, flag):
+    """Where the configs of a single-file checkpoint come from: a diffusers folder of the same name beside it, or else the id of the
+    hub model that is built like it."""
     like = hub_model_like(Path(name), flag)
     beside = Path(name).with_suffix("")
-    if (beside / "model_index.json").is_file():
+    return beside if (beside / "model_index.json").is_file() else like
+
+
+def checkpoint_configs(name, flag):
+    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights."""
+    place, beside = configs_place(name, flag), Path(name).with_suffix("")
+    if place == beside:
         say_once(f"{name} is read with the configs in {beside}.")
         return beside
     try:
-        folder = hub_configs(like)
+        folder = hub_configs(place)
     except Exception as problem:  # whatever the hub's client raises
-        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are not in the cache: "
-                        f"{hub_refusal(problem, like)}; or put that model's diffusers folder, weights not needed, in "
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {place} are not in the cache: "
+                        f"{hub_refusal(problem, place)}; or put that model's diffusers folder, weights not needed, in "
                         f"{beside}{os.sep}") from None
-    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
+    say_once(f"{name} is read with the configs of {place}; a diffusers folder {beside}{os.sep} would replace them.")
     return folder
 
 
@@ -3933,6 +4542,83 @@ def load_single_file(name, flag, dtypes, parts):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# models/notes: What a file for other programs says of itself in its header, as Stability's ModelSpec and Kohya's tools write it.
+#
+# A1111 and Forge sort LoRAs by it and show it; pages of models read it. Sources: github.com/Stability-AI/ModelSpec,
+# github.com/kohya-ss/sd-scripts (library/sai_model_spec.py, train_network.py).
+
+
+def notes_of(family, config, scheduler, base, subjects, side=None):
+    """{note: text} for the header of a model; with_kind() makes them those of something trained on it.
+
+    The configs of the denoiser and the scheduler, the name of the model that training began with or None, what was learnt, the pixels of the pictures' side or None.
+    """
+    prompts = ", ".join(subject.instance_prompt for subject in subjects)
+    notes = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": prompts,
+        "modelspec.trigger_phrase": prompts,
+        "modelspec.resolution": side and f"{side}x{side}",
+        "ss_sd_model_name": base and name_of(base),
+        "ss_resolution": side and f"({side}, {side})",
+        "ss_tag_frequency": json.dumps({subject.name: {subject.instance_prompt: 1} for subject in subjects}) if subjects else None}
+    return {key: value for key, value in {**notes, **family.notes(config, scheduler)}.items() if value}
+
+
+def name_of(model):
+    """What a model is called elsewhere: its id on the hub, or of a folder or file here the last name alone."""
+    place = split_revision(model)[0]
+    return place if re.fullmatch(HUB_ID, place) and not Path(place).exists() else Path(place).name
+
+
+def with_kind(notes, kind, more=()):
+    """A model's notes as those of a "lora" or "textual-inversion" for it, and some `more`."""
+    architecture = notes.get("modelspec.architecture")
+    return {**notes, **({"modelspec.architecture": f"{architecture}/{kind}"} if architecture else {}), **dict(more)}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/families/known: The families that this program knows, and which of them a model is of.
+
+
+FAMILIES = (  # of those that fit, the first
+    StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(),
+    ZImage(), SmallZImage(),
+    Flux2Klein(), Flux2Dev(),
+    Flux(),
+    QwenImage(),
+    StableDiffusion3(), StableDiffusion35(),
+)
+PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES for kind in family.pipelines))
+
+
+def family_named(kind):
+    """A family of the pipelines of this class, for questions that all such families answer alike; None if there is none."""
+    return next((family for family in FAMILIES if kind in family.pipelines), None)
+
+
+def known_kinds():
+    """The families, in words."""
+    kinds = list(dict.fromkeys(family.kind for family in FAMILIES))
+    return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+
+
+def family_of(pipeline):
+    """The family of a loaded pipeline."""
+    kind = type(pipeline).__name__
+    return next(family for family in FAMILIES if kind in family.pipelines and family.fits(family.denoiser_of(pipeline).config))
+
+
+def guidance_scale(s, pipeline):
+    return default(s.guidance_scale, family_of(pipeline).guidance)
+
+
+def own_size(pipeline):
+    """(width, height) in pixels that a pipeline draws by itself."""
+    return family_of(pipeline).own_size(pipeline)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # models/encoding: Prompts as the denoiser is told them: {name: a tensor [P, ...], or a list of P tensors} of P prompts.
 
 
@@ -3982,7 +4668,11 @@ def check_fit(folder, name, flag):
     if lost := [part for part in family.parts if part not in configs]:
         refiner = " (an SDXL refiner?)" if "text_encoder" not in configs and "text_encoder_2" in configs else ""
         raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}{refiner}; give a whole text-to-image model")
-    if trouble := family.misfit(index, configs):
+    try:
+        trouble = family.misfit(index, configs)
+    except TypeError:
+        trouble = "one of its configs has something else where a number belongs; copy or download it again"
+    if trouble:
         raise UserError(f"{flag} {name}: {trouble}")
 
 
@@ -3992,7 +4682,12 @@ def is_distilled(pipeline, name):
     denoiser = family_of(pipeline).denoiser_of(pipeline)
     is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
     return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(denoiser.config.get("time_cond_proj_dim"))
-            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
+            or is_distilled_name(name))
+
+
+def is_distilled_name(name):
+    """Whether the last part of a model's name says that it was distilled."""
+    return bool(re.search(DISTILLED_NAME, Path(name).name.lower()))
 
 
 def say_if_distilled(pipeline, name, trains):
@@ -4023,6 +4718,7 @@ class Models:
     arithmetic: typing.Any = None  # the torch.dtype that the denoiser will compute in; None: that of its weights
     sample: dict | None = None  # sample_weights() of the weights as they were loaded
     digest: str | None = None  # the fingerprint, where it was made of the files
+    base_precision: str = "bf16"  # of the frozen weights that a LoRA stands on; "bf16": that of the arithmetic
     book: typing.Any = None  # the PromptBook of a late model, whose text encoders come and go
 
     @property
@@ -4075,6 +4771,13 @@ def sample_of(module):
     chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
     numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
     return [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+
+
+def is_part_sample(found):
+    """Whether something that was read is what sample_weights() has of one part."""
+    precision, text = found if isinstance(found, list) and len(found) == 2 else (None, None)
+    is_text = precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str)
+    return is_text and bool([float(number) for number in text.split()])
 
 
 def is_same_sample(one, other):
@@ -4180,6 +4883,18 @@ def family_at(name, flag):
     return family_named(read_json(model_index(name, flag)).get("_class_name"))
 
 
+def check_undistilled(name, flag):
+    """UserError if a model to be trained was distilled for few steps, as far as its name and the configs that are there say.
+
+    Only of families whose models all that is learnt upsets: training is at other noise than the few steps that they know.
+    """
+    index, family = model_index(name, flag), family_at(name, flag)
+    config = read_json(index.parent / family.denoiser / CONFIGS[family.denoiser])
+    if family.base_of_distilled and (family.distilled(read_json(index), config) or is_distilled_name(name)):
+        raise UserError(f"{flag} {name}: it was distilled for few steps, which training would undo; train {family.base_of_distilled}, which "
+                        f"it was made of or is like")
+
+
 def with_revision(name, revision):
     """ID@REVISION of a hub id; says that a folder or file has no revisions."""
     if Path(name).exists() or name.endswith(".safetensors"):
@@ -4224,22 +4939,22 @@ def model_index(name, flag):
 # models/load: Loading a pipeline, whole and from safetensors alone, to draw with it or to train it.
 
 
+LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of
+FOREIGN_CODE = "its {part} is a {class_name} of code of its own, which is not run"
+
+
 def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
     `parts`, {name: module}, take the place of its own; its denoiser comes in `denoiser_dtype`, and its weights from the files of
     `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        pipeline = load(name, flag, dtypes, parts or {})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
+            pipeline = load(name, flag, dtypes, parts or {})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
             raise
@@ -4249,6 +4964,16 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from None
     make_ready(pipeline, name, flag)
     return pipeline
+
+
+def quiet_libraries():
+    """Have diffusers and transformers say nothing by themselves: what goes wrong is raised as well."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
 
 
 def load_folder(name, flag, dtypes, parts, variant=None):
@@ -4265,8 +4990,9 @@ def load_folder(name, flag, dtypes, parts, variant=None):
               for part, variant in variants.items() if part not in parts}
     if variant is None:
         say_variants(name, variants)
+    absent = {part: None for part in PARTS if part in index and part not in parts_of(index)}  # such as Stable Diffusion 3's T5
     pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+        str(folder), **loaded, **parts, **absent, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
         local_files_only=True)
     pipeline.register_to_config(_name_or_path=name)
     return pipeline
@@ -4275,8 +5001,8 @@ def load_folder(name, flag, dtypes, parts, variant=None):
 def load_part(folder, part, kind, variant, dtype, **options):
     """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
     library, class_name = kind
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"its {part} is a {class_name} of code of its own, which is not run")
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
     try:
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
@@ -4292,6 +5018,20 @@ def load_part(folder, part, kind, variant, dtype, **options):
     if part in (*DENOISERS, "vae") and (unread := sorted(report["unexpected_keys"])):
         say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
     return module.eval()
+
+
+def bare_part(folder, part, kind):
+    """A part of a pipeline, of the class `kind`, (library, name), without its weights: names and shapes alone."""
+    import torch
+
+    library, class_name = kind
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
+    kind = getattr(importlib.import_module(library), class_name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return kind.from_config(kind.load_config(str(folder), subfolder=part, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(str(folder), subfolder=part, local_files_only=True))
 
 
 def say_variants(name, variants):
@@ -4313,6 +5053,9 @@ def make_ready(pipeline, name, flag):
         pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the denoiser's
     check_tokenizers(pipeline, name, flag)
     family.make_ready(pipeline)
+    if len(lengths := {tokenizer_of(pipeline, part).model_max_length for part in family.word_encoders}) > 1:
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; "
+                        f"one of them is damaged, copy or download the model again")
 
 
 def check_tokenizers(pipeline, name, flag):
@@ -4462,6 +5205,7 @@ class PromptBook:
         for part in self.shelf.texts:
             if models.pipeline.components.get(part) is None:
                 models.pipeline.register_modules(**{part: self.shelf.read(part, self.dtype)})
+        models.family.make_ready(models.pipeline)
         models.text_encoders[:] = text_encoders_of(models.pipeline).values()
         self.weights = sum(text_encoder.num_parameters() for text_encoder in models.text_encoders)
 
@@ -4489,6 +5233,7 @@ def load_late(name, arithmetic, variant=None, flag="--model_name"):
     """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet."""
     import torch
 
+    quiet_libraries()
     shelf = Shelf(name, flag, variant)
     book, parts = PromptBook(shelf, arithmetic), {shelf.denoiser: shelf.hollow(arithmetic)}
     texts = dict.fromkeys(shelf.texts)
@@ -4511,7 +5256,7 @@ def with_denoiser(models, dtype, base_precision):
     models.book.drop(models)
     denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
     models.pipeline.register_modules(**{shelf.denoiser: denoiser})
-    return dataclasses.replace(models, denoiser=denoiser)
+    return dataclasses.replace(models, denoiser=denoiser, base_precision=base_precision)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4555,11 +5300,12 @@ def full_denoiser(s, models, subjects, recipe):
 
 def full_text_encoder(s, models, subjects, recipe):
     """Every layer of the text encoders that the denoiser reads."""
-    return ParameterGroup("text_encoder", models.text_encoders, models.family.text_parameters(models),
+    return ParameterGroup("text_encoder", [text_encoder for _, text_encoder in models.readers], models.family.text_parameters(models),
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
-def save_pipeline(folder, models, subjects):
+def save_pipeline(folder, models, subjects, notes):
+    """Write the whole pipeline as diffusers loads it, which has no place for notes."""
     if models.book:
         models.book.bring(models)
     models.pipeline.save_pretrained(folder, safe_serialization=True)
@@ -4586,10 +5332,11 @@ def denoiser_lora(s, models, subjects, recipe):
 
 def text_encoder_lora(s, models, subjects, recipe):
     """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
-    parameters = [parameter for text_encoder in models.text_encoders for parameter in add_lora(
+    text_encoders = [text_encoder for _, text_encoder in models.readers]
+    parameters = [parameter for text_encoder in text_encoders for parameter in add_lora(
         s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
         layers_to_transform=list(range(models.family.text_layers(models, text_encoder))), layers_pattern="layers")]
-    return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
+    return ParameterGroup("text_encoder_lora", text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
@@ -4597,8 +5344,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
 
 
-def save_lora(folder, models, subjects):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do."""
+def save_lora(folder, models, subjects, notes):
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do, with
+    {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -4618,8 +5366,8 @@ def save_lora(folder, models, subjects):
             kohya |= kohya_lora(prefix, tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
     if kohya:
-        save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
-                                               "ss_network_alpha": str(config.lora_alpha)})
+        save_file(kohya, folder / KOHYA_FILE, with_kind(notes, "lora", {
+            "ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}))
 
 
 def kohya_lora(prefix, tensors, alpha):
@@ -4698,14 +5446,16 @@ def embedding_file(subject, subjects):
     return "learned_embeds.safetensors" if len(subjects) == 1 else f"learned_embeds-{subject.name}.safetensors"
 
 
-def save_words(folder, models, subjects):
-    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}."""
+def save_words(folder, models, subjects, notes):
+    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}; with
+    {note: text} of its model."""
     from safetensors.torch import save_file
 
     for subject in subjects:
         vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
                    for tokenizer, text_encoder in models.readers]
-        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))
+        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects),
+                  with_kind(notes, "textual-inversion"))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4718,7 +5468,7 @@ class Method:
 
     trains: tuple  # functions (s, models, subjects, recipe) -> ParameterGroup
     with_text_encoder: tuple  # those that join them with --train_text_encoder
-    saves: tuple  # functions (folder, models, subjects)
+    saves: tuple  # functions (folder, models, subjects, notes)
     is_adapter: bool = True  # the model's own weights stay as they are
     adds_words: bool = False
     changes_class: bool = True  # else there is no prior to preserve
@@ -4748,7 +5498,7 @@ def parameter_groups(s, models, subjects, recipe):
 
 
 def saves_of(s):
-    """The functions that save what --method trained, (folder, models, subjects) each."""
+    """The functions that save what --method trained, (folder, models, subjects, notes) each."""
     return METHODS[s.method].saves + ((save_pipeline,) if s.save_as_full_pipeline else ())
 
 
@@ -4770,16 +5520,28 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
-    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
-    for picture, (prompt, _) in zip(drawn, jobs):
+    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
+    for picture, (prompt, _) in zip(itertools.chain.from_iterable(drawn), jobs):
+        if is_flat(picture):
+            check_weights(pipeline)
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
                             f"--mixed_precision no")
         yield picture
 
 
+def check_weights(pipeline):
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    import torch
+
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and not all(p.float().isfinite().all() for p in module.parameters()):
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
+                            f"nothing; give another copy of the model, or another model")
+
+
 def draw_batches(pipeline, jobs, size, may_halve, told, look):
-    """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
+    """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
     threads = threads_that_help(pipeline.device)
@@ -4795,7 +5557,7 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
             if not (can_halve or all_there):
                 raise
         if pictures:
-            yield from pictures
+            yield pictures
             start += size
             continue
         pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
@@ -4811,11 +5573,12 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
 def prompts_given(pipeline, models, scale, negative_prompt):
     """A function from prompts to what a pipeline's call is given of them and of the guidance."""
     family, book = family_of(pipeline), models and models.book
+    negative = negative_prompt or family.usual_negative
 
     def told(prompts):
-        negatives = [negative_prompt] * len(prompts)
+        negatives = [negative] * len(prompts)
         if not book:
-            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative_prompt else None)
+            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative else None)
         device = pipeline._execution_device
         rows = (book.rows(models, texts, device) for texts in (prompts, negatives))
         return family.call_options(scale, None) | family.book_options(*rows)
@@ -4909,14 +5672,15 @@ def sampling_settings(s, pipeline):
 
 
 PEFT = "base_model.model."
-PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+LORA_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
            (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
             "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
 # Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
 PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
-              (r"(text_model|encoder)\.", "text_encoder."))
+              (r"(single_)?transformer_blocks\.", "transformer."), (r"(text_model|encoder)\.", "text_encoder."))
 
 
 def is_lora(names):
@@ -4924,8 +5688,22 @@ def is_lora(names):
     return any("lora" in name or any(re.search(sign, name) for sign, _ in LYCORIS) for name in names)
 
 
+def lora_files(path):
+    """The files of a LoRA: itself, or, in a folder with one of PEFT's folders for each part of a model, one for each."""
+    return [file for part in LORA_PARTS if (file := path / part / PEFT_FILE).is_file()] if path.is_dir() else [path]
+
+
+def is_split(folder):
+    """Whether a folder holds a LoRA in one of PEFT's folders for each part. UserError if they have only what is not opened."""
+    if pickles := [file for part in LORA_PARTS if (file := folder / part / PEFT_FILE.replace("safetensors", "bin")).is_file()]:
+        if not lora_files(folder):
+            raise UserError(f"--adapter {folder}: {pickles[0]} is not opened, since such a file can run any code on this machine; "
+                            f"give its .safetensors form")
+    return bool(lora_files(folder))
+
+
 def check_lora(path, pipeline, flag):
-    """UserError if a LoRA is of a kind that is not supported, or for another kind of model than the pipeline's."""
+    """UserError if a LoRA's file is of a kind that is not supported, or for another kind of model than the pipeline's."""
     shapes, _ = read_header(path, flag)
     for sign, kind in LYCORIS:
         if found := next((name for name in shapes if re.search(sign, name)), None):
@@ -4939,11 +5717,16 @@ def check_lora(path, pipeline, flag):
 
 def lora_weights(path):
     """What load_lora_weights() takes for a LoRA: its folder and file, or tensors under other names, scaled by alpha / rank."""
+    files = lora_files(path)
+    if files == [path] and not any(name.startswith(PEFT) for name in read_header(path, "--adapter")[0]):
+        return path.parent, {"weight_name": path.name}
+    return {name: tensor for file in files for name, tensor in peft_weights(file).items()}, {}
+
+
+def peft_weights(path):
+    """{name as diffusers has it: tensor} of a file of PEFT's. In a folder that is called as a part of the model, it is of that."""
     from safetensors.torch import load_file
 
-    names = list(read_header(path, "--adapter")[0])
-    if not any(name.startswith(PEFT) for name in names):
-        return path.parent, {"weight_name": path.name}
     config = read_json(path.with_name(PEFT_CONFIG))
     if not config:
         say_once(f"Note: {path} has no {PEFT_CONFIG} beside it that tells its alpha; it is taken to be the rank.")
@@ -4951,13 +5734,15 @@ def lora_weights(path):
     for name, tensor in tensors.items():
         if name.endswith("lora_B.weight"):
             tensor = tensor * peft_scale(config, name, tensor.shape[1])
-        weights[peft_name(name)] = tensor
-    return weights, {}
+        weights[peft_name(name, path.parent.name)] = tensor
+    return weights
 
 
-def peft_name(name):
+def peft_name(name, folder=""):
     """A tensor's name in PEFT's file as diffusers has it: "base_model.model.down_blocks..." is "unet.down_blocks..."."""
     name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(PEFT))
+    if folder in LORA_PARTS and not name.startswith(f"{folder}."):
+        return f"{folder}.{name}"
     return next((part + name for sign, part in PEFT_PARTS if re.match(sign, name)), name)
 
 
@@ -4970,8 +5755,8 @@ def peft_scale(config, name, rank):
 
 
 def layers_in(path):
-    """How many layers a LoRA's file changes."""
-    return sum(bool(re.search(LORA_LAYER, name)) for name in read_header(path, "--adapter")[0])
+    """How many layers a LoRA changes."""
+    return sum(bool(re.search(LORA_LAYER, name)) for file in lora_files(path) for name in read_header(file, "--adapter")[0])
 
 
 def layers_taken(parts, adapter):
@@ -4985,7 +5770,7 @@ def only_adapter(folder, files, flag):
     UserError if there are several, or only such as are not opened.
     """
     tensors = sorted(file for file in files if file.lower().endswith(".safetensors") and "/" not in file)
-    usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in tensors]
+    usual = [file for file in ("pytorch_lora_weights.safetensors", PEFT_FILE) if file in tensors]
     if usual or len(tensors) == 1:
         chosen = (usual or tensors)[0]
         if others := [file for file in tensors if file not in (chosen, "kohya_lora.safetensors")]:
@@ -5026,11 +5811,21 @@ def read_record(model):
         texts = [value for subject in subjects for value in dataclasses.astuple(subject)]
         whole = method in METHODS and subjects and all(isinstance(text, str) for text in (*texts, record.get("base_model", "")))
         whole = whole and all(re.fullmatch(r"[\w-]*", subject.name) for subject in subjects)  # it becomes part of a file's name
+        whole = whole and is_sound(record)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{path}: cannot be read; it is damaged, train the model again")
     return record
+
+
+def is_sound(record):
+    """Whether what is looked up in a record later on is of its kind, where it is there. AttributeError if it is far from it."""
+    resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
+    places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
+    return (all(isinstance(place, (str, type(None))) for place in places)
+            and (resolution is None or isinstance(resolution, int) and resolution > 0 and resolution % 8 == 0)
+            and all(is_part_sample(part) for part in sample.values()))
 
 
 @dataclass(frozen=True)
@@ -5040,7 +5835,7 @@ class Trained:
     source: str
     record: dict  # dreambooth.json, or {}
     subjects: list
-    lora: Path | None
+    lora: Path | None  # a file, or a folder that lora_files() knows
     words: dict  # {word: file}
 
     @property
@@ -5083,6 +5878,9 @@ def fetched(source, file, flag):
 def find_unrecorded(source, flag):
     """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
     files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
+    is_bare = Path(source).is_dir() and "model_index.json" not in files
+    if is_bare and not any(file.endswith(".safetensors") for file in files) and is_split(Path(source)):
+        return Trained(source, {}, [], Path(source), {})
     if "model_index.json" in files or not files:
         return Trained(source, {}, [], None, {})
     file = only_adapter(source, files, flag)
@@ -5209,10 +6007,19 @@ def check_base(s, base, sample, trained, flag):
     say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
 
 
+def check_numbers(path, flag):
+    """UserError if a file holds what is no number, as a training that overflowed leaves it: pictures would be black."""
+    broken = [name for name, tensor in load_tensors(path, flag).items() if not tensor.float().isfinite().all()]
+    if broken:
+        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; "
+                        f"its training failed, give another")
+
+
 def add_words(pipeline, trained, flag):
     """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
     models = take_apart(trained.source, pipeline)
     for word, path in trained.words.items():
+        check_numbers(path, flag)
         try:
             vectors = embedding_vectors(models, load_tensors(path, flag))
         except ValueError as problem:
@@ -5226,7 +6033,9 @@ def add_words(pipeline, trained, flag):
 
 def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
-    check_lora(trained.lora, pipeline, flag)
+    for file in lora_files(trained.lora):
+        check_lora(file, pipeline, flag)
+        check_numbers(file, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
@@ -5412,7 +6221,8 @@ def class_image_settings(s, models, class_prompt, resolution, plan):
     """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
     steps, scale = class_image_look(s, models.family)
-    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
+    base = {} if models.base_precision == "bf16" else {"base_precision": models.base_precision}
+    return {**base, "prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
             **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
 
@@ -5550,48 +6360,6 @@ def mean_scores(rows):
 def harmonic_mean(dino, clip_t):
     """High only if both are; 0 if one is not positive."""
     return 2 * dino * clip_t / (dino + clip_t) if min(dino, clip_t) > 0 else 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5737,6 +6505,48 @@ def load_lpips(device):
             f"measure.")
         return None
     return torch.no_grad()(lambda a, b: network(a.to(device), b.to(device)).flatten().cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def contact_sheet(folder, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for entry in subjects:
+        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
+        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for entries in zip(*(result["subjects"] for result in results)):
+        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5984,96 +6794,6 @@ def find_trial(s, trained, base, subject, templates):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/precision: bf16 from end to end, on copies of float32 weights, and weights in bf16 that are rounded by chance.
-
-
-def is_bf16_throughout(s, family, levers, precision):
-    """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
-
-    Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
-    together that are to be freed one by one. DoRA's magnitudes need float32.
-    """
-    is_frugal = levers.gradient_checkpointing or levers.fused_backward
-    return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
-
-
-def compute_in_bf16(denoiser, last):
-    """Have a denoiser compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
-
-    Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
-    half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
-    both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
-    What comes `last`, a list of its layers, is in float32, since a good prediction differs from its target by little more than bf16's grain.
-    """
-    import torch
-
-    forward, places = denoiser.forward, {}
-    for module in denoiser.modules():
-        dtype = torch.float32 if module in last else torch.bfloat16
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.dtype != dtype:
-                places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
-    groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
-
-    def in_bf16(sample, timestep, encoder_hidden_states, **rest):
-        widening = last[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
-        try:
-            for dtype, group in groups:
-                copies = cast_together()(dtype, *(weight for _, _, weight in group))
-                for (parameters, name, _), copy in zip(group, copies):
-                    parameters[name] = copy
-            with torch.autocast(sample.device.type, enabled=False):
-                return forward(sample.bfloat16(), timestep, encoder_hidden_states.bfloat16(), **rest)
-        finally:
-            widening.remove()
-            for parameters, name, weight in (place for _, group in groups for place in group):
-                parameters[name] = weight
-    denoiser.forward = in_bf16
-
-
-def grouped(places, size=2**25):
-    """`places` (dictionary, key, tensor) in lists one after the other, each of little more than `size` numbers."""
-    groups, held = [], size
-    for place in places:
-        if held >= size:
-            groups, held = [*groups, []], 0
-        groups[-1].append(place)
-        held += place[2].numel()
-    return groups
-
-
-@functools.cache
-def cast_together():
-    """A function of a dtype and tensors: these in that dtype, and in the backward pass their gradients in the tensors' own."""
-    import torch
-
-    def cast(tensors, dtype):
-        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(results, list(tensors))
-        return tuple(results)
-
-    class Cast(torch.autograd.Function):
-        @staticmethod
-        def forward(context, dtype, *tensors):
-            context.dtype = tensors[0].dtype
-            return cast(tensors, dtype)
-
-        @staticmethod
-        def backward(context, *gradients):
-            return None, *cast(gradients, context.dtype)
-    return Cast.apply
-
-
-def rounded_by_chance(values):
-    """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
-    smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
-    import torch
-
-    bits = values.view(torch.int32)  # bf16 is the upper half of float32
-    return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # training/levers: What saves memory for time or exactness, as data. Which of it is used is decided in `memory`.
 
 
@@ -6284,7 +7004,7 @@ class OptimizerKind:
     make: typing.Callable  # (torch's parameter groups, weight decay, device, **options) -> torch.optim.Optimizer
     state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
     package: str | None = None  # what to install for it
-    lr: float | None = None  # its own learning rate; None: as RECIPES say
+    lr: float | None = None  # its own learning rate; None: as the model's recipe says
     by_tensor: bool = True  # a tensor's step depends on no other's
     copies: int = 0  # tensors of a parameter's size, in float32, that a step works with
     rounds: bool = False  # it rounds bf16 weights stochastically by itself
@@ -6375,66 +7095,6 @@ def step_copies(levers):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/fused: Steps within the backward pass: each gradient is used and freed as soon as it is there.
-
-
-def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
-    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
-
-    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
-    schedule need know nothing of it.
-    """
-    import torch
-
-    def step(parameter, number):
-        if accelerator and accelerator.num_processes > 1:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
-        groups = optimizer.param_groups
-        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
-        with contextlib.ExitStack() as around:
-            if levers.offload_optimizer:
-                around.enter_context(brought(optimizer.state[parameter], parameter.device))
-            if parameter.dtype == torch.bfloat16 and not OPTIMIZERS[levers.optimizer].rounds:
-                around.enter_context(in_float32(parameter))
-            optimizer.step()
-        optimizer.param_groups = groups
-        parameter.grad = None
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
-
-
-@contextlib.contextmanager
-def brought(state, device):
-    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it.
-
-    But for the count of its steps: that stays where the optimizer wants it.
-    """
-    import torch
-
-    def bring(place):
-        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value) and value.dim()})
-    bring(device)
-    yield
-    bring("cpu")
-
-
-@contextlib.contextmanager
-def in_float32(parameter):
-    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically.
-
-    The weights keep their place: if all moved with every step, they would leave memory in pieces.
-    """
-    place, gradient = parameter.data, parameter.grad.float()
-    parameter.data = place.float()  # before the gradient, whose precision must be the same
-    parameter.grad = gradient
-    yield
-    parameter.grad = None
-    parameter.data = place.copy_(rounded_by_chance(parameter.data))
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # training/course: What a training will be, settled wherever the flags leave it open.
 
 
@@ -6491,7 +7151,12 @@ LAST_POLYNOMIAL_RATE = 1e-7  # where diffusers' polynomial schedule ends
 
 
 def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small."""
+    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small.
+
+    Says what a rate of 0 leaves as it was.
+    """
+    if idle := [group.name for group in groups if group.lr == 0]:
+        say(f"Note: a learning rate of 0 teaches nothing: {' and '.join(idle)} as before.")
     if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
         raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
                         + ", ".join(f"{group.name} {group.lr:g}" for group in groups))
@@ -6505,6 +7170,129 @@ def decisions(course, groups):
     settled = dataclasses.asdict(course)
     levers = settled.pop("levers")
     return settled | levers | {"learning_rates": {group.name: group.lr for group in groups}}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/precision: bf16 from end to end, on copies of float32 weights, and weights in bf16 that are rounded by chance.
+
+
+def is_bf16_throughout(s, family, levers, precision):
+    """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
+
+    Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
+    together that are to be freed one by one. DoRA's magnitudes need float32.
+    """
+    is_frugal = levers.gradient_checkpointing or levers.fused_backward
+    return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
+
+
+def compute_as_precision_says(s, family, levers, precision, denoiser):
+    """Have a denoiser compute in bf16 from end to end where it may; elsewhere autocast sees to each operation."""
+    if is_bf16_throughout(s, family, levers, precision):
+        compute_in_bf16(denoiser, family.last_layers(denoiser))
+    elif is_as_weights_are(s, family, precision):
+        compute_as_weights_are(denoiser)
+
+
+def is_as_weights_are(s, family, precision):
+    """Whether the denoiser computes as compute_as_weights_are() has it."""
+    return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
+
+
+def compute_as_weights_are(denoiser):
+    """Have a frozen denoiser in bf16, or in fewer bits, compute as its pipeline does when it draws, without autocast.
+
+    What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
+    """
+    import torch
+
+    forward = denoiser.forward
+
+    def cast(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(cast, value))
+        return value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1 else value
+
+    def in_bf16(*args, **options):
+        with torch.autocast(next(denoiser.parameters()).device.type, enabled=False):
+            return forward(*map(cast, args), **{name: cast(value) for name, value in options.items()})
+    denoiser.forward = in_bf16
+
+
+def compute_in_bf16(denoiser, last):
+    """Have a denoiser compute in bf16 from end to end, on copies of its float32 weights that are made anew for each pass.
+
+    Autocast casts each weight and each gradient by itself, and goes to float32 and back for each normalization: these are nearly
+    half of the kernels that a step launches. Here many are cast at once, but not all: the gradients of those would be there in
+    both precisions. (Micikevicius et al., arXiv 1710.03740, section 3.1.)
+    What comes `last`, a list of its layers, is in float32, since a good prediction differs from its target by little more than bf16's grain.
+    """
+    import torch
+
+    forward, places = denoiser.forward, {}
+    for module in denoiser.modules():
+        dtype = torch.float32 if module in last else torch.bfloat16
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dtype != dtype:
+                places.setdefault((dtype, weight.requires_grad), []).append((module._parameters, name, weight))
+    groups = [(dtype, group) for (dtype, _), alike in places.items() for group in grouped(alike)]
+
+    def in_bf16(sample, timestep, encoder_hidden_states, **rest):
+        widening = last[0].register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        try:
+            for dtype, group in groups:
+                copies = cast_together()(dtype, *(weight for _, _, weight in group))
+                for (parameters, name, _), copy in zip(group, copies):
+                    parameters[name] = copy
+            with torch.autocast(sample.device.type, enabled=False):
+                return forward(sample.bfloat16(), timestep, encoder_hidden_states.bfloat16(), **rest)
+        finally:
+            widening.remove()
+            for parameters, name, weight in (place for _, group in groups for place in group):
+                parameters[name] = weight
+    denoiser.forward = in_bf16
+
+
+def grouped(places, size=2**25):
+    """`places` (dictionary, key, tensor) in lists one after the other, each of little more than `size` numbers."""
+    groups, held = [], size
+    for place in places:
+        if held >= size:
+            groups, held = [*groups, []], 0
+        groups[-1].append(place)
+        held += place[2].numel()
+    return groups
+
+
+@functools.cache
+def cast_together():
+    """A function of a dtype and tensors: these in that dtype, and in the backward pass their gradients in the tensors' own."""
+    import torch
+
+    def cast(tensors, dtype):
+        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(results, list(tensors))
+        return tuple(results)
+
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        def forward(context, dtype, *tensors):
+            context.dtype = tensors[0].dtype
+            return cast(tensors, dtype)
+
+        @staticmethod
+        def backward(context, *gradients):
+            return None, *cast(gradients, context.dtype)
+    return Cast.apply
+
+
+def rounded_by_chance(values):
+    """float32 `values` as one of the two neighbours in bf16, the nearer the likelier: right on average, so that steps
+    smaller than bf16's grain are not lost (Gupta et al., arXiv 1502.02551)."""
+    import torch
+
+    bits = values.view(torch.int32)  # bf16 is the upper half of float32
+    return (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6671,6 +7459,66 @@ def ema_decay(step):
 def best_of(scores):
     """The best of them, and the earliest of equals."""
     return max(scores, key=lambda row: row["score"])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# training/fused: Steps within the backward pass: each gradient is used and freed as soon as it is there.
+
+
+def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
+    """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
+
+    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
+    schedule need know nothing of it.
+    """
+    import torch
+
+    def step(parameter, number):
+        if accelerator and accelerator.num_processes > 1:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
+        with contextlib.ExitStack() as around:
+            if levers.offload_optimizer:
+                around.enter_context(brought(optimizer.state[parameter], parameter.device))
+            if parameter.dtype == torch.bfloat16 and not OPTIMIZERS[levers.optimizer].rounds:
+                around.enter_context(in_float32(parameter))
+            optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(functools.partial(step, number=number))
+
+
+@contextlib.contextmanager
+def brought(state, device):
+    """A tensor's optimizer state {key: value} on `device` within the block, and in the CPU's memory after it.
+
+    But for the count of its steps: that stays where the optimizer wants it.
+    """
+    import torch
+
+    def bring(place):
+        state.update({key: value.to(place) for key, value in state.items() if torch.is_tensor(value) and value.dim()})
+    bring(device)
+    yield
+    bring("cpu")
+
+
+@contextlib.contextmanager
+def in_float32(parameter):
+    """A bf16 parameter and its gradient in float32 within the block; what it has become is then rounded stochastically.
+
+    The weights keep their place: if all moved with every step, they would leave memory in pieces.
+    """
+    place, gradient = parameter.data, parameter.grad.float()
+    parameter.data = place.float()  # before the gradient, whose precision must be the same
+    parameter.grad = gradient
+    yield
+    parameter.grad = None
+    parameter.data = place.copy_(rounded_by_chance(parameter.data))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6841,8 +7689,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
         module.to(device).train()
     if s.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
-    if is_bf16_throughout(s, models.family, levers, course.precision):
-        compute_in_bf16(models.denoiser, models.family.last_layers(models.denoiser))
+    compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
     if s.compile:
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
         models.denoiser.compile_repeated_blocks()
@@ -6985,10 +7832,10 @@ def report_losses(run, folder, unread, bar, writer):
                             + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
         run.history.append((instance, prior if has_class else None, norm))
         log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
-    rates = zip(run.groups, run.lr_scheduler.get_last_lr())
-    log_scalars(writer, len(run.history), {f"lr/{group.name}": lr for group, lr in rates})
+    rates = dict(zip((group.name for group in run.groups), run.lr_scheduler.get_last_lr()))
+    log_scalars(writer, len(run.history), {f"lr/{name}": lr for name, lr in rates.items()})
     shown = {k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None}
-    device, lr = run.accelerator.device, run.lr_scheduler.get_last_lr()[0]
+    device, lr = run.accelerator.device, next(rates[group.name] for group in run.groups if group.until >= 1)  # of what does not rest
     used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
     bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
 
@@ -7560,7 +8407,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
         copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
             copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
-            compute_in_bf16(hollow.denoiser, models.family.last_layers(hollow.denoiser))
+        compute_as_precision_says(s, models.family, levers, plan.precision, hollow.denoiser)
         latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
@@ -7591,7 +8438,8 @@ def hollow_models(s, models, plan, levers):
     if METHODS[s.method].is_adapter:
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        under_autocast = [] if is_bf16_throughout(s, models.family, levers, plan.precision) else [hollow.denoiser]
+        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, plan.precision)
+        under_autocast = [] if without else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 
@@ -7831,72 +8679,138 @@ def vae_name(name, config):
     return name
 
 
-def vae_tensors(vae):
-    """The VAE's tensors; its attention's linear layers [out, in] were convolutions [out, in, 1, 1]."""
-    tensors = {}
-    for name, tensor in vae.state_dict().items():
+def unet_tensors(tensors, config):
+    """Pairs (original name, tensor) of a UNet's tensors."""
+    for name, tensor in tensors.items():
+        yield unet_name(name, config), tensor
+
+
+def vae_tensors(tensors, config):
+    """Pairs of a VAE's tensors; its attention's linear layers [out, in] were convolutions [out, in, 1, 1]."""
+    for name, tensor in tensors.items():
         is_convolution = re.search(r"\.attentions\.\d+\.to_\w+(\.0)?\.weight$", name)
-        tensors[vae_name(name, vae.config)] = tensor[..., None, None] if is_convolution else tensor
-    return tensors
+        yield vae_name(name, config), tensor[..., None, None] if is_convolution else tensor
 
 
-def clip_tensors(text_encoder):
-    """A text encoder's tensors as transformers names them, with the prefix "text_model." that version 5.6 dropped."""
-    tensors = text_encoder.state_dict().items()
-    return {name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}": tensor
-            for name, tensor in tensors}
+def clip_tensors(tensors, config):
+    """Pairs of a text encoder's tensors as transformers names them, with the prefix "text_model." that version 5.6 dropped."""
+    for name, tensor in tensors.items():
+        yield name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}", tensor
 
 
-def open_clip_tensors(text_encoder):
-    """A text encoder's tensors as OpenCLIP names them: query, key and value are one matrix, the projection is transposed."""
+def open_clip_tensors(tensors, config):
+    """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value in one matrix, the projection transposed."""
     import torch
 
-    source = {name.removeprefix("text_model."): tensor for name, tensor in clip_tensors(text_encoder).items()}
-    tensors = {}
+    source = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     for name, tensor in source.items():
         if name == "text_projection.weight":
-            tensors["text_projection"] = tensor.T
+            yield "text_projection", tensor.T
         elif name in OPEN_CLIP_ENDS:
-            tensors[OPEN_CLIP_ENDS[name]] = tensor
+            yield OPEN_CLIP_ENDS[name], tensor
         else:
             layer, inner = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name).groups()
             if match := re.fullmatch(r"self_attn\.q_proj\.(weight|bias)", inner):
                 parts = [source[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-                tensors[f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}"] = torch.cat(parts)
+                yield f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}", torch.cat(parts)
             elif not re.match(r"self_attn\.[kv]_proj", inner):
-                tensors[f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}"] = tensor
-    return tensors
+                yield f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}", tensor
 
 
-def original_checkpoint(pipeline):
-    """{original name: tensor} of a whole pipeline of SD 1.x, 2.x or XL.
+def open_clip_h_tensors(tensors, config):
+    """The same for SD 2.x, whose encoder had a 24th layer that nothing reads. The hub's models are without it, and ComfyUI misses
+    it: one that adds nothing to what the 23rd gives takes its place."""
+    import torch
 
-    SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows it, SDXL by its second text encoder.
-    The empty tensors v_pred and ztsnr are how ComfyUI tells such an SDXL model (its supported_models.py).
+    for name, tensor in open_clip_tensors(tensors, config):
+        yield name, tensor
+        if config.num_hidden_layers == 23 and name.startswith("transformer.resblocks.22."):
+            yield name.replace(".22.", ".23."), torch.zeros_like(tensor)
+
+
+# How each part of a model is called and renamed. SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows
+# it, SDXL by its second text encoder.
+UNET_AND_VAE = {"unet": ("model.diffusion_model.", unet_tensors), "vae": ("first_stage_model.", vae_tensors)}
+LAYOUTS = {
+    "sd1": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.transformer.", clip_tensors)},
+    "sd2": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.model.", open_clip_h_tensors)},
+    "sdxl": {**UNET_AND_VAE, "text_encoder": ("conditioner.embedders.0.transformer.", clip_tensors),
+             "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_tensors)}}
+
+
+def layout_of(parts, unet_config):
+    """Which of LAYOUTS a pipeline with parts of these names has."""
+    return "sdxl" if "text_encoder_2" in parts else "sd2" if unet_config.get("use_linear_projection") else "sd1"
+
+
+def original_tensors(layout, open_part, scheduler):
+    """Pairs (original name, tensor) of a whole model of a layout, part by part: open_part(part) gives (its config, {name: tensor}).
+
+    The empty tensors v_pred and ztsnr are how ComfyUI and Forge tell such an SDXL model; `scheduler` is a scheduler's config.
     """
     import torch
 
-    unet = pipeline.unet
-    parts = {"model.diffusion_model.": {unet_name(name, unet.config): tensor for name, tensor in unet.state_dict().items()},
-             "first_stage_model.": vae_tensors(pipeline.vae)}
-    flags = {}
-    if pipeline.components.get("text_encoder_2") is not None:
-        parts["conditioner.embedders.0.transformer."] = clip_tensors(pipeline.text_encoder)
-        parts["conditioner.embedders.1.model."] = open_clip_tensors(pipeline.text_encoder_2)
-        scheduler = pipeline.scheduler.config
-        flags = {"v_pred": scheduler.prediction_type == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
-    elif unet.config.use_linear_projection:
-        parts["cond_stage_model.model."] = open_clip_tensors(pipeline.text_encoder)
-    else:
-        parts["cond_stage_model.transformer."] = clip_tensors(pipeline.text_encoder)
-    tensors = {prefix + name: tensor.contiguous() for prefix, part in parts.items() for name, tensor in part.items()}
-    return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
+    for part, (prefix, convert) in LAYOUTS[layout].items():
+        config, tensors = open_part(part)
+        for name, tensor in convert(tensors, config):
+            yield prefix + name, tensor
+    if layout == "sdxl":
+        flags = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
+        yield from ((name, torch.empty(0)) for name, is_set in flags.items() if is_set)
 
 
-def notes_of_noise(scheduler):
-    """Notes for a checkpoint's header that tell what its model predicts, as Stability's ModelSpec and Kohya's tools write them."""
-    velocity, from_noise = scheduler.config.get("prediction_type") == "v_prediction", scheduler.config.get("rescale_betas_zero_snr")
-    return {"modelspec.prediction_type": "v" if velocity else "epsilon", **({"ss_zero_terminal_snr": "True"} if from_noise else {})}
+def original_checkpoint(pipeline):
+    """{original name: tensor} of a pipeline that is loaded."""
+    layout = layout_of([part for part, module in pipeline.components.items() if module is not None], pipeline.unet.config)
+    return dict(original_tensors(layout, lambda part: loaded_part(pipeline, part), pipeline.scheduler.config))
+
+
+def loaded_part(pipeline, part):
+    """(config, {name: tensor}) of a part of a pipeline that is loaded."""
+    module = getattr(pipeline, part)
+    return module.config, module.state_dict()
+
+
+# How A1111 and Forge are told that an SD 2.x model predicts velocity: by such a file of its name beside it, the published
+# v2-inference-v.yaml (github.com/Stability-AI/stablediffusion).
+VELOCITY_CONFIG = """\
+model:
+  base_learning_rate: 1.0e-4
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    parameterization: "v"
+    linear_start: 0.00085
+    linear_end: 0.0120
+    num_timesteps_cond: 1
+    log_every_t: 200
+    timesteps: 1000
+    first_stage_key: "jpg"
+    cond_stage_key: "txt"
+    image_size: 64
+    channels: 4
+    cond_stage_trainable: false
+    conditioning_key: crossattn
+    monitor: val/loss_simple_ema
+    scale_factor: 0.18215
+    use_ema: False
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params: {use_checkpoint: True, use_fp16: True, image_size: 32, in_channels: 4, out_channels: 4, model_channels: 320,
+               attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_head_channels: 64, legacy: False,
+               use_spatial_transformer: True, use_linear_in_transformer: True, transformer_depth: 1, context_dim: 1024}
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        monitor: val/rec_loss
+        ddconfig: {double_z: true, z_channels: 4, resolution: 256, in_channels: 3, out_ch: 3, ch: 128, ch_mult: [1, 2, 4, 4],
+                   num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}
+        lossconfig:
+          target: torch.nn.Identity
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder
+      params: {freeze: True, layer: "penultimate"}
+"""
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -7942,6 +8856,9 @@ def loss_plot(history, size=(800, 400), margin=50):
 
 
 CARD = "README.md"
+DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
+                  "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
+STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
 def save_card(folder, s, models, subjects, sample=None):
@@ -7979,52 +8896,90 @@ Write in the prompt:
 ```python
 {usage(s, models, subjects)}
 ```
+
+{for_other_programs(s, models.family)}
 """
     write_file(folder / CARD, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
+def for_other_programs(s, family):
+    """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
+    if not family.exports:
+        return ""
+    saves = METHODS[s.method].saves
+    told = {save_pipeline: f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
+            save_lora: f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', ComfyUI reads none of the UNet's layers",
+            save_words: f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
+    text = "; ".join(told[save] for save in saves)
+    return f"ComfyUI, A1111 and Forge: {text}." + (f" It is {DORA_ELSEWHERE}." if s.use_dora and save_lora in saves else "")
+
+
 def usage(s, models, subjects):
-    """Python that draws with an output without this program."""
+    """Python that draws with an output without this program: the first picture that --infer draws of the subject on the moon."""
     method, kind = METHODS[s.method], type(models.pipeline).__name__
-    quoted = functools.partial(json.dumps, ensure_ascii=False)
-    load, scheduler = how_to_load(models, s.variant, quoted) if method.is_adapter else ("from_pretrained(folder)", [])
-    is_xl_embedding = save_words in method.saves and len(models.readers) > 1
+    load, scheduler = how_to_load(models, s.variant) if method.is_adapter else ("from_pretrained(folder)", [])
+    words = load_words(subjects, len(models.readers)) if save_words in method.saves else []
+    reads = ["from safetensors.torch import load_file"] if words and len(models.readers) > 1 else []
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
-    lines = ["import safetensors.torch"] * is_xl_embedding + [f"from diffusers import {kinds}", ""]
-    lines += [f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
-              f"pipe = {kind}.{load}", *scheduler]
+    lines = ["import torch", f"from diffusers import {kinds}", *reads, "",
+             f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
+             f"pipe = {kind}.{load}", *scheduler]
     if save_lora in method.saves:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
-    for subject in subjects if save_words in method.saves else ():
-        file = embedding_file(subject, subjects)
-        if not is_xl_embedding:
-            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
-            continue
-        lines.append(f'vectors = safetensors.torch.load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
-        for key, number in zip(XL_EMBEDDING, ("", "_2")):
-            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
-                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
-    scale = guidance_scale(s, models.pipeline)
-    lines += ['# pipe.to("cuda")', f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, num_inference_steps=30, "
-              f'guidance_scale={scale:g}).images[0].save("subject.png")']
+    lines += [*words, '# pipe.to("cuda")', "noise = torch.Generator().manual_seed(0)  # that of --seed 0",
+              f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, {look_of(s, models)}, generator=noise)"
+              '.images[0].save("subject.png")']
     return "\n".join(lines)
 
 
-def how_to_load(models, variant, quoted):
+def quoted(text):
+    """A text as Python and JSON write it."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
+def look_of(s, models):
+    """Options of the pipeline's call as --infer has them by itself, whatever the samples of the training were drawn with."""
+    usual = dataclasses.replace(s, guidance_scale=None)
+    side = default(s.resolution, models.resolution)
+    size = f"height={side}, width={side}, " if own_size(models.pipeline) != (side, side) else ""
+    return f"{size}num_inference_steps={STEPS_DRAWN}, guidance_scale={guidance_scale(usual, models.pipeline):g}"
+
+
+def load_words(subjects, encoders):
+    """Lines of Python that give a pipeline with so many text encoders the subjects' new words."""
+    lines = []
+    for subject in subjects:
+        file = embedding_file(subject, subjects)
+        if encoders == 1:
+            lines.append(f'pipe.load_textual_inversion(folder, weight_name="{file}")')
+            continue
+        lines.append(f'vectors = load_file(f"{{folder}}/{file}")  # a folder on this machine, then')
+        for key, number in zip(XL_EMBEDDING, ("", "_2")):
+            lines.append(f'pipe.load_textual_inversion(vectors["{key}"], token={quoted(subject.identifier)}, '
+                         f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})")
+    if encoders > 1:  # its config on the hub has a wrong id, for which the highest one is taken, which is now a new word's
+        lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where a text ends")
+    return lines
+
+
+def how_to_load(models, variant):
     """(the call that loads the model to start from, lines that then give it the scheduler it tells of): plain diffusers, from its
     place."""
     if not is_single_file(models.name):
-        folder = Path(models.name) if Path(models.name).is_dir() else getattr(cached_file(models.name, "model_index.json"), "parent", None)
+        cached = None if Path(models.name).is_dir() else cached_file(models.name, "model_index.json")
+        folder = Path(models.name) if Path(models.name).is_dir() else cached and cached.parent
         variant = variant or folder and choose_variant(files_in(folder), models.family.denoiser)
         place, revision = split_revision(models.name)
         options = [f"{key}={quoted(value)}" for key, value in (("revision", revision), ("variant", variant)) if value]
         return f"from_pretrained({', '.join([quoted(place), *options])})", []
-    told = told_of_noise(models.name, "--model_name") if Path(models.name).is_file() else {}
+    is_here = Path(models.name).is_file()
+    told = told_of_noise(models.name, "--model_name") if is_here else {}
     if told.get("rescale_betas_zero_snr") and type(models.pipeline.scheduler).__name__ == "DDIMScheduler":
         told |= {key: models.pipeline.scheduler.config[key] for key in TRAILING}
     options = "".join(f", {key}={value!r}" for key, value in told.items())
     set_scheduler = f"pipe.scheduler = {type(models.pipeline.scheduler).__name__}.from_config(pipe.scheduler.config{options})"
-    return f"from_single_file({quoted(models.name)})", [set_scheduler] if told else []
+    configs = f", config={quoted(configs_place(models.name, '--model_name'))}" if is_here else ""
+    return f"from_single_file({quoted(models.name)}{configs})", [set_scheduler] if told else []
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8064,6 +9019,95 @@ def name_when_done(s, name):
     target, place = Path(s.output_dir).resolve(), Path(name).resolve()
     is_inside = target in (place, *place.parents)  # and not only some of its files
     return short_path(unused_name(target) / place.relative_to(target)) if is_inside else name
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# output/streamed: Large files of weights, read and written a tensor at a time: memory holds nothing of a model but what is on its way.
+
+
+ROOM = 2**20  # bytes at the start of a file that are kept for its header, which is known last, and blanks
+KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def save_streamed(path, tensors, notes, precision=None):
+    """Write pairs (name, tensor), in the `precision` of a key of PRECISIONS or in their own, as a .safetensors file with {note: text}
+    in its header. UserError where the precision does not hold a number."""
+    header, place = {"__metadata__": notes}, 0
+    with open(path, "wb") as file:
+        file.write(bytes(ROOM))
+        for name, tensor in tensors:
+            tensor = cast(tensor, name, precision).contiguous()
+            size = tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": KINDS[str(tensor.dtype).removeprefix("torch.")], "shape": list(tensor.shape),
+                            "data_offsets": [place, place + size]}
+            file.write(bytes_of(tensor))
+            place += size
+        file.seek(0)
+        file.write((ROOM - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(ROOM - 8))
+
+
+def save_at_once(path, tensors, notes, precision=None):
+    """The same of a few tensors {name: tensor}, without the blanks."""
+    from safetensors.torch import save_file
+
+    save_file({name: cast(tensor, name, precision).contiguous() for name, tensor in tensors.items()}, path, notes)
+
+
+def cast(tensor, name, precision):
+    """A tensor in a precision, if it is of floating-point numbers and one is wanted."""
+    import torch
+
+    if precision is None or not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(getattr(torch, PRECISIONS[precision]))
+    if not rounded.isfinite().all():
+        raise UserError(f"--export_precision {precision}: {name} has numbers that are too large for it; give bf16 or fp32")
+    return rounded
+
+
+def bytes_of(tensor):
+    """What a contiguous tensor is in memory, without a copy."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def stored_model(name, flag):
+    """(names of its parts, config of its UNet, function for original_tensors() that opens a part, config of its scheduler) of a
+    diffusers folder or hub id. UserError if it is not whole."""
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, flag)
+    check_folder(folder, name, flag)
+    check_fit(folder, name, flag)
+    index, files = read_json(folder / "model_index.json"), files_in(folder)
+
+    def open_part(part):
+        try:
+            return stored_part(folder, part, index[part], files)
+        except Exception as problem:  # configs and files of all kinds meet libraries that check little
+            if isinstance(problem, UserError) or is_of_machine(problem):
+                raise
+            raise UserError(f"{flag} {name}: cannot be loaded ({' '.join(str(problem).split())[:300]})") from None
+    parts = [part for part in parts_of(index) if part in WEIGHTS]
+    return parts, read_json(folder / "unet" / "config.json"), open_part, read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+def stored_part(folder, part, kind, files):
+    """(config, {name: tensor}) of a part of a folder, read when it is asked for; loaded first only if its names are older ones."""
+    import torch
+    from safetensors.torch import load_file
+
+    bare, variant = bare_part(folder, part, kind), choose_variant(files, part)
+    stored = {}
+    for file in variants_of(files, part)[variant]:
+        stored |= load_file(folder / file) if file.endswith(".safetensors") else {}
+    stored = {name.removeprefix("text_model."): tensor for name, tensor in stored.items()}
+    shapes = {name.removeprefix("text_model."): tensor.shape for name, tensor in bare.state_dict().items()}
+    if all(name in stored and stored[name].shape == shape for name, shape in shapes.items()):
+        return bare.config, {name: stored[name] for name in shapes}
+    del stored
+    module = load_part(folder, part, kind, variant, torch.float32)
+    return module.config, module.state_dict()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8225,7 +9269,7 @@ def is_complete(s, given):
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
            if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
-                          "push_to_hub", "hub_model_id")):
+                          "push_to_hub", "hub_model_id", "samples", "export_precision")):
         return False
     if not isinstance(record.get("given"), dict):
         say(f"Note: {s.output_dir} does not tell which photos it was made from; without --resume it is trained anew.")
@@ -8326,8 +9370,9 @@ def write_output(folder, run, models, subjects, seconds, given):
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
+    notes = notes_of(models.family, models.denoiser.config, models.pipeline.scheduler.config, models.name, subjects, run.course.resolution)
     for save in saves_of(s):
-        save(folder, models, subjects)
+        save(folder, models, subjects, notes)
     loss_plot(history).save(folder / LOSS_PLOT)
     save_card(folder, s, models, subjects)
     record = {
@@ -8398,33 +9443,81 @@ def write_export(s, trained, pipeline=None):
 
     Words that are not alone in --export NAME.safetensors go beside it as NAME-SUBJECT.safetensors.
     """
-    from safetensors.torch import save_file
+    target = Path(s.export)
+    files = word_files(s, trained, target)
+    if trained.lora:
+        files |= files_of_lora(s, trained, target)
+    if not trained.is_adapter:
+        files |= model_files(s, trained, target, pipeline)
+    check_free(files, s)
+    for file, (write, what) in files.items():
+        write_file(file, write)
+        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
+    if trained.lora and is_dora(target):
+        say(f"Note: {target}: {DORA_ELSEWHERE}.")
 
-    target, writers = Path(s.export), {}
+
+def word_files(s, trained, target):
+    """{path: (function that writes it, what it is)} of embeddings."""
+    files = {}
     for subject, path in zip(trained.subjects, trained.words.values()):
         is_alone = len(trained.words) == 1 and not trained.lora
         file = target if is_alone else target.with_name(f"{target.stem}-{subject.name}.safetensors")
-        tensors = a1111_embedding(load_tensors(path, "--model_path"))
-        writers[file] = (lambda part, tensors=tensors: save_file(tensors, part),
-                         f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
-    if trained.lora:
-        writers[target] = functools.partial(shutil.copyfile, kohya_file(trained)), "the LoRA in Kohya's layout"
-    check_free(writers, s)
-    if not trained.is_adapter:
-        pipeline = pipeline or load_whole(trained.source)
-        tensors = original_checkpoint(pipeline)
-        writers[target] = (lambda part: save_file(tensors, part, {"format": "pt", **notes_of_noise(pipeline.scheduler)}),
-                           "the model in Stable Diffusion's own layout")
-    for file, (write, what) in writers.items():
-        write_file(file, write)
-        say(f"Exported {file}, {file.stat().st_size / 1e6:,.1f} MB: {what}.")
+        tensors, notes = a1111_embedding(load_tensors(path, "--model_path")), read_header(path, "--model_path")[1]
+        files[file] = (functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision),
+                       f'the embedding of "{subject.identifier}", which other programs know by the name of the file')
+    return files
 
 
-def load_whole(source):
-    """The pipeline of a whole model, in float32."""
+def files_of_lora(s, trained, target):
+    """The same of a LoRA, as training wrote it unless --export_precision is given."""
+    path = kohya_file(trained)
+    write = functools.partial(shutil.copyfile, path)
+    if s.export_precision:
+        tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
+        write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
+    return {target: (write, "the LoRA in Kohya's layout")}
+
+
+def model_files(s, trained, target, pipeline):
+    """The same of a whole model, and of what tells A1111 and Forge that an SD 2.x model predicts velocity."""
+    precision = default(s.export_precision, "fp16")
+    family = family_of(pipeline) if pipeline else family_at(find_model(trained.source, "--model_path"), "--model_path")
+    if not family.exports:
+        raise UserError(f"--export {s.export}: {family.kind} is not written for other programs yet; give them the folder {trained.source} if "
+                        f"they read diffusers' folders")
+    parts, unet_config, open_part, scheduler = loaded_model(pipeline) if pipeline else model_of(trained.source, precision)
+    layout, record = layout_of(parts, unet_config), trained.record
+    notes = notes_of(family, unet_config, scheduler, record.get("base_model"), trained.subjects, record.get("used", {}).get("resolution"))
+    kept = "all of it" if precision == "fp32" else f"in half precision, {precision}"
+    kept += "; --export_precision fp32 rounds nothing" * (s.export_precision is None)
+    files = {target: (lambda part: save_streamed(part, original_tensors(layout, open_part, scheduler), notes, precision),
+                      f"the model in Stable Diffusion's own layout, {kept}")}
+    if layout == "sd2" and scheduler.get("prediction_type") == "v_prediction":
+        files[target.with_suffix(".yaml")] = (lambda part: part.write_text(VELOCITY_CONFIG, encoding="utf-8"),
+                                              "tells A1111 and Forge that the model predicts velocity; keep it beside the file")
+    return files
+
+
+def model_of(source, precision):
+    """What stored_model() gives, of a whole model wherever it is; one in a single file is loaded."""
     import torch
 
-    return load_pipeline(find_model(source, "--model_path"), torch.float32, "--model_path")
+    name = find_model(source, "--model_path")
+    if not is_single_file(name):
+        return stored_model(name, "--model_path")
+    return loaded_model(load_pipeline(name, getattr(torch, PRECISIONS[precision]), "--model_path"))
+
+
+def loaded_model(pipeline):
+    """What stored_model() gives, of a pipeline that is loaded."""
+    parts = [part for part, module in pipeline.components.items() if module is not None]
+    return parts, pipeline.unet.config, functools.partial(loaded_part, pipeline), pipeline.scheduler.config
+
+
+def is_dora(path):
+    """Whether a LoRA in Kohya's layout has magnitudes of its own."""
+    return any(name.endswith(".dora_scale") for name in read_header(path, "--export")[0])
 
 
 def a1111_embedding(tensors):
@@ -8438,7 +9531,7 @@ def kohya_file(trained):
         path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
-    if path is None or not path.is_file():
+    if path is None or trained.lora.is_dir() or not path.is_file():
         raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train")
     return path
 
@@ -8455,6 +9548,7 @@ def infer(s):
     check_writable(s.image_dir, "--image_dir")
     trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
     base = find_base(s, trained)
+    family_at(base, "--model_path").check_drawn(s)
     record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
     if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
@@ -8462,12 +9556,15 @@ def infer(s):
     prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
     tell_prompts([*prompts, s.negative_prompt], [*trained.subjects, *others])
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
+    tell_unspoken([trained, *(adapter for adapter, _ in adapters)], [*prompts, s.negative_prompt])
 
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
+    for flag in ("width", "height"):  # some pipelines would draw smaller, and not say so
+        family_of(pipeline).check_side(pipeline, default(getattr(s, flag), 0), f"--{flag}")
     model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"
@@ -8483,6 +9580,14 @@ def infer(s):
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
                          (default(s.width, width), default(s.height, height)))
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
+
+
+def tell_unspoken(trained, prompts):
+    """Say which embeddings change nothing, since no prompt has their word."""
+    spoken = " ".join(prompts).casefold()
+    for each in trained:
+        if each.words and not each.lora and not any(word.casefold() in spoken for word in each.words):
+            say(f'Note: no prompt has the word of {each.source}, "{next(iter(each.words))}", without which it changes nothing.')
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8567,11 +9672,12 @@ def train(s):
         models = dataclasses.replace(take_apart(run.models.name, run.models.pipeline), book=run.models.book)  # without their wrappers
         if accelerator.is_main_process:
             save_output(folder, run, models, subjects, seconds, given)
-    report_training(s, subjects, run.history, seconds)
+    report_training(s, models.family, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
-        draw_samples(s, models, subjects, viewer, plan)
+        if s.samples:
+            draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         publish(s)
@@ -8593,6 +9699,7 @@ def settle_beforehand(s):
     check_publishing(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
+    check_undistilled(name, "--model_name")
     family_at(name, "--model_name").check_flags(s)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
@@ -8621,7 +9728,8 @@ def prepare(s, name, concepts, plan, accelerator):
 
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     if late:
-        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects)}), plan.device)
+        drawn = {*usual_prompts_of(subjects), family.usual_negative}
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
@@ -8657,16 +9765,19 @@ def settle_subjects(s, models, concepts):
     return subjects
 
 
-def report_training(s, subjects, history, seconds):
+def report_training(s, family, subjects, history, seconds):
     """Say how the losses went, what was learnt, where it is and what to do next."""
-    for when, stretch in (("first", history[:100]), ("last", history[-100:])):
+    stretches = {"first 100": history[:100], "last 100": history[-100:]} if len(history) > 100 else {f"{len(history)}": history}
+    for which, stretch in stretches.items():
         losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
-        say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
+        say(f"Mean loss of the {which} step{'s' * (which != '1')}: {losses}")
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
         f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
     for subject in subjects:
         noun = noun_of(subject.class_prompt or subject.name)
         say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    if text := for_other_programs(s, family):
+        say(text)
     say(f"Try next: {own_command()}"
         f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')
 
@@ -8706,7 +9817,12 @@ def main(argv=None):
 def run_command(argv):
     """Parse the flags and do what they say."""
     say_once.cache_clear()  # in a notebook, another command may have been before
-    settings = parse_settings(argv)
+    with own_environment():
+        follow(parse_settings(argv))
+
+
+def follow(settings):
+    """Do what settings say."""
     try:
         os.getcwd()
     except OSError:
@@ -8717,9 +9833,23 @@ def run_command(argv):
         {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
 
 
+@contextlib.contextmanager
+def own_environment():
+    """What flags put into the environment is there within the block alone: the next command of a notebook has its own."""
+    names = [foreign.environment for foreign in DIFFUSERS_FLAGS.values() if foreign.environment]
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
 def refusal(problem):
     """Say in one line what is wrong; returns the exit status."""
-    print("error:", " ".join(str(problem).splitlines()), file=sys.stderr)
+    line = re.sub(r"(\S{150})\S{200,}(\S{50})", r"\1...\2", " ".join(str(problem).splitlines()))  # no remedy is seen behind a wall
+    print("error:", line, file=sys.stderr)
     return 2
 
 

@@ -4,7 +4,7 @@
 
 The program's own loop runs on models of full size whose tensors have no memory: torch's FakeTensor does all of a step but the
 arithmetic, and pretend_gpu.cpp (compiled here, with g++) tells torch that there is a GPU to do it on. Two steps are taken and
-one picture drawn, as --validation_steps does. A tensor left on the wrong device ends the run, as on a GPU. Counted are tensors
+one picture drawn, as --validation_steps does (but not by flow models, whose pipelines ask for the values of tensors). A tensor left on the wrong device ends the run, as on a GPU. Counted are tensors
 alone, not the workspaces of CUDA's libraries, and how often a step converts tensors from one precision to another. With adamw8bit
 more is counted than there would be: its step, compiled on a GPU, is taken piece by piece. All flags of --train can be given. What
 was counted is entered in benchmarks/results/pretend-gpu.json, and all that is there printed as a table.
@@ -34,10 +34,15 @@ if __name__ == "__main__" and "PRETENDING" not in os.environ:  # start again, wi
 
 from accelerate.state import PartialState
 from bench_train import RESULTS, UNETS, made_up_cache, random_models
+from flow_models import FLOWS, flow_models
 from methods import REPOSITORY
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves
 
 from dreambooth.arguments import parse_settings
@@ -49,6 +54,7 @@ from dreambooth.memory.demand import survey
 from dreambooth.memory.estimate import estimate
 from dreambooth.memory.plan import choose_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.models.quantized import quantization
 from dreambooth.subjects.words import Subject
 from dreambooth.training import loop
 from dreambooth.training.course import Course, recipe_for
@@ -76,14 +82,19 @@ def convert_in_place(module, convert, recurse=True):
     """Module._apply() for fake tensors, whose own would make other parameters: those that the optimizer has must stay."""
     for child in module.children():
         convert_in_place(child, convert)
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            with torch.no_grad():
-                new = convert(parameter)
-            parameter.data = new
-            if isinstance(parameter, FakeTensor):
-                parameter.fake_device = new.fake_device
-    module._buffers.update({name: convert(buffer) for name, buffer in module._buffers.items() if buffer is not None})
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            new = convert(parameter)
+        if is_traceable_wrapper_subclass(parameter):  # in fewer bits: it does not train
+            module._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
+            continue
+        parameter.data = new
+        if isinstance(parameter, FakeTensor):
+            parameter.fake_device = new.fake_device
+    module._buffers.update({name: convert(buffer) for name, buffer in module._buffers.items()
+                            if buffer is not None and buffer.is_floating_point()})
     return module
 
 
@@ -134,6 +145,7 @@ def pretend(mode):
     torch.nn.functional.silu = Silu.apply
     torch.Tensor.pin_memory = lambda tensor: tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
     torch.Tensor.unique = outside_modes(lambda numbers, **_: (list(range(len(numbers))), torch.arange(len(numbers))))
+    FakeTensor.tolist = lambda tensor: [0] * len(tensor)  # numbers of prompts: each the first
     torch.manual_seed = lambda seed: torch.default_generator
     torch.compiler.set_stance("force_eager")
     with contextlib.suppress(ImportError):  # tables that are computed once
@@ -203,6 +215,14 @@ class Memory(TorchDispatchMode):
         self.held -= size
 
 
+def quantize(denoiser, base_precision):
+    """Put the linear layers' weights into fewer bits, as from_pretrained() would with the program's options."""
+    from torchao.quantization import quantize_
+
+    if config := quantization(base_precision, torch.bfloat16).get("quantization_config"):
+        quantize_(denoiser, config.quant_type)
+
+
 def enter(row, path):
     """Put a row into the JSON at `path`, in place of what was counted of the same before; all rows of it."""
     rows = json.loads(path.read_text()) if path.is_file() else []
@@ -225,7 +245,7 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", choices=UNETS, default="sd15")
+    parser.add_argument("--arch", choices=[*UNETS, *FLOWS], default="sd15")
     parser.add_argument("--results", type=Path, default=RESULTS / "pretend-gpu.json")
     own, passed_on = parser.parse_known_args()
     shutil.rmtree(Path(os.environ["PRETENDING"]).parent)  # the library is loaded
@@ -235,16 +255,19 @@ def main():
     accelerator = make_accelerator(s, dataclasses.replace(plan, device=torch.device("cpu")))
     PartialState._shared_state["device"] = accelerator.state.device = GPU
 
-    models = random_models(own.arch, "meta")
+    make = flow_models if own.arch in FLOWS else random_models
+    models = make(own.arch, "meta")
     resolution = default(s.resolution, models.resolution)
     recipe, subjects = recipe_for(models.family, s), [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
-    parts = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
+    told = models.book and models.book.arch.told()
+    parts = estimate(survey(s, models, subjects, recipe, resolution, plan, levers, told), levers)
     cache = made_up_cache(models, resolution, PHOTOS, PHOTOS * preserves_prior(s))
     with mode:
-        models = random_models(own.arch)
+        models = make(own.arch)
         if METHODS[s.method].is_adapter:
             models.denoiser.to(plan.dtype)
+        quantize(models.denoiser, levers.base_precision)
         groups = parameter_groups(s, models, subjects, recipe)
         with memory:
             cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)
@@ -258,7 +281,8 @@ def main():
             if memory.waits:
                 print(f"A step waits for the GPU: {', '.join(sorted(set(memory.waits)))}")
             counted = memory.stage()
-            draw_one(run, resolution)
+            if own.arch in UNETS:  # the pipelines of others ask what tensors hold
+                draw_one(run, resolution)
             drawing = memory.stage()
             train_step(run, 2)  # everything is where it was
     figures = {"expected": sum(parts.values()) - parts["reserve"], "with_reserve": sum(parts.values()), "counted": counted,

@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 
 from dreambooth.arguments import parse_settings
 from dreambooth.base import Interrupted, UserError, ending_signals, say_once
+from dreambooth.compatible import DIFFUSERS_FLAGS
 from dreambooth.console import lasting_console
 from dreambooth.evaluate import evaluate
 from dreambooth.export import export
@@ -48,7 +50,12 @@ def main(argv=None):
 def run_command(argv):
     """Parse the flags and do what they say."""
     say_once.cache_clear()  # in a notebook, another command may have been before
-    settings = parse_settings(argv)
+    with own_environment():
+        follow(parse_settings(argv))
+
+
+def follow(settings):
+    """Do what settings say."""
     try:
         os.getcwd()
     except OSError:
@@ -59,9 +66,23 @@ def run_command(argv):
         {"train": train, "infer": infer, "evaluate": evaluate, "export": export}[settings.mode](settings)
 
 
+@contextlib.contextmanager
+def own_environment():
+    """What flags put into the environment is there within the block alone: the next command of a notebook has its own."""
+    names = [foreign.environment for foreign in DIFFUSERS_FLAGS.values() if foreign.environment]
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
 def refusal(problem):
     """Say in one line what is wrong; returns the exit status."""
-    print("error:", " ".join(str(problem).splitlines()), file=sys.stderr)
+    line = re.sub(r"(\S{150})\S{200,}(\S{50})", r"\1...\2", " ".join(str(problem).splitlines()))  # no remedy is seen behind a wall
+    print("error:", line, file=sys.stderr)
     return 2
 
 

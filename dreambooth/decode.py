@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from dreambooth.base import UserError, say_once
 from dreambooth.colours import in_srgb, to_8_bit
+from dreambooth.profiles import profile_in_numbers
 
 MOST_PIXELS = 2**29  # three times the largest sensors of phones; in memory 1.5 GB
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # Pillow hands others to other programs
@@ -179,7 +180,7 @@ def as_seen(path, image):
     if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
         say_once(f"{path} has {image.n_frames} frames; the first is used.")
     image.load()
-    turn, profile = turn_of(path, image), image.info.get("icc_profile")
+    turn, profile = turn_of(path, image), image.info.get("icc_profile") or profile_in_numbers(path, image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(path, image)
     if image.mode == "La":

@@ -12,7 +12,8 @@ from dreambooth.drawing.pipeline import find_base, load_trained
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
-from dreambooth.models.families.known import own_size
+from dreambooth.models.families.known import family_of, own_size
+from dreambooth.models.find import family_at
 from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier
 
@@ -25,6 +26,7 @@ def infer(s):
     check_writable(s.image_dir, "--image_dir")
     trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
     base = find_base(s, trained)
+    family_at(base, "--model_path").check_drawn(s)
     record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
     if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
@@ -32,12 +34,15 @@ def infer(s):
     prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
     tell_prompts([*prompts, s.negative_prompt], [*trained.subjects, *others])
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
+    tell_unspoken([trained, *(adapter for adapter, _ in adapters)], [*prompts, s.negative_prompt])
 
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
+    for flag in ("width", "height"):  # some pipelines would draw smaller, and not say so
+        family_of(pipeline).check_side(pipeline, default(getattr(s, flag), 0), f"--{flag}")
     model = {"Model": trained.source}
     if trained.lora:
         model["LoRA scale"] = f"{s.lora_scale:g}"
@@ -53,3 +58,11 @@ def infer(s):
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
                          (default(s.width, width), default(s.height, height)))
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
+
+
+def tell_unspoken(trained, prompts):
+    """Say which embeddings change nothing, since no prompt has their word."""
+    spoken = " ".join(prompts).casefold()
+    for each in trained:
+        if each.words and not each.lora and not any(word.casefold() in spoken for word in each.words):
+            say(f'Note: no prompt has the word of {each.source}, "{next(iter(each.words))}", without which it changes nothing.')

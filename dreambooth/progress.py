@@ -12,24 +12,41 @@ from tqdm import tqdm
 EVERY, SELDOM = 10, 600  # seconds between lines: at least, and at most as long as anything moves
 
 
-def progress(iterable, title, unit, total=None, done=0, hidden=False):
-    """`iterable`, and on standard error how far it is; `done` of `total` items were there before.
+def one(item):
+    """How much an item is, where each is as much as any other."""
+    return 1
+
+
+def progress(iterable, title, unit, total=None, done=0, hidden=False, weigh=one):
+    """`iterable`, and on standard error how far it is; `done` of `total` items were there before. An item is weigh(item) of them.
 
     What it returns has tqdm's set_postfix(), which takes {name: value} to show. DREAMBOOTH_PROGRESS=bar in the environment asks
     for the bar where no terminal is, for programs that read it.
     """
     if hidden or sys.stderr.isatty() or os.environ.get("DREAMBOOTH_PROGRESS") == "bar":
-        return tqdm(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
-    return Lines(iterable, title, unit, len(iterable) if total is None else total, done)
+        bar = Bar(iterable, desc=title, unit=unit, total=total, initial=done, disable=hidden)
+        bar.weigh = weigh
+        return bar
+    return Lines(iterable, title, unit, len(iterable) if total is None else total, done, weigh=weigh)
+
+
+class Bar(tqdm):
+    """tqdm's bar, for items of several weights."""
+
+    def __iter__(self):
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update(self.weigh(item))
 
 
 class Lines:
     """`iterable` with a line every ten seconds, and whenever another tenth of the work is done, but never more than a hundred
     or so; a piece of work that takes less than a second gets one line in the end."""
 
-    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic):
+    def __init__(self, iterable, title, unit, total, done=0, clock=time.monotonic, weigh=one):
         self.iterable, self.title, self.unit, self.total, self.done, self.clock = iterable, title, unit, total, done, clock
-        self.shown = {}
+        self.shown, self.weigh = {}, weigh
 
     def set_postfix(self, values):
         """Show {name: value} in the lines that follow."""
@@ -40,7 +57,7 @@ class Lines:
         before = said = self.done
         for item in self.iterable:
             yield item
-            self.done += 1
+            self.done += self.weigh(item)
             now = self.clock()
             is_tenth = 10 * self.done // self.total > 10 * said // self.total and now - said_at >= 1
             is_due = is_tenth or now - said_at >= (EVERY if 100 * (self.done - said) >= self.total else SELDOM)

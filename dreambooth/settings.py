@@ -12,7 +12,8 @@ from dreambooth.files import given_path, given_text
 
 DESCRIPTION = "DreamBooth: teach a text-to-image diffusion model your subject, then draw it anywhere."
 MODES = {  # which commands know a flag; --help lists the flags in this order
-    "all": ("train", "infer", "evaluate"), "train+evaluate": ("train", "evaluate"), "train": ("train",),
+    "all": ("train", "infer", "evaluate"), "all+export": ("train", "infer", "evaluate", "export"),
+    "train+evaluate": ("train", "evaluate"), "train": ("train",),
     "train+export": ("train", "export"), "trained": ("infer", "evaluate", "export"), "infer": ("infer",),
     "infer+evaluate": ("infer", "evaluate"), "evaluate": ("evaluate",)}
 SAMPLE_PHOTOS = "./instance_images"
@@ -47,7 +48,7 @@ class Settings:
                                                  "the same", shown="main")
     variant: str | None = _field("train", None, "which of a model's weights to read, such as fp16: those named *.fp16.safetensors",
                                  shown="those without such a word")
-    cache_dir: str | None = _field("all", None, "folder where models from the hub are kept",
+    cache_dir: str | None = _field("all+export", None, "folder where models from the hub are kept",
                                    shown="the hub client's own, which HF_HOME moves")
     resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
                                     shown="the model's own")
@@ -180,6 +181,7 @@ class Settings:
                                           shown="samples are drawn at the end only; a tenth of the steps with --select_best")
     validation_epochs: int | None = _field("train", None, "passes over the photos between samples, instead of "
                                            "--validation_steps", minimum=1, shown="--validation_steps counts")
+    samples: bool = _field("train", True, "draw samples when training is over")
     num_validation_images: int | None = _field("train", None, "pictures of each sample prompt", minimum=1, shown="4")
     logging_dir: str | None = _field("train", None, "folder in --output_dir for TensorBoard's files", shown="logs")
     select_best: bool = _field("train", False, "score the samples by likeness to photos and prompt, and keep the weights of the "
@@ -191,6 +193,8 @@ class Settings:
         "train+export", None, "also write a .safetensors file that ComfyUI, A1111 and Forge read: the whole model in Stable "
         "Diffusion's own layout, the LoRA in Kohya's, the embedding in A1111's; without --train: of what --model_path "
         "holds", shown="none")
+    export_precision: str | None = _field("train+export", None, "precision of what --export writes", choices=["fp32", "fp16", "bf16"],
+                                          shown="fp16 for a whole model; a LoRA or an embedding as it was trained")
 
     # Inference
     model_path: list[str] | None = _field("trained", None, "what was trained: a folder or hub id; with --evaluate "

@@ -18,11 +18,11 @@ from dreambooth.memory.plan import naming_next_plan, set_course
 from dreambooth.memory.plans import check_levers, is_late
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
-from dreambooth.models.find import check_variant, default_model, family_at, find_model
+from dreambooth.models.find import check_undistilled, check_variant, default_model, family_at, find_model
 from dreambooth.models.late import load_late, with_denoiser
 from dreambooth.models.load import load_models
 from dreambooth.models.parts import take_apart
-from dreambooth.output.card import CARD
+from dreambooth.output.card import CARD, for_other_programs
 from dreambooth.output.folder import (
     check_apart,
     check_output_dir,
@@ -86,11 +86,12 @@ def train(s):
         models = dataclasses.replace(take_apart(run.models.name, run.models.pipeline), book=run.models.book)  # without their wrappers
         if accelerator.is_main_process:
             save_output(folder, run, models, subjects, seconds, given)
-    report_training(s, subjects, run.history, seconds)
+    report_training(s, models.family, subjects, run.history, seconds)
     if accelerator.is_main_process:
         if s.export:
             write_export(s, find_trained(s.output_dir, "--output_dir"), models.pipeline)
-        draw_samples(s, models, subjects, viewer, plan)
+        if s.samples:
+            draw_samples(s, models, subjects, viewer, plan)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         publish(s)
@@ -112,6 +113,7 @@ def settle_beforehand(s):
     check_publishing(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
+    check_undistilled(name, "--model_name")
     family_at(name, "--model_name").check_flags(s)
     check_needed(s, name, concepts)
     metric_names = metric_models(s, [name]) if s.select_best else None
@@ -140,7 +142,8 @@ def prepare(s, name, concepts, plan, accelerator):
 
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     if late:
-        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | {*usual_prompts_of(subjects)}), plan.device)
+        drawn = {*usual_prompts_of(subjects), family.usual_negative}
+        models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
     class_images = []
     if preserves_prior(s):
@@ -176,15 +179,18 @@ def settle_subjects(s, models, concepts):
     return subjects
 
 
-def report_training(s, subjects, history, seconds):
+def report_training(s, family, subjects, history, seconds):
     """Say how the losses went, what was learnt, where it is and what to do next."""
-    for when, stretch in (("first", history[:100]), ("last", history[-100:])):
+    stretches = {"first 100": history[:100], "last 100": history[-100:]} if len(history) > 100 else {f"{len(history)}": history}
+    for which, stretch in stretches.items():
         losses = ", ".join(f"{k} {v:.4f}" for k, v in loss_means(stretch).items() if v is not None)
-        say(f"Mean loss of the {when} {len(stretch)} steps: {losses}")
+        say(f"Mean loss of the {which} step{'s' * (which != '1')}: {losses}")
     say(f"Trained in {seconds['training']:.0f} s after {seconds['preparing']:.0f} s of preparation. The model is in "
         f"{s.output_dir}, with its losses in {LOSS_PLOT} and its use in {CARD}.")
     for subject in subjects:
         noun = noun_of(subject.class_prompt or subject.name)
         say(f'Learnt "{subject.name}": "{subject.instance_prompt}" is the {noun} of the photos.')
+    if text := for_other_programs(s, family):
+        say(text)
     say(f"Try next: {own_command()}"
         f' --infer --model_path "{s.output_dir}" --prompt "{subjects[0].instance_prompt} on the moon"')

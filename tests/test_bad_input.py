@@ -57,7 +57,7 @@ def ready(tmp_path_factory, tiny_model):
     def model(name):
         return shutil.copytree(tiny_model("sd1"), root / name)
     index = model("other") / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
     (model("index") / "model_index.json").write_text("{")
     weights = model("cut") / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:999])
@@ -71,6 +71,10 @@ def ready(tmp_path_factory, tiny_model):
                "no_method": {"method": "x", "subjects": [SUBJECT]},
                "no_text": {"method": "lora", "subjects": [SUBJECT | {"identifier": 5}]},
                "escaping": {"method": "textual_inversion", "subjects": [SUBJECT | {"name": "../../secret"}] * 2},
+               "no_dict": {"subjects": [SUBJECT], "used": 3}, "no_size": {"subjects": [SUBJECT], "used": {"resolution": "32"}},
+               "no_settings": {"subjects": [SUBJECT], "settings": {"variant": 5}},
+               "no_sample": {"subjects": [SUBJECT], "base_sample": {"unet": ["float32", 5]}},
+               "no_numbers": {"subjects": [SUBJECT], "base_sample": {"unet": ["x", "1 2"]}},
                "lost": {"method": "lora", "subjects": [SUBJECT], "base_model": "x"}}
     for name, record in records.items():
         (folder(name) / "dreambooth.json").write_text(record if isinstance(record, str) else json.dumps(record))
@@ -132,7 +136,7 @@ TRAIN = {  # what is wrong -> (flags after those of a good training, what the li
     "no such model": (["--model_name", "nobody/nothing"], "nobody/nothing"),
     "model no name": (["--model_name", "no model"], "--model_name"),
     "model without index": (["--model_name", "photos"], "model_index.json"),
-    "model of another kind": (["--model_name", "other"], "FluxPipeline"),
+    "model of another kind": (["--model_name", "other"], "KandinskyPipeline"),
     "index broken": (["--model_name", "index"], "model_index.json"),
     "weights truncated": (["--model_name", "cut"], "--model_name cut"),
     "weights pickled": (["--model_name", "pickle"], "use_safetensors=False"),
@@ -155,6 +159,11 @@ INFER = {
     "record of no method": (["--model_path", "no_method"], "dreambooth.json"),
     "record of other types": (["--model_path", "no_text"], "dreambooth.json"),
     "record that leads elsewhere": (["--model_path", "escaping"], "dreambooth.json"),
+    "record without settings": (["--model_path", "no_dict"], "dreambooth.json"),
+    "record of another size": (["--model_path", "no_size"], "dreambooth.json"),
+    "record of no variant": (["--model_path", "no_settings"], "dreambooth.json"),
+    "record without a sample": (["--model_path", "no_sample"], "dreambooth.json"),
+    "record of no numbers": (["--model_path", "no_numbers"], "dreambooth.json"),
     "record without its file": (["--model_path", "lost"], "pytorch_lora_weights.safetensors is missing"),
     "unknown subject": (["--prompt", "a [identifier:tom] dog"], "[identifier:tom]"),
     "adapter missing": (["--adapter", "nowhere.safetensors"], "nowhere.safetensors"),

@@ -27,7 +27,7 @@ WRONG = [
     (["--train", "--instance_data_dir", "good", "--class_prompt", "a dog", "--output_dir", "file/sub"], "--output_dir"),
     (["--infer"], "--train first"),
     (["--infer", "--model_path", "nowhere"], "--model_path nowhere"),
-    (["--infer", "--model_path", "text_model"], "StableDiffusion3Pipeline"),
+    (["--infer", "--model_path", "text_model"], "KandinskyPipeline"),
     (["--infer", "--model_path", "{demo}"], "--prompt is missing"),
     (["--infer", "--model_path", "{demo}", "--prompt", "a [identifier] dog"], "dreambooth.json"),
     (["--infer", "--model_path", "{demo}", "--prompt", "a dog", "--adapter", "nowhere"], "--adapter nowhere"),
@@ -65,7 +65,7 @@ def answered(tmp_path_factory):
     for i in range(3):
         picture(i).save(folder / "good" / f"{i}.png")
     (folder / "file").write_text("")
-    (folder / "text_model" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    (folder / "text_model" / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     (folder / "lost_lora").mkdir()
     subject = {"identifier": "phol", "class_prompt": "a dog", "instance_prompt": "a phol dog", "name": "dog"}
     (folder / "lost_lora" / "dreambooth.json").write_text(json.dumps({"method": "lora", "subjects": [subject]}))

@@ -1,11 +1,13 @@
 """Each family against its own pipeline in diffusers: what is told, sent and predicted; that pictures come back; that it learns."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
 from conftest import picture
+from diffusers import FluxPipeline
 from tiny_families import TINY
 
 import dreambooth_implementation as db
@@ -59,7 +61,19 @@ PROMPTS = ["a zwx dog on the moon", "a cat"]
 
 def spatial(models, latents):
     """A pipeline's latents [B, ...] as the program has them, [B, C, h, w]."""
-    return latents
+    return SPATIAL.get(models.family.pipelines[0], lambda models, latents: latents)(models, latents)
+
+
+# How a pipeline's latents become [B, C, h, w], where they are not.
+SPATIAL = dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda models, latents: latents.transpose(1, 2).unflatten(2, (8, 8)))
+SPATIAL["FluxPipeline"] = lambda models, latents: models.pipeline._unpack_latents(latents, SIDE, SIDE, models.pipeline.vae_scale_factor)
+SPATIAL["QwenImagePipeline"] = lambda models, latents: SPATIAL["FluxPipeline"](models, latents).squeeze(2)
+
+
+def by_the_vae_alone(vae, pixels):
+    """What a VAE makes of pixels [1, 3, H, W]."""
+    film = pixels.unsqueeze(2) if type(vae).__name__ == "AutoencoderKLQwenImage" else pixels
+    return vae.decode(vae.encode(film).latent_dist.mode()).sample.view_as(pixels)
 
 
 def test_encoding_and_prediction_are_the_pipelines_own(models, monkeypatch):
@@ -90,7 +104,7 @@ def test_a_picture_comes_back(models, monkeypatch):
     pixels = pixels_of(picture(5, (SIDE, SIDE)))
     with torch.no_grad():
         mean, deviation = family.moments(models.vae, pixels)
-        alone = models.vae.decode(models.vae.encode(pixels).latent_dist.mode()).sample
+        alone = by_the_vae_alone(models.vae, pixels)
         told = family.encode(models, PROMPTS[:1])
     assert mean.shape[1:] == family.latent_shape(pipeline, SIDE) and deviation.shape == mean.shape
     kind, levels, noise = family.noise(db.Settings("train"), pipeline, SIDE), torch.tensor([0.3]), torch.randn(mean.shape)
@@ -133,6 +147,10 @@ def drawn_exactly(pipeline, recorder, mean):
 
 # What a denoiser's forward returns for a true target [B, C, h, w].
 ANSWERS = {"ZImagePipeline": lambda target: lambda *args, **options: (list((-target).unsqueeze(2).unbind()),)}
+ANSWERS |= dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda target: lambda *args, **options: (target.flatten(2).transpose(1, 2),))
+ANSWERS["FluxPipeline"] = lambda target: lambda *args, **options: (FluxPipeline._pack_latents(target, *target.shape),)
+ANSWERS["QwenImagePipeline"] = ANSWERS["FluxPipeline"]
+ANSWERS["StableDiffusion3Pipeline"] = lambda target: lambda *args, **options: (target,)
 
 
 def test_levels_follow_the_models_own_shift(models):
@@ -147,21 +165,30 @@ def test_levels_follow_the_models_own_shift(models):
     torch.testing.assert_close(levels, kind.shift * plain / (1 + (kind.shift - 1) * plain))
 
 
-def schedule_of(models, steps=8):
-    return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+def schedule_of(models, steps=30):
+    """What a scheduler is given for so many steps: an even path, and mu where the pipeline tells it one. How far the path ends from
+    0 is the sampler's own."""
+    scheduler, told = models.pipeline.scheduler, {}
+    scheduler.register_to_config(shift_terminal=None)
+    set_timesteps = scheduler.set_timesteps
+    scheduler.set_timesteps = functools.wraps(set_timesteps)(lambda *args, **options: told.update(options) or set_timesteps(*args, **options))
+    draw(models.pipeline, PROMPTS[:1], steps=steps)
+    scheduler.set_timesteps = set_timesteps
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | ({"mu": told["mu"]} if scheduler.config.use_dynamic_shifting else {})
 
 
 @pytest.mark.long
-def test_it_learns_a_picture(models):
+def test_it_learns_a_picture(models, monkeypatch):
     """A tiny random model that is trained in full on one picture draws it with its own pipeline."""
-    family, pipeline = models.family, models.pipeline
+    family, pipeline, few = models.family, models.pipeline, dict(steps=12, output_type="np", max_sequence_length=64)
+    monkeypatch.setattr(type(family), "prompt_tokens", 64)
     image = picture(5, (SIDE, SIDE)).resize((4, 4)).resize((SIDE, SIDE), 0)
     pixels, source = pixels_of(image), torch.Generator().manual_seed(0)
     with torch.no_grad():
         mean, _ = family.moments(models.vae, pixels)
-        alone = models.vae.decode(models.vae.encode(pixels).latent_dist.mode()).sample
+        alone = by_the_vae_alone(models.vae, pixels)
         told = db.rows_of(family.encode(models, ["a zwx dog"]), torch.zeros(8, dtype=torch.long), torch.device("cpu"))
-    before = psnr(draw(pipeline, ["a zwx dog"], steps=12, output_type="np").images[0], alone)
+    before = psnr(draw(pipeline, ["a zwx dog"], **few).images[0], alone)
     kind = family.noise(db.Settings("train"), pipeline, SIDE)
     models.denoiser.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(models.denoiser.parameters(), 5e-3)
@@ -174,8 +201,8 @@ def test_it_learns_a_picture(models):
         optimizer.step()
         optimizer.zero_grad()
     models.denoiser.eval()
-    after = psnr(draw(pipeline, ["a zwx dog"], steps=12, output_type="np").images[0], alone)
-    assert before < 16 and after > 22, (before, after)
+    after = psnr(draw(pipeline, ["a zwx dog"], **few).images[0], alone)
+    assert before < 15 and after > 19, (before, after)  # with a wrong sign: 4
 
 
 def psnr(drawn, alone):

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import tiny_families
 import torch
 
 import dreambooth_implementation as db
@@ -67,7 +68,7 @@ def test_no_candidate_is_a_word_or_an_acronym():
     refused = set("sks jap nips fck blob siam lexa ssh uwu nfl nba shih puli kush klan slut milf olga dmitry koko elba".split())
     words = db.RARE_WORDS.split()
     assert len(words) == len(set(words)) and not refused & set(words)
-    assert all(word.isascii() and word.islower() and 3 <= len(word) <= 4 for word in words)
+    assert all(word.isascii() and word.islower() and 3 <= len(word) <= 5 for word in words)
 
 
 def test_choice_is_the_seeds_and_moves_the_meaning_least(clip, capsys):
@@ -110,3 +111,41 @@ def test_without_rare_words_the_user_must_choose(clip, monkeypatch):
     monkeypatch.setattr(db, "RARE_WORDS", "dog zwx")
     with pytest.raises(db.UserError, match="--identifier"):
         chosen_by(clip, [concept()], 0)
+
+
+# ---- other kinds of vocabulary
+
+
+def byte_level():
+    return tiny_families.qwen_tokenizer()
+
+
+def unigram():
+    return tiny_families.t5_tokenizer()
+
+
+@pytest.mark.parametrize("vocabulary", [byte_level, unigram])
+def test_a_word_is_looked_for_as_it_stands_in_a_sentence(vocabulary):
+    """With the space before it, which byte-level and sentencepiece vocabularies have within the token."""
+    tokenizer = vocabulary()
+    assert set(db.rare_words([tokenizer], ["a dog"])) == set(tiny_families.RARE)
+    for word in tiny_families.RARE:
+        (piece,), number = db.pieces_of(tokenizer, word), db.token_within(tokenizer, word, "a dog")
+        assert piece[1:] == word and piece[0] in "\u0120\u2581" and number == tokenizer.convert_tokens_to_ids(piece)
+        assert number in tokenizer(f"a {word} dog on the moon").input_ids
+        assert number in tokenizer(f"<|im_start|>user\na {word} dog<|im_end|>\n").input_ids
+    assert db.token_within(tokenizer, "phol", "a dog") is None and len(db.pieces_of(tokenizer, "phol")) > 1
+    assert not db.is_rare(tokenizer, db.token_within(tokenizer, "dog", "a cat"))
+
+
+def test_what_no_piece_stands_for_is_not_rare():
+    tokenizer = unigram()
+    number = db.token_within(tokenizer, "\u2603", "a dog")
+    assert number is None or not db.is_rare(tokenizer, number)
+
+
+def test_the_first_tokenizer_decides(clip):
+    """As of CLIP's and T5's: what is one rare token for the first may be several for the other."""
+    two = db.dataclasses.replace(clip, tokenizers=[*clip.tokenizers, unigram()])
+    found, = db.choose_identifiers(two, [concept()], 3, ends(clip))
+    assert [found] == chosen_by(clip, [concept()], 3) and len(db.pieces_of(two.tokenizers[1], found)) > 1

@@ -1,15 +1,18 @@
 """Large models part by part."""
 
 import shutil
+import signal
 
 import pytest
 import torch
 from conftest import build_pipeline
 from test_families import draw
 from tiny_families import TINY
+from training_runs import assert_same_weights, far_apart, interrupt
 
 import dreambooth_implementation as db
 
+SMALL = ["--class_prompt", "a dog", "--resolution", 32, "--num_class_images", 2, "--num_inference_steps", 2]
 PROMPTS = ["a zwx dog on the moon", "a cat"]
 
 
@@ -54,7 +57,7 @@ def test_it_draws_from_the_book_as_from_prompts(model):
     look = dict(steps=2, guidance_scale=models.family.guidance, height=32, width=32, batch_size=2)
     jobs = [(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     own, told = (list(db.draw(each.pipeline, jobs, **look, models=each)) for each in (whole, models))
-    assert [a.tobytes() for a in own] == [b.tobytes() for b in told]
+    assert all(far_apart(a, b) <= 1 for a, b in zip(own, told, strict=True))
 
 
 def test_a_prompt_that_is_not_in_the_book_is_encoded_and_the_text_encoders_go_again(model):
@@ -82,11 +85,24 @@ def test_the_record_tells_the_weights_wherever_they_lie(request, model, tmp_path
 def test_an_output_is_whole_for_plain_diffusers(method, model, photos, run, tmp_path):
     from diffusers import DiffusionPipeline
 
-    status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, "--class_prompt", "a dog", "--steps", 2,
-                         "--num_class_images", 1, "--num_inference_steps", 2, "--method", method)
+    status, _, err = run("--train", "--model_name", model, "--instance_data_dir", photos, *SMALL, "--steps", 2, "--method", method)
     assert status == 0, err
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "output" if method == "full" else model)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if "without-t5" in model else {}  # diffusers wants that to be said
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "output" if method == "full" else model, **absent)
     if method == "lora":
         pipeline.load_lora_weights(tmp_path / "output")
     pipeline.set_progress_bar_config(disable=True)
     assert draw(pipeline, ["a dog"], steps=2).images[0].size == (32, 32)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(model, photos, run, tmp_path, monkeypatch):
+    """To the bit, on one thread."""
+    flags = ["--train", "--model_name", model, "--instance_data_dir", photos, *SMALL, "--steps", 5, "--method", "lora",
+             "--learning_rate", "1e-2", "--random_flip"]
+    assert run(*flags, "--output_dir", "whole")[0] == 0
+    undo = interrupt(monkeypatch, 2, signal.SIGTERM)
+    assert run(*flags)[0] == 128 + signal.SIGTERM
+    undo()
+    status, out, err = run(*flags, "--resume")
+    assert status == 0 and "after step 2" in out, err
+    assert_same_weights(tmp_path / "output", tmp_path / "whole")

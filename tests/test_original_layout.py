@@ -66,7 +66,7 @@ def test_full_size_vae_has_the_published_names():
     with torch.device("meta"):
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
                             up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4)
-    shapes = {name: tuple(tensor.shape) for name, tensor in db.vae_tensors(vae).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in db.vae_tensors(vae.state_dict(), vae.config)}
     assert len(shapes) == 248
     assert shapes["encoder.mid.attn_1.q.weight"] == shapes["decoder.mid.attn_1.proj_out.weight"] == (512, 512, 1, 1)
     assert shapes["decoder.up.0.block.0.nin_shortcut.weight"] == (128, 256, 1, 1)  # up.0 is nearest to the picture
@@ -79,3 +79,27 @@ def test_velocity_models_of_sdxl_say_so():
     pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     tensors = db.original_checkpoint(pipeline)
     assert tensors["v_pred"].numel() == tensors["ztsnr"].numel() == 0
+
+
+def test_an_sd2_text_encoder_without_its_last_layer_gets_one_that_adds_nothing():
+    from diffusers.loaders import single_file_utils as diffusers_utils
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=16, num_attention_heads=2, max_position_embeddings=5,
+                 hidden_act="gelu", bos_token_id=7, eos_token_id=8, pad_token_id=0)
+    ours = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=23)).eval()
+    tensors = {f"cond_stage_model.model.{name}": tensor for name, tensor in db.open_clip_h_tensors(ours.state_dict(), ours.config)}
+    last = [name for name in tensors if ".resblocks.23." in name]
+    assert len(last) == len([name for name in tensors if ".resblocks.22." in name]) == 12
+    theirs = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=24)).eval()
+    ignored, diffusers_utils.SD_2_TEXT_ENCODER_KEYS_TO_IGNORE = diffusers_utils.SD_2_TEXT_ENCODER_KEYS_TO_IGNORE, []
+    try:
+        weights = diffusers_utils.convert_open_clip_checkpoint(theirs, tensors)
+    finally:
+        diffusers_utils.SD_2_TEXT_ENCODER_KEYS_TO_IGNORE = ignored
+    theirs.load_state_dict({name.removeprefix("text_model."): tensor for name, tensor in weights.items()})
+    ids = torch.tensor([[7, 1, 2, 3, 8]])
+    with torch.no_grad():
+        assert torch.equal(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
+    assert set(last) <= set(ignored)  # what diffusers' from_single_file leaves out

@@ -749,6 +749,28 @@ def test_models_are_taken_from_cache_dir(trained, run, tiny_model, tmp_path):
     assert run(*draw)[0] == 2
     status, _, err = run(*draw, "--cache_dir", "kept")
     assert status == 0, err
+    export = ["--export", "whole.safetensors", "--model_path", "somebody/model"]
+    assert run(*export)[0] == 2
+    status, _, err = run(*export, "--cache_dir", "kept")
+    assert status == 0 and Path("whole.safetensors").is_file(), err
+    assert constants.HF_HUB_CACHE == usual
+
+
+@pytest.mark.parametrize("before", [None, "hf_of_the_person"])
+def test_a_token_is_of_its_own_command_alone(before, run, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if before:
+        monkeypatch.setenv("HF_TOKEN", before)
+    seen = []
+    monkeypatch.setattr(db, "train", lambda s: seen.append(os.environ["HF_TOKEN"]))
+    assert run("--train", "--hub_token", "hf_secret")[0] == 0
+    assert run("--train", "--hub_token", "hf_secret", "--seed", "x")[0] == 2
+    assert seen == ["hf_secret"] and os.environ.get("HF_TOKEN") == before
+
+
+def test_a_wall_of_letters_does_not_hide_the_remedy(run):
+    status, _, err = run("--infer", "--guidance_scale", "x" * 5000)
+    assert status == 2 and len(err) < 400 and "xxx...xxx" in err and "--help lists the flags" in err
 
 
 def test_a_revision_is_trained_recorded_and_drawn_with(run, tiny_model, photos, tmp_path):

@@ -463,7 +463,7 @@ def originals(tmp_path_factory):
         if kind not in made:
             pipeline = wide_pipeline(kind)
             pipeline.save_pretrained(root / kind)
-            made[kind] = db.original_checkpoint(pipeline), root / kind
+            made[kind] = {name: tensor.contiguous() for name, tensor in db.original_checkpoint(pipeline).items()}, root / kind
         return made[kind]
 
     return make
@@ -909,7 +909,7 @@ def made(tiny_model, tmp_path_factory):
             for group in groups:
                 for parameter in group.parameters:
                     parameter.data += torch.randn_like(parameter) * 0.2
-            db.save_lora(folder, models, [])
+            db.save_lora(folder, models, [], {})
         return done[key]
 
     return make
@@ -1035,6 +1035,105 @@ def test_pefts_own_files(names, config, scale, draw, made, tiny_model, tmp_path,
     for adapter in ("peft", file):
         assert np.abs(picture_of(draw(adapter)) - expected).max() < 1e-5
     assert ("no adapter_config.json" in capsys.readouterr().out) == (config is None)
+
+
+def split(file, folder, alpha):
+    """A LoRA as PEFT's own DreamBooth example leaves it: a folder for each part, without the part's name in the tensors' names."""
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if any(name.startswith(f"{part}.") for name in load_file(file)):
+            (folder / part).mkdir(parents=True)
+            pick(file, lambda name: name.startswith(f"{part}."), folder / part / "adapter_model.safetensors",
+                 lambda name: f"base_model.model.{name.removeprefix(f'{part}.')}")
+            (folder / part / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_pefts_folders_of_each_part(family, draw, made, tiny_model, tmp_path, capsys):
+    own = made(family, alpha=4) / db.LORA_FILE  # its scale: 1
+    folder = split(own, tmp_path / "peft", alpha=8)
+    expected = picture_of(plain(tiny_model, family, (own, 2.0)))
+    assert np.abs(picture_of(draw("peft", family=family)) - expected).max() < 1e-5
+    assert np.abs(picture_of(draw("peft=0.5", family=family)) - picture_of(plain(tiny_model, family, (own, 1.0)))).max() < 1e-5
+    assert np.abs(picture_of(draw(path="peft", name=tiny_model(family))) - expected).max() < 1e-5
+    alone = pick(own, lambda name: name.startswith("text_encoder."), tmp_path / "text.safetensors")
+    expected = picture_of(plain(tiny_model, family, (alone, 2.0)))
+    assert np.abs(picture_of(draw("peft/text_encoder", family=family)) - expected).max() < 1e-5
+    assert capsys.readouterr().out == ""
+    s = db.parse_settings(["--export", "o.safetensors", "--model_path", "peft"])
+    refused(lambda: db.export(s), "--model_path peft", "give an output of --train")
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    refused(lambda: draw("peft", family=family), "--adapter peft", "adapter_model.bin is not opened")
+
+
+@pytest.mark.parametrize("part, values", [("text_encoder_2", {"hidden_size": "32"}), ("unet", {"in_channels": [4]}),
+                                          ("text_encoder", {"hidden_size": [32]}), ("vae", {"latent_channels": {}})])
+def test_configs_with_something_else_where_a_number_belongs(part, values, copy_of):
+    said = "UNet takes 4 channels" if part == "vae" else "copy or download it again"
+    refused(lambda: load(copy_of("sdxl", **{part: values})), "--model_name model", said)
+
+
+def test_a_copy_of_the_cache_with_texts_in_place_of_links(copy_of):
+    folder = copy_of()
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_text("../../../blobs/abc")
+    refused(lambda: load(folder), "unet/diffusion_pytorch_model.safetensors", "a text in place of a link", "cp -rL")
+
+
+def test_weights_that_are_no_numbers_are_refused(draw, made, tiny_model, tmp_path):
+    own = load_file(made() / db.LORA_FILE)
+    save_file({**own, max(own): torch.full_like(own[max(own)], float("nan"))}, tmp_path / "lora.safetensors")
+    refused(lambda: draw("lora.safetensors"), "--adapter lora.safetensors",
+            f"1 of its tensors hold no numbers (NaN or infinite), such as {max(own)}")
+    save_file({"emb_params": torch.tensor([[1.0, float("inf")] * 16])}, tmp_path / "gronk.safetensors")
+    refused(lambda: draw("gronk.safetensors"), "--adapter gronk.safetensors", "emb_params")
+
+
+def test_a_model_of_no_numbers_draws_nothing(copy_of, run):
+    file = copy_of() / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "conv_in.bias": torch.full_like(weights["conv_in.bias"], float("nan"))}, file, {"format": "pt"})
+    status, _, err = run("--infer", *DRAW, "--model_path", "model", "--prompt", "a dog")
+    assert status == 2 and "error: model: weights of its unet are no numbers" in err
+    assert not list(Path("images").glob("*.png"))
+
+
+@pytest.mark.parametrize("scale", [0, -1, None, "0.18"])
+def test_a_vae_that_scales_to_nothing_is_refused(scale, copy_of):
+    pipeline = load(copy_of())
+    pipeline.vae.register_to_config(scaling_factor=scale)
+    refused(lambda: db.family_of(pipeline).check_trainable(pipeline, "model", "--model_name"), "--model_name model", "the scaling_factor of its VAE is", "0.18215")
+
+
+@pytest.mark.parametrize("family, scale, whose", [("sd1", 0.13025, "SDXL"), ("sdxl", 0.18215, "Stable Diffusion"),
+                                                  ("sd1", 0.18215, ""), ("sdxl", 0.13025, "")])
+def test_a_vae_of_the_other_kind_is_said(family, scale, whose, tiny_model, capsys):
+    pipeline = load(tiny_model(family))
+    pipeline.vae.register_to_config(scaling_factor=scale)
+    db.family_of(pipeline).check_trainable(pipeline, "model", "--model_name")
+    out = capsys.readouterr().out
+    assert (f"Note: model: its VAE has the scaling_factor of {whose}, {scale}" in out) if whose else out == ""
+
+
+def test_an_embedding_that_no_prompt_names_is_said(run, tiny_model, tmp_path):
+    save_file({"emb_params": torch.zeros(1, 32)}, "gronk.safetensors")
+    flags = ["--infer", *DRAW, "--model_path", tiny_model("sd1"), "--adapter", "gronk.safetensors"]
+    for more, is_said in ((["--prompt", "a dog"], True), (["--prompt", "a Gronk dog"], False),
+                          (["--prompt", "a dog", "--negative_prompt", "gronk"], False)):
+        status, out, err = run(*flags, *more)
+        assert status == 0 and ('no prompt has the word of gronk.safetensors, "gronk"' in out) == is_said, err
+
+
+def test_schedulers_of_older_configs_are_put_right_quietly(copy_of, recwarn):
+    pipeline = load(copy_of(scheduler={"steps_offset": 0, "clip_sample": True}))
+    assert pipeline.scheduler.config.steps_offset == 1 and not [w for w in recwarn if w.category is FutureWarning]
+
+
+def test_two_tokenizers_that_end_prompts_at_different_places(copy_of):
+    folder = copy_of("sdxl")
+    config = folder / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 3}))
+    refused(lambda: load(folder), f"--model_name {folder}", "end prompts after 3 and 32 words", "download the model again")
 
 
 def test_a_folder_or_hub_id_with_nothing_but_the_lora(draw, made, tiny_model, tmp_path, run, cache):

@@ -157,6 +157,83 @@ def test_adobe_rgb_told_by_exif_alone_is_said(tmp_path, capsys):
     assert "Adobe RGB and left out the profile" in capsys.readouterr().out
 
 
+# ---- colours in numbers
+
+
+P3 = [[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]]  # from linear Display P3 to linear sRGB
+BT_2020 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+ADOBE_RGB = [[1.3982, -0.3982, 0], [0, 1, 0], [0, -0.0429, 1.0429]]
+D65, RED, BLUE = (0.3127, 0.329), (0.64, 0.33), (0.15, 0.06)
+
+
+def shown(matrix=np.eye(3), gamma=None):
+    """What GREEN looks like, in sRGB, where numbers mean this."""
+    values = np.array(GREEN) / 255
+    light = values ** gamma if gamma else np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    light = (np.array(matrix) @ light).clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def with_chunks(target, *chunks):
+    """A PNG with these (kind, content) before its pixels."""
+    Image.new("RGB", (4, 4), GREEN).save(target)
+    data = target.read_bytes()
+    more = b"".join(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+                    for kind, content in chunks)
+    target.write_bytes(data[:33] + more + data[33:])
+    return target
+
+
+def gama(gamma):
+    return b"gAMA", struct.pack(">I", round(gamma * 100000))
+
+
+def chrm(green, white=D65, red=RED, blue=BLUE):
+    return b"cHRM", struct.pack(">8I", *(round(number * 100000) for number in (*white, *red, *green, *blue)))
+
+
+@pytest.mark.parametrize("chunks, expected", [
+    ([gama(1)], shown(gamma=1)), ([gama(0.55556)], shown(gamma=1.8)), ([gama(0.45455)], GREEN),
+    ([gama(1), (b"sRGB", b"\0")], GREEN), ([gama(0.45455), chrm((0.21, 0.71))], shown(ADOBE_RGB)), ([chrm((0.3, 0.6))], GREEN),
+    ([(b"cICP", bytes([12, 13, 0, 1]))], shown(P3)),
+    ([(b"cICP", bytes([9, 8, 0, 1])), gama(0.5)], shown(BT_2020, 1)), ([(b"cICP", bytes([1, 13, 0, 1])), gama(1)], GREEN),
+    ([gama(0)], GREEN), ([chrm((0, 0))], GREEN), ([chrm(RED, D65, RED, RED)], GREEN), ([(b"gAMA", b"\1")], GREEN),
+    ([(b"cICP", b"\x0c")], GREEN), ([(b"cICP", bytes([200, 200, 0, 1]))], GREEN), ([(b"cHRM", b"\xff" * 32)], GREEN)])
+def test_colours_that_a_png_says_in_numbers(chunks, expected, tmp_path, capsys):
+    assert np.abs(np.subtract(colour(with_chunks(tmp_path / "a.png", *chunks)), expected)).max() <= 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_profile_goes_before_numbers(tmp_path):
+    Image.new("RGB", (4, 4), GREEN).save(tmp_path / "a.png", icc_profile=ADOBE)
+    data = (tmp_path / "a.png").read_bytes()
+    other = with_chunks(tmp_path / "b.png", gama(1)).read_bytes()
+    (tmp_path / "a.png").write_bytes(data[:33] + other[33:33 + 16] + data[33:])
+    assert colour(tmp_path / "a.png") == (0, 181, 83)
+
+
+@pytest.mark.parametrize("codes, expected", [((12, 13), shown(P3)), ((1, 13), GREEN), ((9, 8), shown(BT_2020, 1)), ((2, 2), GREEN)])
+def test_colours_that_heic_and_avif_say_in_numbers(codes, expected, tmp_path, capsys):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    named = {"color_primaries": codes[0], "transfer_characteristics": codes[1], "matrix_coefficients": 6, "full_range_flag": 1}
+    Image.new("RGB", (64, 64), GREEN).save(tmp_path / "a.heic", quality=100, save_nclx_profile=True, **named)
+    assert np.abs(np.subtract(colour(tmp_path / "a.heic"), expected)).max() <= 4
+    Image.new("RGB", (64, 64), GREEN).save(tmp_path / "a.avif", quality=100)
+    data = (tmp_path / "a.avif").read_bytes()
+    at = data.index(b"colrnclx") + 8
+    (tmp_path / "a.avif").write_bytes(data[:at] + struct.pack(">HH", *codes) + data[at + 4:])
+    assert np.abs(np.subtract(colour(tmp_path / "a.avif"), expected)).max() <= 4
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("curve, name", [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_said(curve, name, tmp_path, capsys):
+    path = with_chunks(tmp_path / "a.png", (b"cICP", bytes([9, curve, 0, 1])))
+    assert colour(path) == GREEN
+    assert f"{path} is HDR ({name})" in capsys.readouterr().out
+
+
 # ---- deep and dark greys
 
 
@@ -580,7 +657,9 @@ def test_captions_that_name_another_subject_are_refused_at_once(photos):
     ("an image of the dog", "an image of a [identifier] dog"), ("photo of dog", "photo of a [identifier] dog"),
     ("a black and white photo of a dog", "a black and white photo of a [identifier] dog"),
     ("a photo of a painting of a dog", "a photo of a painting of a [identifier] dog"),
-    ("photo: a dog", "photo: a [identifier] dog"),
+    ("photo: a dog", "photo: a [identifier] dog"), ("polaroid of a dog", "polaroid of a [identifier] dog"),
+    ("a mugshot of a man", "a mugshot of a [identifier] man"), ("film still of a woman", "film still of a [identifier] woman"),
+    ("a photo of one dog", "a photo of a [identifier] dog"), ("a still life", "a [identifier] still life"),
     ("a picture of two dogs", "a picture of two [identifier] dogs"), ("my dog", "a [identifier] dog"),
     ("Anna's dog", "a [identifier] dog"),
     ("a photo of my sister\u2019s dog", "a photo of a [identifier] dog"), ("the dog's bowl", "a [identifier] dog's bowl"),
@@ -617,7 +696,8 @@ def test_class_prompts_lose_what_writing_adds(given, tidy, photos):
     assert db.find_photos(concept(photos, given))[1] == tidy
 
 
-@pytest.mark.parametrize("given", ["a", "the", "...", "an image of the", "a photo of", "of", '""', "a photo of ."])
+@pytest.mark.parametrize("given", ["a", "the", "...", "an image of the", "a photo of", "of", '""', "a photo of .",
+                                   "a photo of me", "Her"])
 def test_class_prompts_that_name_nothing(given, photos):
     line = refusal(db.find_photos, concept(photos, given))
     assert line.startswith("--class_prompt") and "what kind of thing" in line
@@ -952,3 +1032,19 @@ def test_drawing_says_what_it_does_not_know(training, run, tmp_path):
     assert status == 0 and f'Drawing "a {word} dog <lora:x:1>"' in out, err
     assert '"<lora:x:1>" is read as plain words' in out
     assert f'"sks" is not the word of this model\'s subject; that is "{word}"' in out
+
+
+def test_a_list_of_captions_of_class_images_is_said_to_be_unused(tmp_path, capsys):
+    (tmp_path / "reg").mkdir()
+    picture(9).save(tmp_path / "reg" / "0.png")
+    (tmp_path / "reg" / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a cat"}))
+    db.check_own(tmp_path / "reg", 1, [])
+    assert "captions in" in capsys.readouterr().out
+
+
+def test_a_learning_rate_of_nothing_is_said(capsys):
+    groups = [db.ParameterGroup("unet", [], [], 1e-4), db.ParameterGroup("text_encoder", [], [], 0)]
+    db.check_rates(db.Settings("train"), groups)
+    assert capsys.readouterr().out == "Note: a learning rate of 0 teaches nothing: text_encoder as before.\n"
+    db.check_rates(db.Settings("train"), groups[:1])
+    assert capsys.readouterr().out == ""

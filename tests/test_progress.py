@@ -56,6 +56,21 @@ def test_nothing_to_do_says_nothing(capsys):
     assert lines_of(100, 1.0, capsys, done=100) == [] and list(db.progress([], "encoding", "image")) == []
 
 
+def test_a_batch_counts_when_it_is_there_and_as_much_as_it_holds(capsys, monkeypatch):
+    clock = Clock()
+
+    def batches():
+        for size in (16, 16, 8):
+            clock.now += size
+            yield ["picture"] * size
+    assert sum(map(len, db.Lines(batches(), "drawing", "image", 40, 0, clock, len))) == 40
+    assert capsys.readouterr().err.splitlines() == ["drawing: 16 of 40 images; 00:24 left", "drawing: 32 of 40 images; 00:08 left",
+                                                    "drawing: 40 of 40 images; took 00:40"]
+    monkeypatch.setenv("DREAMBOOTH_PROGRESS", "bar")
+    bar = db.progress(iter([[1, 2], [3]]), "drawing", "image", 3, weigh=len)
+    assert list(bar) == [[1, 2], [3]] and bar.n == 3
+
+
 def test_the_iterable_passes_through_unchanged(capsys):
     assert list(db.progress(iter("abc"), "drawing", "image", 3)) == ["a", "b", "c"]
     assert re.fullmatch(r"drawing: 3 of 3 images; took 00:00\n", capsys.readouterr().err)

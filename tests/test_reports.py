@@ -1,7 +1,8 @@
 """Losses in logs, and a training whose numbers are no longer finite."""
 
+import pytest
 from safetensors.torch import load_file
-from training_runs import FAST, steps_saved
+from training_runs import FAST, make_run, settings, steps_saved
 
 import dreambooth_implementation as db
 
@@ -45,3 +46,23 @@ def test_what_is_not_finite_is_never_saved(flags, run, tmp_path, monkeypatch):
         assert not (tmp_path / what).exists() and steps_saved(tmp_path / f"{what}.partial") == [3]
         saved = load_file(tmp_path / f"{what}.partial" / "checkpoints" / "step-000003" / db.TENSORS_FILE)
         assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_progress_shows_the_rate_of_what_trains_to_the_end(tiny_model, tmp_path):
+    run, shown = make_run(tiny_model, "pivotal"), {}
+
+    class Bar:
+        set_postfix = staticmethod(shown.update)
+    for step in range(3):
+        db.report_losses(run, tmp_path, db.train_step(run, step), Bar, None)
+    words, lora = run.lr_scheduler.get_last_lr()
+    assert words == 0 and shown["lr"] == f"{lora:.1e}" and lora > 0
+
+
+@pytest.mark.parametrize("steps, said", [
+    (1, ["Mean loss of the 1 step: instance 0.0000"]), (100, ["Mean loss of the 100 steps: instance 49.5000"]),
+    (101, ["Mean loss of the first 100 steps: instance 49.5000", "Mean loss of the last 100 steps: instance 50.5000"])])
+def test_mean_losses_are_told_once_each(steps, said, capsys):
+    db.report_training(settings(), db.StableDiffusion(), [db.Subject("sks", "a dog", "a sks dog", "dog")], [(float(step), None, 0.0) for step in range(steps)],
+                       {"training": 1, "preparing": 1})
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("Mean")] == said

@@ -20,9 +20,9 @@ MODULES = single_file.read_modules(single_file.PACKAGE)  # {name: (source, synta
 SLOW = {"accelerate", "diffusers", "huggingface_hub", "lpips", "numpy", "peft", "pillow_heif", "prodigyopt",
         "safetensors.torch", "torch", "torchao", "transformers"}
 # Test files after no module: of the whole program, or of what lies beside it.
-OTHERS = {"bad_input", "benchmarks", "demo", "docs", "families", "kills", "notebook", "people_flags", "people_machines", "people_models",
+OTHERS = {"bad_input", "benchmarks", "demo", "docs", "families", "family_trainings", "kills", "notebook", "people_flags", "people_machines", "people_models",
           "people_photos", "pretended_gpu", "properties", "single_file",
-          "structure", "webui"}
+          "structure", "webui", "webui_browser", "webui_jobs"}
 # In an interpreter that has imported nothing of the program: each module in a fork of its own. Prints {module: what is wrong}.
 ALONE = """
 import importlib, json, os, sys, traceback

@@ -37,7 +37,8 @@ def class_image_settings(s, models, class_prompt, resolution, plan):
     """Everything that shapes a class image. Two runs that differ in any of it never share a cache folder."""
     configs = {**models.pipeline.config, **models.pipeline.scheduler.config}
     steps, scale = class_image_look(s, models.family)
-    return {"prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
+    base = {} if models.base_precision == "bf16" else {"base_precision": models.base_precision}
+    return {**base, "prompt": class_prompt, "model": models.fingerprint, "resolution": resolution,
             **models.family.class_sampler, "num_inference_steps": steps, "guidance_scale": scale, "precision": plan.precision, "seed": "index",
             "config": {k: str(v) for k, v in configs.items() if not k.startswith("_")}}
 

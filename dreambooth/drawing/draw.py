@@ -3,6 +3,8 @@
 Knows nothing of subjects or training.
 """
 
+import itertools
+
 from dreambooth.base import UserError, is_first_process, say, slug
 from dreambooth.images import image_grid, is_flat, save_picture
 from dreambooth.mishaps import mishap
@@ -23,16 +25,28 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
-    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process())
-    for picture, (prompt, _) in zip(drawn, jobs):
+    drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
+    for picture, (prompt, _) in zip(itertools.chain.from_iterable(drawn), jobs):
+        if is_flat(picture):
+            check_weights(pipeline)
         if is_flat(picture) and pipeline.dtype != torch.float32:
             raise UserError(f'"{prompt}" came out in one flat colour, as happens when {pipeline.dtype} overflows; give '
                             f"--mixed_precision no")
         yield picture
 
 
+def check_weights(pipeline):
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    import torch
+
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and not all(p.float().isfinite().all() for p in module.parameters()):
+            raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
+                            f"nothing; give another copy of the model, or another model")
+
+
 def draw_batches(pipeline, jobs, size, may_halve, told, look):
-    """Yield the pictures of draw(), `size` at a time. Once memory is full: fewer, if they may be, and then by parts in turn."""
+    """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
     threads = threads_that_help(pipeline.device)
@@ -48,7 +62,7 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
             if not (can_halve or all_there):
                 raise
         if pictures:
-            yield from pictures
+            yield pictures
             start += size
             continue
         pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
@@ -64,11 +78,12 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
 def prompts_given(pipeline, models, scale, negative_prompt):
     """A function from prompts to what a pipeline's call is given of them and of the guidance."""
     family, book = family_of(pipeline), models and models.book
+    negative = negative_prompt or family.usual_negative
 
     def told(prompts):
-        negatives = [negative_prompt] * len(prompts)
+        negatives = [negative] * len(prompts)
         if not book:
-            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative_prompt else None)
+            return {"prompt": list(prompts)} | family.call_options(scale, negatives if negative else None)
         device = pipeline._execution_device
         rows = (book.rows(models, texts, device) for texts in (prompts, negatives))
         return family.call_options(scale, None) | family.book_options(*rows)

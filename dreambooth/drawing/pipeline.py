@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 from dreambooth.base import HERE, UserError, say, say_once
-from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_weights
+from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_files, lora_weights
 from dreambooth.files import load_tensors
 from dreambooth.models.families.family import text_encoders_of
 from dreambooth.models.families.known import family_of
@@ -59,10 +59,19 @@ def check_base(s, base, sample, trained, flag):
     say(f"Note: {trained.source} was trained on {recorded}, and {base} has other weights: what was learnt may look different.")
 
 
+def check_numbers(path, flag):
+    """UserError if a file holds what is no number, as a training that overflowed leaves it: pictures would be black."""
+    broken = [name for name, tensor in load_tensors(path, flag).items() if not tensor.float().isfinite().all()]
+    if broken:
+        raise UserError(f"{flag} {path}: {len(broken)} of its tensors hold no numbers (NaN or infinite), such as {min(broken)}; "
+                        f"its training failed, give another")
+
+
 def add_words(pipeline, trained, flag):
     """Add the new words of what was trained. UserError if they are not of this model, or there is such a word."""
     models = take_apart(trained.source, pipeline)
     for word, path in trained.words.items():
+        check_numbers(path, flag)
         try:
             vectors = embedding_vectors(models, load_tensors(path, flag))
         except ValueError as problem:
@@ -76,7 +85,9 @@ def add_words(pipeline, trained, flag):
 
 def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
-    check_lora(trained.lora, pipeline, flag)
+    for file in lora_files(trained.lora):
+        check_lora(file, pipeline, flag)
+        check_numbers(file, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.base import UserError, default
-from dreambooth.drawing.foreign import is_lora, only_adapter
+from dreambooth.drawing.foreign import is_lora, is_split, only_adapter
 from dreambooth.methods.lora import LORA_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
@@ -18,6 +18,7 @@ from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.headers import read_header
 from dreambooth.models.hub import HUB_ID, hub_file, hub_files, hub_refusal
 from dreambooth.models.kinds import FOREIGN_KINDS, PART_KINDS, kind_of_file
+from dreambooth.models.parts import is_part_sample
 from dreambooth.models.vocabulary import word_in
 from dreambooth.settings import DEFAULT_OUTPUT
 from dreambooth.subjects.words import Subject
@@ -42,11 +43,21 @@ def read_record(model):
         texts = [value for subject in subjects for value in dataclasses.astuple(subject)]
         whole = method in METHODS and subjects and all(isinstance(text, str) for text in (*texts, record.get("base_model", "")))
         whole = whole and all(re.fullmatch(r"[\w-]*", subject.name) for subject in subjects)  # it becomes part of a file's name
+        whole = whole and is_sound(record)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{path}: cannot be read; it is damaged, train the model again")
     return record
+
+
+def is_sound(record):
+    """Whether what is looked up in a record later on is of its kind, where it is there. AttributeError if it is far from it."""
+    resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
+    places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
+    return (all(isinstance(place, (str, type(None))) for place in places)
+            and (resolution is None or isinstance(resolution, int) and resolution > 0 and resolution % 8 == 0)
+            and all(is_part_sample(part) for part in sample.values()))
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Trained:
     source: str
     record: dict  # dreambooth.json, or {}
     subjects: list
-    lora: Path | None
+    lora: Path | None  # a file, or a folder that lora_files() knows
     words: dict  # {word: file}
 
     @property
@@ -99,6 +110,9 @@ def fetched(source, file, flag):
 def find_unrecorded(source, flag):
     """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
     files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
+    is_bare = Path(source).is_dir() and "model_index.json" not in files
+    if is_bare and not any(file.endswith(".safetensors") for file in files) and is_split(Path(source)):
+        return Trained(source, {}, [], Path(source), {})
     if "model_index.json" in files or not files:
         return Trained(source, {}, [], None, {})
     file = only_adapter(source, files, flag)

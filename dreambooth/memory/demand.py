@@ -10,7 +10,7 @@ from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.encoding import rows_of
 from dreambooth.models.quantized import BASES, in_fewer_bits
 from dreambooth.training.course import check_rates
-from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
+from dreambooth.training.precision import compute_as_precision_says, is_as_weights_are, is_bf16_throughout
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
         copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
             copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
-            compute_in_bf16(hollow.denoiser, models.family.last_layers(hollow.denoiser))
+        compute_as_precision_says(s, models.family, levers, plan.precision, hollow.denoiser)
         latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
@@ -85,7 +85,8 @@ def hollow_models(s, models, plan, levers):
     if METHODS[s.method].is_adapter:
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        under_autocast = [] if is_bf16_throughout(s, models.family, levers, plan.precision) else [hollow.denoiser]
+        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, plan.precision)
+        under_autocast = [] if without else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 

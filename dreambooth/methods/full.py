@@ -12,11 +12,12 @@ def full_denoiser(s, models, subjects, recipe):
 
 def full_text_encoder(s, models, subjects, recipe):
     """Every layer of the text encoders that the denoiser reads."""
-    return ParameterGroup("text_encoder", models.text_encoders, models.family.text_parameters(models),
+    return ParameterGroup("text_encoder", [text_encoder for _, text_encoder in models.readers], models.family.text_parameters(models),
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
-def save_pipeline(folder, models, subjects):
+def save_pipeline(folder, models, subjects, notes):
+    """Write the whole pipeline as diffusers loads it, which has no place for notes."""
     if models.book:
         models.book.bring(models)
     models.pipeline.save_pretrained(folder, safe_serialization=True)

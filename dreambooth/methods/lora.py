@@ -5,6 +5,7 @@ import re
 from dreambooth.base import default
 from dreambooth.methods.groups import ParameterGroup
 from dreambooth.models.families.family import text_encoders_of
+from dreambooth.models.notes import with_kind
 
 
 def add_lora(s, module, **options):
@@ -24,10 +25,11 @@ def denoiser_lora(s, models, subjects, recipe):
 
 def text_encoder_lora(s, models, subjects, recipe):
     """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
-    parameters = [parameter for text_encoder in models.text_encoders for parameter in add_lora(
+    text_encoders = [text_encoder for _, text_encoder in models.readers]
+    parameters = [parameter for text_encoder in text_encoders for parameter in add_lora(
         s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
         layers_to_transform=list(range(models.family.text_layers(models, text_encoder))), layers_pattern="layers")]
-    return ParameterGroup("text_encoder_lora", models.text_encoders, parameters,
+    return ParameterGroup("text_encoder_lora", text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
@@ -35,8 +37,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
 
 
-def save_lora(folder, models, subjects):
-    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do."""
+def save_lora(folder, models, subjects, notes):
+    """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and as Kohya's tools, ComfyUI and A1111 do, with
+    {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -56,8 +59,8 @@ def save_lora(folder, models, subjects):
             kohya |= kohya_lora(prefix, tensors, config.lora_alpha)
     type(models.pipeline).save_lora_weights(folder, **weights, **_collate_lora_metadata(parts))
     if kohya:
-        save_file(kohya, folder / KOHYA_FILE, {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r),
-                                               "ss_network_alpha": str(config.lora_alpha)})
+        save_file(kohya, folder / KOHYA_FILE, with_kind(notes, "lora", {
+            "ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}))
 
 
 def kohya_lora(prefix, tensors, alpha):

@@ -5,6 +5,7 @@ import random
 
 from dreambooth.base import UserError, default, say_once
 from dreambooth.methods.groups import ParameterGroup
+from dreambooth.models.notes import with_kind
 from dreambooth.models.vocabulary import add_word, embedding_keys, vectors_of
 from dreambooth.subjects.identifier import rare_words
 from dreambooth.subjects.nouns import noun_of
@@ -66,11 +67,13 @@ def embedding_file(subject, subjects):
     return "learned_embeds.safetensors" if len(subjects) == 1 else f"learned_embeds-{subject.name}.safetensors"
 
 
-def save_words(folder, models, subjects):
-    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}."""
+def save_words(folder, models, subjects, notes):
+    """Write each new word as load_textual_inversion() takes it: {word: vectors}, for SDXL {"clip_l": ..., "clip_g": ...}; with
+    {note: text} of its model."""
     from safetensors.torch import save_file
 
     for subject in subjects:
         vectors = [vectors_of(tokenizer, text_encoder, subject.identifier).float().clone()
                    for tokenizer, text_encoder in models.readers]
-        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects))
+        save_file(dict(zip(embedding_keys(models, subject.identifier), vectors)), folder / embedding_file(subject, subjects),
+                  with_kind(notes, "textual-inversion"))

@@ -15,7 +15,7 @@ class Method:
 
     trains: tuple  # functions (s, models, subjects, recipe) -> ParameterGroup
     with_text_encoder: tuple  # those that join them with --train_text_encoder
-    saves: tuple  # functions (folder, models, subjects)
+    saves: tuple  # functions (folder, models, subjects, notes)
     is_adapter: bool = True  # the model's own weights stay as they are
     adds_words: bool = False
     changes_class: bool = True  # else there is no prior to preserve
@@ -45,5 +45,5 @@ def parameter_groups(s, models, subjects, recipe):
 
 
 def saves_of(s):
-    """The functions that save what --method trained, (folder, models, subjects) each."""
+    """The functions that save what --method trained, (folder, models, subjects, notes) each."""
     return METHODS[s.method].saves + ((save_pipeline,) if s.save_as_full_pipeline else ())

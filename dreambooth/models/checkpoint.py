@@ -35,23 +35,27 @@ def today(name):
     return name
 
 
-def checkpoint_configs(name, flag):
-    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights.
-
-    A diffusers folder of the same name beside it goes before those of the hub model that is built like it.
-    """
+def configs_place(name, flag):
+    """Where the configs of a single-file checkpoint come from: a diffusers folder of the same name beside it, or else the id of the
+    hub model that is built like it."""
     like = hub_model_like(Path(name), flag)
     beside = Path(name).with_suffix("")
-    if (beside / "model_index.json").is_file():
+    return beside if (beside / "model_index.json").is_file() else like
+
+
+def checkpoint_configs(name, flag):
+    """Folder with the configs and tokenizers of a single-file checkpoint, which holds nothing but weights."""
+    place, beside = configs_place(name, flag), Path(name).with_suffix("")
+    if place == beside:
         say_once(f"{name} is read with the configs in {beside}.")
         return beside
     try:
-        folder = hub_configs(like)
+        folder = hub_configs(place)
     except Exception as problem:  # whatever the hub's client raises
-        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {like} are not in the cache: "
-                        f"{hub_refusal(problem, like)}; or put that model's diffusers folder, weights not needed, in "
+        raise UserError(f"{flag} {name}: a checkpoint lacks configs and tokenizer, and those of {place} are not in the cache: "
+                        f"{hub_refusal(problem, place)}; or put that model's diffusers folder, weights not needed, in "
                         f"{beside}{os.sep}") from None
-    say_once(f"{name} is read with the configs of {like}; a diffusers folder {beside}{os.sep} would replace them.")
+    say_once(f"{name} is read with the configs of {place}; a diffusers folder {beside}{os.sep} would replace them.")
     return folder
 
 

@@ -8,7 +8,7 @@ from dreambooth.base import UserError, say, say_once, short_path
 from dreambooth.models.addresses import is_single_file, located, refuse_pickle
 from dreambooth.models.checkpoint import checkpoint_configs
 from dreambooth.models.families.known import PIPELINES, family_named, known_kinds
-from dreambooth.models.fits import check_fit
+from dreambooth.models.fits import check_fit, is_distilled_name
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import (
     BUNDLED_MODEL,
@@ -20,7 +20,7 @@ from dreambooth.models.hub import (
     hub_refusal,
     where_cached,
 )
-from dreambooth.models.inventory import check_folder, denoiser_of_index
+from dreambooth.models.inventory import CONFIGS, check_folder, denoiser_of_index
 from dreambooth.models.kinds import kind_of_folder
 
 
@@ -89,6 +89,18 @@ def find_model(name, flag, revision=None):
 def family_at(name, flag):
     """A family of the pipeline that find_model() found; of those of its class, for questions that all answer alike."""
     return family_named(read_json(model_index(name, flag)).get("_class_name"))
+
+
+def check_undistilled(name, flag):
+    """UserError if a model to be trained was distilled for few steps, as far as its name and the configs that are there say.
+
+    Only of families whose models all that is learnt upsets: training is at other noise than the few steps that they know.
+    """
+    index, family = model_index(name, flag), family_at(name, flag)
+    config = read_json(index.parent / family.denoiser / CONFIGS[family.denoiser])
+    if family.base_of_distilled and (family.distilled(read_json(index), config) or is_distilled_name(name)):
+        raise UserError(f"{flag} {name}: it was distilled for few steps, which training would undo; train {family.base_of_distilled}, which "
+                        f"it was made of or is like")
 
 
 def with_revision(name, revision):

@@ -25,7 +25,11 @@ def check_fit(folder, name, flag):
     if lost := [part for part in family.parts if part not in configs]:
         refiner = " (an SDXL refiner?)" if "text_encoder" not in configs and "text_encoder_2" in configs else ""
         raise UserError(f"{flag} {name}: its model_index.json lists no {lost[0]}{refiner}; give a whole text-to-image model")
-    if trouble := family.misfit(index, configs):
+    try:
+        trouble = family.misfit(index, configs)
+    except TypeError:
+        trouble = "one of its configs has something else where a number belongs; copy or download it again"
+    if trouble:
         raise UserError(f"{flag} {name}: {trouble}")
 
 
@@ -35,7 +39,12 @@ def is_distilled(pipeline, name):
     denoiser = family_of(pipeline).denoiser_of(pipeline)
     is_turbo = scheduler == "EulerAncestralDiscreteScheduler" and config.get("timestep_spacing") == "trailing"
     return (scheduler in DISTILLED_SCHEDULERS or is_turbo or bool(denoiser.config.get("time_cond_proj_dim"))
-            or bool(re.search(DISTILLED_NAME, Path(name).name.lower())))
+            or is_distilled_name(name))
+
+
+def is_distilled_name(name):
+    """Whether the last part of a model's name says that it was distilled."""
+    return bool(re.search(DISTILLED_NAME, Path(name).name.lower()))
 
 
 def say_if_distilled(pipeline, name, trains):

@@ -9,6 +9,7 @@ from dreambooth.base import UserError
 
 # What files begin with that have the name of a .safetensors file and are none.
 IMPOSTORS = {b"version https://git-lfs": "it is a pointer of git-lfs, not the file: run `git lfs pull` in its repository",
+             b"../": "it is a text in place of a link, as in a copy of the hub's cache: copy that with links followed (cp -rL)",
              b"<": "it is a web page, not the file; download it again",
              b"PK\x03\x04": "it is a pickle under another name, which can run any code, and is not opened",
              b"\x80\x02": "it is a pickle under another name, which can run any code, and is not opened",

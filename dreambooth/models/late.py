@@ -16,7 +16,7 @@ from dreambooth.models.fits import say_if_distilled
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import hub_folder
 from dreambooth.models.inventory import WEIGHTS, choose_variant, denoiser_of_index, files_in, parts_of, variants_of
-from dreambooth.models.load import check_tokenizers, load_part, load_pipeline
+from dreambooth.models.load import check_tokenizers, load_part, load_pipeline, quiet_libraries
 from dreambooth.models.parts import SAMPLE_PLACES, SAMPLE_TENSORS, sample_of, take_apart
 from dreambooth.models.quantized import quantization
 
@@ -134,6 +134,7 @@ class PromptBook:
         for part in self.shelf.texts:
             if models.pipeline.components.get(part) is None:
                 models.pipeline.register_modules(**{part: self.shelf.read(part, self.dtype)})
+        models.family.make_ready(models.pipeline)
         models.text_encoders[:] = text_encoders_of(models.pipeline).values()
         self.weights = sum(text_encoder.num_parameters() for text_encoder in models.text_encoders)
 
@@ -161,6 +162,7 @@ def load_late(name, arithmetic, variant=None, flag="--model_name"):
     """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet."""
     import torch
 
+    quiet_libraries()
     shelf = Shelf(name, flag, variant)
     book, parts = PromptBook(shelf, arithmetic), {shelf.denoiser: shelf.hollow(arithmetic)}
     texts = dict.fromkeys(shelf.texts)
@@ -183,4 +185,4 @@ def with_denoiser(models, dtype, base_precision):
     models.book.drop(models)
     denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
     models.pipeline.register_modules(**{shelf.denoiser: denoiser})
-    return dataclasses.replace(models, denoiser=denoiser)
+    return dataclasses.replace(models, denoiser=denoiser, base_precision=base_precision)

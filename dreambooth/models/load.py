@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 from dreambooth.base import UserError, default, say_once
@@ -16,8 +17,11 @@ from dreambooth.models.families.known import family_of
 from dreambooth.models.fits import check_fit, say_if_distilled
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import hub_folder
-from dreambooth.models.inventory import DENOISERS, WEIGHTS, check_folder, choose_variant, files_in, parts_of
+from dreambooth.models.inventory import DENOISERS, PARTS, WEIGHTS, check_folder, choose_variant, files_in, parts_of
 from dreambooth.models.parts import sample_weights, take_apart
+
+LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of
+FOREIGN_CODE = "its {part} is a {class_name} of code of its own, which is not run"
 
 
 def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=None, variant=None):
@@ -26,16 +30,12 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
     `parts`, {name: module}, take the place of its own; its denoiser comes in `denoiser_dtype`, and its weights from the files of
     `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)  # what goes wrong is raised as well
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
-        pipeline = load(name, flag, dtypes, parts or {})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
+            pipeline = load(name, flag, dtypes, parts or {})
     except Exception as problem:  # configs and files of all kinds meet libraries that check little
         if isinstance(problem, UserError) or is_of_machine(problem):
             raise
@@ -45,6 +45,16 @@ def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=N
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from None
     make_ready(pipeline, name, flag)
     return pipeline
+
+
+def quiet_libraries():
+    """Have diffusers and transformers say nothing by themselves: what goes wrong is raised as well."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
 
 
 def load_folder(name, flag, dtypes, parts, variant=None):
@@ -61,8 +71,9 @@ def load_folder(name, flag, dtypes, parts, variant=None):
               for part, variant in variants.items() if part not in parts}
     if variant is None:
         say_variants(name, variants)
+    absent = {part: None for part in PARTS if part in index and part not in parts_of(index)}  # such as Stable Diffusion 3's T5
     pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), **loaded, **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+        str(folder), **loaded, **parts, **absent, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
         local_files_only=True)
     pipeline.register_to_config(_name_or_path=name)
     return pipeline
@@ -71,8 +82,8 @@ def load_folder(name, flag, dtypes, parts, variant=None):
 def load_part(folder, part, kind, variant, dtype, **options):
     """A part of a pipeline, of the class `kind`, (library, name), with all of its weights. ValueError if some are missing."""
     library, class_name = kind
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"its {part} is a {class_name} of code of its own, which is not run")
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
     try:
         module, report = getattr(importlib.import_module(library), class_name).from_pretrained(
             str(folder), subfolder=part, variant=variant or None, use_safetensors=True, dtype=dtype, local_files_only=True,
@@ -88,6 +99,20 @@ def load_part(folder, part, kind, variant, dtype, **options):
     if part in (*DENOISERS, "vae") and (unread := sorted(report["unexpected_keys"])):
         say_once(f"Note: {folder}: {len(unread)} tensors of its {part} are not in its config and are left out, such as {unread[0]}.")
     return module.eval()
+
+
+def bare_part(folder, part, kind):
+    """A part of a pipeline, of the class `kind`, (library, name), without its weights: names and shapes alone."""
+    import torch
+
+    library, class_name = kind
+    if library not in LIBRARIES:
+        raise ValueError(FOREIGN_CODE.format(part=part, class_name=class_name))
+    kind = getattr(importlib.import_module(library), class_name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return kind.from_config(kind.load_config(str(folder), subfolder=part, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(str(folder), subfolder=part, local_files_only=True))
 
 
 def say_variants(name, variants):
@@ -109,6 +134,9 @@ def make_ready(pipeline, name, flag):
         pipeline.vae.enable_slicing()  # decode a batch one by one: at 1024 px its activations outweigh the denoiser's
     check_tokenizers(pipeline, name, flag)
     family.make_ready(pipeline)
+    if len(lengths := {tokenizer_of(pipeline, part).model_max_length for part in family.word_encoders}) > 1:
+        raise UserError(f"{flag} {name}: its two tokenizers end prompts after {' and '.join(map(str, sorted(lengths)))} words; "
+                        f"one of them is damaged, copy or download the model again")
 
 
 def check_tokenizers(pipeline, name, flag):

@@ -26,6 +26,7 @@ class Models:
     arithmetic: typing.Any = None  # the torch.dtype that the denoiser will compute in; None: that of its weights
     sample: dict | None = None  # sample_weights() of the weights as they were loaded
     digest: str | None = None  # the fingerprint, where it was made of the files
+    base_precision: str = "bf16"  # of the frozen weights that a LoRA stands on; "bf16": that of the arithmetic
     book: typing.Any = None  # the PromptBook of a late model, whose text encoders come and go
 
     @property
@@ -78,6 +79,13 @@ def sample_of(module):
     chosen = tensors[::max(1, len(tensors) // SAMPLE_TENSORS)]
     numbers = [tensor.reshape(-1)[place % tensor.numel()].item() for tensor in chosen for place in SAMPLE_PLACES]
     return [str(chosen[0].dtype).removeprefix("torch."), " ".join(f"{number:.9g}" for number in numbers)]
+
+
+def is_part_sample(found):
+    """Whether something that was read is what sample_weights() has of one part."""
+    precision, text = found if isinstance(found, list) and len(found) == 2 else (None, None)
+    is_text = precision in ("float32", "float16", "bfloat16", "float64") and isinstance(text, str)
+    return is_text and bool([float(number) for number in text.split()])
 
 
 def is_same_sample(one, other):

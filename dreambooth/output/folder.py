@@ -175,7 +175,7 @@ def is_complete(s, given):
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
            if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
-                          "push_to_hub", "hub_model_id")):
+                          "push_to_hub", "hub_model_id", "samples", "export_precision")):
         return False
     if not isinstance(record.get("given"), dict):
         say(f"Note: {s.output_dir} does not tell which photos it was made from; without --resume it is trained anew.")

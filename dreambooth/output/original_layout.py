@@ -64,69 +64,135 @@ def vae_name(name, config):
     return name
 
 
-def vae_tensors(vae):
-    """The VAE's tensors; its attention's linear layers [out, in] were convolutions [out, in, 1, 1]."""
-    tensors = {}
-    for name, tensor in vae.state_dict().items():
+def unet_tensors(tensors, config):
+    """Pairs (original name, tensor) of a UNet's tensors."""
+    for name, tensor in tensors.items():
+        yield unet_name(name, config), tensor
+
+
+def vae_tensors(tensors, config):
+    """Pairs of a VAE's tensors; its attention's linear layers [out, in] were convolutions [out, in, 1, 1]."""
+    for name, tensor in tensors.items():
         is_convolution = re.search(r"\.attentions\.\d+\.to_\w+(\.0)?\.weight$", name)
-        tensors[vae_name(name, vae.config)] = tensor[..., None, None] if is_convolution else tensor
-    return tensors
+        yield vae_name(name, config), tensor[..., None, None] if is_convolution else tensor
 
 
-def clip_tensors(text_encoder):
-    """A text encoder's tensors as transformers names them, with the prefix "text_model." that version 5.6 dropped."""
-    tensors = text_encoder.state_dict().items()
-    return {name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}": tensor
-            for name, tensor in tensors}
+def clip_tensors(tensors, config):
+    """Pairs of a text encoder's tensors as transformers names them, with the prefix "text_model." that version 5.6 dropped."""
+    for name, tensor in tensors.items():
+        yield name if name.startswith("text_projection") else f"text_model.{name.removeprefix('text_model.')}", tensor
 
 
-def open_clip_tensors(text_encoder):
-    """A text encoder's tensors as OpenCLIP names them: query, key and value are one matrix, the projection is transposed."""
+def open_clip_tensors(tensors, config):
+    """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value in one matrix, the projection transposed."""
     import torch
 
-    source = {name.removeprefix("text_model."): tensor for name, tensor in clip_tensors(text_encoder).items()}
-    tensors = {}
+    source = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     for name, tensor in source.items():
         if name == "text_projection.weight":
-            tensors["text_projection"] = tensor.T
+            yield "text_projection", tensor.T
         elif name in OPEN_CLIP_ENDS:
-            tensors[OPEN_CLIP_ENDS[name]] = tensor
+            yield OPEN_CLIP_ENDS[name], tensor
         else:
             layer, inner = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name).groups()
             if match := re.fullmatch(r"self_attn\.q_proj\.(weight|bias)", inner):
                 parts = [source[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-                tensors[f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}"] = torch.cat(parts)
+                yield f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}", torch.cat(parts)
             elif not re.match(r"self_attn\.[kv]_proj", inner):
-                tensors[f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}"] = tensor
-    return tensors
+                yield f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}", tensor
 
 
-def original_checkpoint(pipeline):
-    """{original name: tensor} of a whole pipeline of SD 1.x, 2.x or XL.
+def open_clip_h_tensors(tensors, config):
+    """The same for SD 2.x, whose encoder had a 24th layer that nothing reads. The hub's models are without it, and ComfyUI misses
+    it: one that adds nothing to what the 23rd gives takes its place."""
+    import torch
 
-    SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows it, SDXL by its second text encoder.
-    The empty tensors v_pred and ztsnr are how ComfyUI tells such an SDXL model (its supported_models.py).
+    for name, tensor in open_clip_tensors(tensors, config):
+        yield name, tensor
+        if config.num_hidden_layers == 23 and name.startswith("transformer.resblocks.22."):
+            yield name.replace(".22.", ".23."), torch.zeros_like(tensor)
+
+
+# How each part of a model is called and renamed. SD 2.x is known by the linear layers around its UNet's attention, as ComfyUI knows
+# it, SDXL by its second text encoder.
+UNET_AND_VAE = {"unet": ("model.diffusion_model.", unet_tensors), "vae": ("first_stage_model.", vae_tensors)}
+LAYOUTS = {
+    "sd1": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.transformer.", clip_tensors)},
+    "sd2": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.model.", open_clip_h_tensors)},
+    "sdxl": {**UNET_AND_VAE, "text_encoder": ("conditioner.embedders.0.transformer.", clip_tensors),
+             "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_tensors)}}
+
+
+def layout_of(parts, unet_config):
+    """Which of LAYOUTS a pipeline with parts of these names has."""
+    return "sdxl" if "text_encoder_2" in parts else "sd2" if unet_config.get("use_linear_projection") else "sd1"
+
+
+def original_tensors(layout, open_part, scheduler):
+    """Pairs (original name, tensor) of a whole model of a layout, part by part: open_part(part) gives (its config, {name: tensor}).
+
+    The empty tensors v_pred and ztsnr are how ComfyUI and Forge tell such an SDXL model; `scheduler` is a scheduler's config.
     """
     import torch
 
-    unet = pipeline.unet
-    parts = {"model.diffusion_model.": {unet_name(name, unet.config): tensor for name, tensor in unet.state_dict().items()},
-             "first_stage_model.": vae_tensors(pipeline.vae)}
-    flags = {}
-    if pipeline.components.get("text_encoder_2") is not None:
-        parts["conditioner.embedders.0.transformer."] = clip_tensors(pipeline.text_encoder)
-        parts["conditioner.embedders.1.model."] = open_clip_tensors(pipeline.text_encoder_2)
-        scheduler = pipeline.scheduler.config
-        flags = {"v_pred": scheduler.prediction_type == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
-    elif unet.config.use_linear_projection:
-        parts["cond_stage_model.model."] = open_clip_tensors(pipeline.text_encoder)
-    else:
-        parts["cond_stage_model.transformer."] = clip_tensors(pipeline.text_encoder)
-    tensors = {prefix + name: tensor.contiguous() for prefix, part in parts.items() for name, tensor in part.items()}
-    return tensors | {name: torch.empty(0) for name, is_set in flags.items() if is_set}
+    for part, (prefix, convert) in LAYOUTS[layout].items():
+        config, tensors = open_part(part)
+        for name, tensor in convert(tensors, config):
+            yield prefix + name, tensor
+    if layout == "sdxl":
+        flags = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
+        yield from ((name, torch.empty(0)) for name, is_set in flags.items() if is_set)
 
 
-def notes_of_noise(scheduler):
-    """Notes for a checkpoint's header that tell what its model predicts, as Stability's ModelSpec and Kohya's tools write them."""
-    velocity, from_noise = scheduler.config.get("prediction_type") == "v_prediction", scheduler.config.get("rescale_betas_zero_snr")
-    return {"modelspec.prediction_type": "v" if velocity else "epsilon", **({"ss_zero_terminal_snr": "True"} if from_noise else {})}
+def original_checkpoint(pipeline):
+    """{original name: tensor} of a pipeline that is loaded."""
+    layout = layout_of([part for part, module in pipeline.components.items() if module is not None], pipeline.unet.config)
+    return dict(original_tensors(layout, lambda part: loaded_part(pipeline, part), pipeline.scheduler.config))
+
+
+def loaded_part(pipeline, part):
+    """(config, {name: tensor}) of a part of a pipeline that is loaded."""
+    module = getattr(pipeline, part)
+    return module.config, module.state_dict()
+
+
+# How A1111 and Forge are told that an SD 2.x model predicts velocity: by such a file of its name beside it, the published
+# v2-inference-v.yaml (github.com/Stability-AI/stablediffusion).
+VELOCITY_CONFIG = """\
+model:
+  base_learning_rate: 1.0e-4
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    parameterization: "v"
+    linear_start: 0.00085
+    linear_end: 0.0120
+    num_timesteps_cond: 1
+    log_every_t: 200
+    timesteps: 1000
+    first_stage_key: "jpg"
+    cond_stage_key: "txt"
+    image_size: 64
+    channels: 4
+    cond_stage_trainable: false
+    conditioning_key: crossattn
+    monitor: val/loss_simple_ema
+    scale_factor: 0.18215
+    use_ema: False
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params: {use_checkpoint: True, use_fp16: True, image_size: 32, in_channels: 4, out_channels: 4, model_channels: 320,
+               attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_head_channels: 64, legacy: False,
+               use_spatial_transformer: True, use_linear_in_transformer: True, transformer_depth: 1, context_dim: 1024}
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        monitor: val/rec_loss
+        ddconfig: {double_z: true, z_channels: 4, resolution: 256, in_channels: 3, out_ch: 3, ch: 128, ch_mult: [1, 2, 4, 4],
+                   num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}
+        lossconfig:
+          target: torch.nn.Identity
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder
+      params: {freeze: True, layer: "penultimate"}
+"""

@@ -11,6 +11,7 @@ from dreambooth.drawing.trained import read_record
 from dreambooth.files import flush, share, whole_file
 from dreambooth.methods.table import saves_of
 from dreambooth.models.families.known import guidance_scale
+from dreambooth.models.notes import notes_of
 from dreambooth.output.card import save_card
 from dreambooth.output.needed import name_when_done
 from dreambooth.output.pictures import LOSS_PLOT, loss_plot
@@ -35,8 +36,9 @@ def write_output(folder, run, models, subjects, seconds, given):
     s, history = run.s, run.history
     models = dataclasses.replace(models, name=name_when_done(s, models.name))
     models.pipeline.to("cpu")
+    notes = notes_of(models.family, models.denoiser.config, models.pipeline.scheduler.config, models.name, subjects, run.course.resolution)
     for save in saves_of(s):
-        save(folder, models, subjects)
+        save(folder, models, subjects, notes)
     loss_plot(history).save(folder / LOSS_PLOT)
     save_card(folder, s, models, subjects)
     record = {

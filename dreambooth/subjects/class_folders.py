@@ -1,9 +1,11 @@
 """Folders of class images as people bring them: what is in them is used, or said not to be."""
 
 import os
+from pathlib import Path
 
 from dreambooth.base import UserError, say
 from dreambooth.decode import load_image
+from dreambooth.subjects.captions import CAPTION_LISTS
 from dreambooth.subjects.photos import check_photos, entries_of, holds_pictures, is_picture, list_images, pixels_digest
 
 MADE_HERE = ("settings.json", "MANIFEST.sha256")  # are in each folder of class images that the program drew
@@ -40,7 +42,8 @@ def check_own(folder, count, concepts):
     if images[count:]:
         say(f"Note: {folder} holds {len(images)} class images, of which the first {count} are used; --num_class_images "
             f"{len(images)} would use all.")
-    if any(path.with_suffix(".txt").exists() for path in used):
+    texts = [path.with_suffix(".txt") for path in used] + [Path(folder) / name for name in CAPTION_LISTS]
+    if any(path.exists() for path in texts):
         say(f"Note: the captions in {folder} are not used; every class image gets the class prompt.")
     photos = {pixels_digest(load_image(path)) for concept in concepts for path, _ in concept.photos}
     if same := [path for digest, path in check_photos(used, "class image").items() if digest in photos]:

@@ -8,12 +8,15 @@ import random
 from dreambooth.base import UserError, say
 from dreambooth.subjects.words import Subject, fill_identifier
 
-RARE = 0.8  # byte-pair vocabularies list the frequent tokens first: those after this share of it are rare
+RARE = 0.8  # vocabularies of byte pairs and of sentencepiece list the frequent tokens first: those after this share of it are rare
 # Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
-# everybody uses, is a rifle). The last line are such tokens of the bundled model's.
+# everybody uses, is a rifle). Then such tokens of Qwen's, beginnings of Polish, Turkish and Spanish words; the last line are such of
+# the bundled model's.
 RARE_WORDS = """
     phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
     azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
+    yapt olmad wygl chcia pomys wypos tytu ihtiy zespo znale dotyc bezpo szko todav narz niezb rozp wybra zobac pobli zobow najb zwyk
+    yayg niekt vazge
     zwx xqr qvk vkz wjq jxv fzw kqx"""
 
 
@@ -53,13 +56,14 @@ def choose_identifiers(models, concepts, seed, embed):
     `embed` maps P prompts to the text encoder's embeddings [P, channels] at their ends.
     Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
     seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
-    with a weak prior in both language model and diffusion model.)
+    with a weak prior in both language model and diffusion model.) Of several tokenizers the first decides what is rare: beside CLIP's,
+    T5's may read the word in pieces, which mean little together.
     """
     import torch
 
     tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
     words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
-    candidates = rare_words(models.tokenizers, [concept.class_prompt or "" for concept in concepts])
+    candidates = rare_words(models.tokenizers[:1], [concept.class_prompt or "" for concept in concepts])
     for concept in concepts:
         if concept.identifier != "auto":
             check_identifier(tokenizer, concept.identifier)

@@ -18,18 +18,19 @@ class Parts:
 
 MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
     painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
-    thumbnail""".split()
+    thumbnail polaroid mugshot still doodle caricature wallpaper""".split()
 RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
 AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
 OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
 OWNERS = "my your his her its our their".split()
-DETERMINERS = ["an?", "the", *OWNERS, "some", "this", "that", "these", "those"]
+DETERMINERS = ["an?", "one", "the", *OWNERS, "some", "this", "that", "these", "those"]
 # "my sister's dog" and "Anna's dog", but not "a dog's bowl".
 POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[^\W\d_a-z])\w*)['’]s? "
 COUNTS = "two three four five six several many".split()
 WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
                    re.IGNORECASE | re.DOTALL)
-EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
+PRONOUNS = "me myself him himself herself them us you yourself it".split()  # of whom the model knows nothing
+EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS + PRONOUNS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
 CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$", re.DOTALL)
 ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()

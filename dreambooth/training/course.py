@@ -65,7 +65,12 @@ LAST_POLYNOMIAL_RATE = 1e-7  # where diffusers' polynomial schedule ends
 
 
 def check_rates(s, groups):
-    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small."""
+    """UserError if an optimizer that sees all tensors at once is given several learning rates, or a schedule one too small.
+
+    Says what a rate of 0 leaves as it was.
+    """
+    if idle := [group.name for group in groups if group.lr == 0]:
+        say(f"Note: a learning rate of 0 teaches nothing: {' and '.join(idle)} as before.")
     if s.optimizer and not OPTIMIZERS[s.optimizer].by_tensor and len({group.lr for group in groups}) > 1:
         raise UserError(f"--optimizer {s.optimizer} has one learning rate for all that trains; give the same to each: "
                         + ", ".join(f"{group.name} {group.lr:g}" for group in groups))

@@ -18,7 +18,7 @@ class OptimizerKind:
     make: typing.Callable  # (torch's parameter groups, weight decay, device, **options) -> torch.optim.Optimizer
     state_bytes: typing.Callable  # (shape of a tensor, bytes per weight) -> bytes it remembers of it
     package: str | None = None  # what to install for it
-    lr: float | None = None  # its own learning rate; None: as RECIPES say
+    lr: float | None = None  # its own learning rate; None: as the model's recipe says
     by_tensor: bool = True  # a tensor's step depends on no other's
     copies: int = 0  # tensors of a parameter's size, in float32, that a step works with
     rounds: bool = False  # it rounds bf16 weights stochastically by itself

@@ -2,6 +2,8 @@
 
 import functools
 
+from dreambooth.methods.table import METHODS
+
 
 def is_bf16_throughout(s, family, levers, precision):
     """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
@@ -11,6 +13,39 @@ def is_bf16_throughout(s, family, levers, precision):
     """
     is_frugal = levers.gradient_checkpointing or levers.fused_backward
     return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
+
+
+def compute_as_precision_says(s, family, levers, precision, denoiser):
+    """Have a denoiser compute in bf16 from end to end where it may; elsewhere autocast sees to each operation."""
+    if is_bf16_throughout(s, family, levers, precision):
+        compute_in_bf16(denoiser, family.last_layers(denoiser))
+    elif is_as_weights_are(s, family, precision):
+        compute_as_weights_are(denoiser)
+
+
+def is_as_weights_are(s, family, precision):
+    """Whether the denoiser computes as compute_as_weights_are() has it."""
+    return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
+
+
+def compute_as_weights_are(denoiser):
+    """Have a frozen denoiser in bf16, or in fewer bits, compute as its pipeline does when it draws, without autocast.
+
+    What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
+    """
+    import torch
+
+    forward = denoiser.forward
+
+    def cast(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(cast, value))
+        return value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1 else value
+
+    def in_bf16(*args, **options):
+        with torch.autocast(next(denoiser.parameters()).device.type, enabled=False):
+            return forward(*map(cast, args), **{name: cast(value) for name, value in options.items()})
+    denoiser.forward = in_bf16
 
 
 def compute_in_bf16(denoiser, last):

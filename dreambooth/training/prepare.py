@@ -9,7 +9,7 @@ from dreambooth.models.encoding import rows_of
 from dreambooth.models.families.family import text_encoders_of
 from dreambooth.training.fused import fuse_backward
 from dreambooth.training.optimizers import OPTIMIZERS, moment_options
-from dreambooth.training.precision import compute_in_bf16, is_bf16_throughout
+from dreambooth.training.precision import compute_as_precision_says
 from dreambooth.training.run import Run
 
 
@@ -30,8 +30,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
         module.to(device).train()
     if s.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
-    if is_bf16_throughout(s, models.family, levers, course.precision):
-        compute_in_bf16(models.denoiser, models.family.last_layers(models.denoiser))
+    compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
     if s.compile:
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
         models.denoiser.compile_repeated_blocks()

@@ -31,10 +31,10 @@ def report_losses(run, folder, unread, bar, writer):
                             + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
         run.history.append((instance, prior if has_class else None, norm))
         log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
-    rates = zip(run.groups, run.lr_scheduler.get_last_lr())
-    log_scalars(writer, len(run.history), {f"lr/{group.name}": lr for group, lr in rates})
+    rates = dict(zip((group.name for group in run.groups), run.lr_scheduler.get_last_lr()))
+    log_scalars(writer, len(run.history), {f"lr/{name}": lr for name, lr in rates.items()})
     shown = {k: f"{v:.4f}" for k, v in loss_means(run.history[-50:]).items() if v is not None}
-    device, lr = run.accelerator.device, run.lr_scheduler.get_last_lr()[0]
+    device, lr = run.accelerator.device, next(rates[group.name] for group in run.groups if group.until >= 1)  # of what does not rest
     used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
     bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
 

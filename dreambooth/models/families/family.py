@@ -22,8 +22,9 @@ def text_encoders_of(pipeline):
 
 
 def tokenizer_of(pipeline, part):
-    """The tokenizer of the text encoder of this name."""
-    return pipeline.components[part.replace("text_encoder", "tokenizer")]
+    """The tokenizer of the text encoder of this name; of a processor of text and pictures, the one within."""
+    found = pipeline.components[part.replace("text_encoder", "tokenizer")]
+    return getattr(found, "tokenizer", found)
 
 
 def moments_of(vae, pixels):
@@ -55,10 +56,13 @@ class Family:
     word_encoders = ()  # names of the text encoders that take new words, if any
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
+    exports = False  # whether --export writes it for other programs
     bf16_throughout = False  # whether the denoiser may compute in bf16 alone, but for last_layers(); else under autocast
     recipes = {}  # {method: Recipe}
     guidance = 1.0
     class_guidance = 1.0
+    takes_negatives = True  # negative prompts
+    usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
@@ -76,6 +80,15 @@ class Family:
         """What does not fit between a pipeline's parts, with a remedy, as a phrase; "" if all does."""
         return ""
 
+    def distilled(self, index, config):
+        """Whether a model_index.json and the denoiser's config, each {} where it is not there yet, say that it was distilled."""
+        return False
+
+    def check_drawn(self, s):
+        """UserError for flags that have no meaning where this family draws."""
+        if s.negative_prompt and not self.takes_negatives:
+            raise UserError(f"--negative_prompt: {self.kind} takes none; leave it out, and say in --prompt what is to be seen instead")
+
     def check_flags(self, s):
         """UserError for flags that have no meaning in this family."""
         if s.method not in self.recipes:
@@ -86,6 +99,8 @@ class Family:
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
+        if s.export and not self.exports:
+            raise UserError(f"--export: {self.kind} is not written for other programs yet; leave it out")
         if s.flow_shift != "auto" and not is_positive(s.flow_shift):
             raise UserError(f"--flow_shift {s.flow_shift}: must be auto or a number above 0")
 
@@ -178,8 +193,15 @@ class Family:
 
     def lora_misfit(self, pipeline, shapes):
         """Why a LoRA of tensors {name: shape} is not for this pipeline, as a phrase; "" if nothing is known against it."""
-        found = next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None)
-        return f"it is for a Stable Diffusion model with a UNet ({found})" if found else ""
+        if found := next((name for name in sorted(shapes) if re.search(OF_UNETS, name)), None):
+            return f"it is for a Stable Diffusion model with a UNet ({found})"
+        layers = dict(self.denoiser_of(pipeline).named_modules())
+        for name, shape in sorted(shapes.items()):
+            layer = layers.get(re.sub(rf"^(base_model\.model\.)?({self.denoiser}\.)?|\.{LORA_LAYER}", "", name))
+            takes = getattr(layer, "in_features", None)
+            if takes and re.search(LORA_LAYER, name) and shape[1] != takes:
+                return f"its {name} takes {shape[1]} channels, that layer here {takes}; it is for another model of this kind"
+        return ""
 
     def book_options(self, told, against):
         """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
@@ -196,6 +218,11 @@ class Family:
         raise NotImplementedError
 
     # ---- other programs
+
+    def notes(self, config, scheduler):
+        """{note: text or None} that a file's header says of the architecture, as ModelSpec and Kohya's tools have it, by the configs of
+        denoiser and scheduler."""
+        return {}
 
     def kohya_prefix(self, models, part):
         """What Kohya's tools call a part of a model in a LoRA; None where they have no such file."""

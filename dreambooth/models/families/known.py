@@ -1,10 +1,21 @@
 """The families that this program knows, and which of them a model is of."""
 
 from dreambooth.base import default
+from dreambooth.models.families.flux import Flux
+from dreambooth.models.families.flux2 import Flux2Dev, Flux2Klein
+from dreambooth.models.families.qwen_image import QwenImage
 from dreambooth.models.families.stable_diffusion import SmallStableDiffusion, StableDiffusion, StableDiffusionXL
+from dreambooth.models.families.stable_diffusion_3 import StableDiffusion3, StableDiffusion35
 from dreambooth.models.families.z_image import SmallZImage, ZImage
 
-FAMILIES = (StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(), ZImage(), SmallZImage())  # of those that fit, the first
+FAMILIES = (  # of those that fit, the first
+    StableDiffusion(), StableDiffusionXL(), SmallStableDiffusion(),
+    ZImage(), SmallZImage(),
+    Flux2Klein(), Flux2Dev(),
+    Flux(),
+    QwenImage(),
+    StableDiffusion3(), StableDiffusion35(),
+)
 PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES for kind in family.pipelines))
 
 

@@ -1,8 +1,9 @@
 """Stable Diffusion 1.x, 2.x and XL, and small models of their kind: a UNet that learnt diffusion, told by CLIP's text encoders."""
 
+import math
 import re
 
-from dreambooth.base import UserError
+from dreambooth.base import UserError, say
 from dreambooth.device import moved
 from dreambooth.models.families.family import LORA_LAYER, OF_TRANSFORMERS, Family, tokenizer_of
 from dreambooth.models.noise import Diffusion
@@ -12,6 +13,14 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CHANNELS = {768: " (SD 1.x)", 1024: " (SD 2.x)", 2048: " (SDXL)"}  # that a UNet attends to
 # What a UNet takes beside or instead of noise and text: its config's key and value -> what that makes it.
 OTHER_CHANNELS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures", 7: "an upscaler"}
+CODE = "https://github.com/Stability-AI/generative-models"  # whose layout is meant
+# (channels of the text that a UNet attends to, whether it predicts velocity): (ModelSpec's name, Kohya's) of the architecture. Of
+# others, such as the bundled model, nothing is claimed, since no other program has them.
+ARCHITECTURES = {(768, False): ("stable-diffusion-v1", "sd_v1"), (768, True): ("stable-diffusion-v1", "sd_v1_v"),
+                 (1024, False): ("stable-diffusion-v2-512", "sd_v2"), (1024, True): ("stable-diffusion-v2-768-v", "sd_v2_v"),
+                 (2048, False): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+                 (2048, True): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")}
+SCALES = (0.18215, 0.13025)  # of the latents of Stable Diffusion 1.x and 2.x, of SDXL
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -29,7 +38,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = True
+    trains_text = bf16_throughout = exports = True
     comes_late = False
     guidance = class_guidance = 7.5
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
@@ -95,6 +104,13 @@ class StableDiffusion(Family):
         if own := [key for key, usual in shifted.items() if vae.get(key) is not None and numbers(vae[key]) != [usual]]:
             raise UserError(f"{flag} {name}: its VAE has {' and '.join(own)} of its own, which training does not know; give a model whose "
                             f"VAE has a scaling_factor alone")
+        scale, is_xl = vae.get("scaling_factor"), len(self.word_encoders) > 1
+        if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise UserError(f"{flag} {name}: the scaling_factor of its VAE is {scale}; write the right one into vae/config.json "
+                            f"(Stable Diffusion's is 0.18215, SDXL's 0.13025)")
+        if math.isclose(scale, SCALES[not is_xl], rel_tol=0.001):
+            say(f"Note: {name}: its VAE has the scaling_factor of {'Stable Diffusion' if is_xl else 'SDXL'}, {scale}; if it is that "
+                f"one's VAE, what is learnt is spoilt.")
         for part in ("text_encoder", "text_encoder_2"):
             kind = type(pipeline.components.get(part)).__name__
             if kind not in (*TEXT_ENCODERS, "NoneType"):
@@ -179,6 +195,16 @@ class StableDiffusion(Family):
         of = [f"{width}{TEXT_CHANNELS.get(width, '')}" for width in (*wants, has)]
         return f"it is for a model whose text has {' or '.join(of[:-1])} channels, and this one's has {of[-1]}"
 
+    def notes(self, config, scheduler):
+        widths = numbers(config.get("cross_attention_dim"))
+        velocity = scheduler.get("prediction_type") == "v_prediction"
+        # Where its layers differ in width it is as no published model.
+        architecture, version = ARCHITECTURES.get((widths[0] if len(widths) == 1 else None, velocity), (None, None))
+        return {"modelspec.architecture": architecture, "modelspec.implementation": architecture and CODE,
+                "modelspec.prediction_type": "v" if velocity else "epsilon",
+                "ss_base_model_version": version, "ss_v2": version and str(version.startswith("sd_v2")),
+                "ss_zero_terminal_snr": "True" if scheduler.get("rescale_betas_zero_snr") else None}
+
     def kohya_prefix(self, models, part):
         return "lora_unet" if part == "unet" else self.prefixes[part]
 
@@ -223,7 +249,9 @@ class SmallStableDiffusion(StableDiffusion):
 
 
 def settle_clip(tokenizer, text_encoder):
-    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut."""
+    """Have CLIP's text encoder find the end of a text, and its tokenizer know where to cut; where it is there yet."""
+    if text_encoder is None:
+        return
     # Without a config of its own a tokenizer would not know that, and the text encoder has no more places.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     # Older configs name another id, and then the highest one is taken for the end of the text: with words added to the

@@ -1,0 +1,90 @@
+"""Models of the families that learnt rectified flow, of full size and with random weights, without their text encoders.
+
+What these would say of a prompt is made up, of the shapes that they give. Sizes are those of the published configs.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dreambooth.models.parts import take_apart
+
+TOKENS = 64  # of a prompt, with its template
+KLEIN = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A published model: the classes of its pipeline's parts, their configs, and what its prompts become."""
+
+    pipeline: str
+    transformer: tuple  # (class, what its config has otherwise than the class's defaults)
+    vae: tuple
+    told: typing.Callable  # () -> conditioning of one prompt
+    without: tuple  # parts that are not made
+
+
+def kl(channels):
+    """An AutoencoderKL of eight pixels a latent, as Stable Diffusion's is but with more channels."""
+    return "AutoencoderKL", dict(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
+                                 up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=channels, sample_size=1024,
+                                 shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False)
+
+
+TEXT = "text_encoder", "tokenizer"
+FLOWS = {
+    "z-image": Arch("ZImagePipeline", ("ZImageTransformer2DModel", {}), kl(16), lambda: {"hidden": [torch.randn(TOKENS, 2560)]}, TEXT),
+    "klein-4b": Arch("Flux2KleinPipeline", ("Flux2Transformer2DModel", KLEIN), ("AutoencoderKLFlux2", {}),
+                     lambda: {"hidden": torch.randn(1, 512, 7680)}, TEXT),
+    "qwen-image": Arch("QwenImagePipeline", ("QwenImageTransformer2DModel", {}), ("AutoencoderKLQwenImage", {}),
+                       lambda: {"hidden": [torch.randn(TOKENS, 3584)]}, TEXT),
+    "flux1": Arch("FluxPipeline", ("FluxTransformer2DModel", dict(guidance_embeds=True)), kl(16),
+                  lambda: {"hidden": torch.randn(1, 512, 4096), "pooled": torch.randn(1, 768)},
+                  (*TEXT, "text_encoder_2", "tokenizer_2")),
+}
+
+
+class MadeUpBook:
+    """A PromptBook that knows every prompt."""
+
+    weights = 0
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    @property
+    def told(self):
+        return self
+
+    def __getitem__(self, prompt):
+        return self.arch.told()
+
+    def learn(self, models, prompts, device):
+        pass
+
+    def rows(self, models, prompts, device):
+        kept = [self.arch.told() for _ in prompts]
+
+        def there(tensor):
+            return tensor.to(device, models.denoiser.dtype if tensor.is_floating_point() else None)
+        return {name: [there(tensor) for one in kept for tensor in one[name]] if isinstance(value, list) else
+                torch.cat([there(one[name]) for one in kept]) for name, value in kept[0].items()}
+
+
+def flow_models(name, device="cpu"):
+    """Late Models of a full-size architecture, made on `device`."""
+    import diffusers
+
+    arch = FLOWS[name]
+    with torch.device(device):
+        transformer, vae = (getattr(diffusers, kind)(**config) for kind, config in (arch.transformer, arch.vae))
+    with _disable_current_modes():  # its tables are real where all else is pretended
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = getattr(diffusers, arch.pipeline)(
+        scheduler=scheduler, vae=vae, transformer=transformer, **dict.fromkeys(arch.without))
+    for module in (transformer, vae):
+        module.requires_grad_(False).eval()
+    return dataclasses.replace(take_apart(name, pipeline), book=MadeUpBook(arch))
