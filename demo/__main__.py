@@ -1,4 +1,4 @@
-"""Make the bundled model again, with all that belongs to it.
+"""Make the bundled models again, with all that belongs to them.
 
     python demo            # hours
     python demo --quick    # minutes: a few pictures and steps of everything, into demo/work/quick, to see that it runs
@@ -11,6 +11,7 @@ import sys
 import measure
 import metrics
 import train
+import train_flow
 import world
 
 QUICK = world.WORK / "quick"
@@ -18,6 +19,7 @@ MODEL, METRICS, SHEET = QUICK / "model", QUICK / "metrics", QUICK / "sheet.png"
 STEPS = {  # each with its options in a quick run
     world: [],
     train: ["--vae_steps", 20, "--unet_steps", 20, "--output", MODEL, "--sheet", QUICK / "samples.png"],
+    train_flow: ["--steps", 5, "--vae", MODEL, "--no-compile", "--output", QUICK / "model-flow", "--sheet", QUICK / "flow.png"],
     metrics: ["--clip_steps", 5, "--vit_steps", 5, "--output", METRICS],
     measure: ["--judge_steps", 20, "--pictures", 1, "--model", MODEL, "--metrics", METRICS, "--sheet", SHEET],
 }

@@ -1,6 +1,7 @@
 """Print every figure that the model card quotes, and draw its sheet of classes and scenes.
 
     python demo/measure.py                    # demo/model and demo/metrics -> figures, demo/sheet.png
+    python demo/measure.py --model demo/model-flow --sheet demo/sheet_flow.png
     python demo/measure.py --pictures 1       # quicker: one picture of each class in each scene, not four
 
 Who judges generated pictures: a small network that learns class and place from real pictures of the world.
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+import train
+import train_flow
 import world
 from metrics import features
 from train import encode_captions, fit, load_world, psnr, to_floats
@@ -66,14 +69,18 @@ def accuracy(judge, images, nouns, places):
 # ---- generated pictures ------------------------------------------------------------------------------
 
 
+def scene_prompts():
+    """Every class in every scene."""
+    return [f"{world.article(noun)} {scene}" for noun in NOUNS for scene in world.SCENES]
+
+
 def generate(pipe, prompts, seed, batch_size=64):
     """One uint8 picture for each prompt, whose noise depends only on the seed and its place in the list."""
-    images = []
+    images, settings = [], train_flow.DRAWING if isinstance(pipe, ZImagePipeline) else train.DRAWING
     for start in tqdm(range(0, len(prompts), batch_size), desc="pictures"):
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        settings = dict(num_inference_steps=30, guidance_scale=4.0, generator=generators)
-        images += [np.asarray(image) for image in pipe(batch, **settings).images]
+        images += [np.asarray(image) for image in pipe(batch, generator=generators, **settings).images]
     return np.stack(images)
 
 
@@ -123,16 +130,19 @@ def subject_auc(vit, subjects, device):
 
 
 @torch.no_grad()
+def best_captions(clip, tokenizer, pictures, device):
+    """For each picture the number of CLIP's first choice among the captions of every class in every scene, as scene_prompts()."""
+    text = clip.get_text_features(encode_captions(tokenizer, scene_prompts()).to(device)).pooler_output
+    images = [clip.get_image_features(batch).pooler_output for batch in to_floats(pictures, device).split(128)]
+    return (torch.cat(images) @ F.normalize(text, dim=-1).T).argmax(1).cpu()  # an image's vector of any length ranks alike
+
+
 def caption_rank_one(clip, tokenizer, subjects, device):
     """How often CLIP puts a held-out picture's caption first among those of every class and scene."""
-    captions = [f"{world.article(noun)} {scene}" for noun in NOUNS for scene in world.SCENES]
-    ids = encode_captions(tokenizer, captions).to(device)
-    text = F.normalize(clip.get_text_features(ids).pooler_output, dim=-1)
     hits = []
     for noun, pictures, _ in subjects:
-        image = clip.get_image_features(to_floats(pictures, device)).pooler_output  # any length ranks alike
         right = NOUNS.index(noun) * len(world.SCENES) + torch.arange(len(world.SCENES))
-        hits.append((image @ text.T).argmax(1).cpu() == right)
+        hits.append(best_captions(clip, tokenizer, pictures, device) == right)
     return torch.cat(hits).float().mean().item()
 
 
@@ -145,41 +155,44 @@ def main():
     parser.add_argument("--metrics", type=Path, default=world.DEMO / "metrics")
     parser.add_argument("--sheet", type=Path, default=world.DEMO / "sheet.png")
     parser.add_argument("--pictures", type=int, default=4, help="of each class in each scene")
-    parser.add_argument("--judge_steps", type=int, default=4000)
+    parser.add_argument("--judge_steps", type=int, default=4000, help="0: without the judge; CLIP names what is drawn in any case")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = {}
 
     pictures, rows = load_world()
-    nouns = torch.tensor([NOUNS.index(row["noun"]) for row in rows])
-    places = torch.tensor([PLACES.index(row["place"]) for row in rows])
     unseen = slice(world.PICTURES, None)
-    torch.manual_seed(0)
-    loss_fn = judge_loss(pictures, nouns, places, device)
-    judge = fit("judge", new_judge(), loss_fn, args.judge_steps, 64, 1e-3, world.PICTURES, device)
-    figures["judge_class"], figures["judge_place"] = accuracy(
-        judge, to_floats(pictures[unseen], device), nouns[unseen], places[unseen]
-    )
-
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to(device)
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     figures["vae_psnr_db"] = psnr(pipe.vae, pictures[unseen], device)
 
-    prompts = [f"{world.article(noun)} {scene}" for noun in NOUNS for scene in world.SCENES]
+    prompts = scene_prompts()
     drawn = np.concatenate([generate(pipe, prompts, 10_000 * n) for n in range(args.pictures)])
     draw_sheet(drawn[: len(prompts)], args.sheet)
-    figures["generated_class"], figures["generated_scene"] = accuracy(
-        judge,
-        to_floats(drawn, device),
-        torch.arange(len(NOUNS)).repeat_interleave(len(world.SCENES)).repeat(args.pictures),
-        torch.arange(len(world.SCENES)).repeat(len(NOUNS) * args.pictures),
-    )
+    wanted = torch.arange(len(prompts)).repeat(args.pictures)
+    drawn_nouns, drawn_scenes = wanted // len(world.SCENES), wanted % len(world.SCENES)
+
+    if args.judge_steps:
+        nouns = torch.tensor([NOUNS.index(row["noun"]) for row in rows])
+        places = torch.tensor([PLACES.index(row["place"]) for row in rows])
+        torch.manual_seed(0)
+        loss_fn = judge_loss(pictures, nouns, places, device)
+        judge = fit("judge", new_judge(), loss_fn, args.judge_steps, 64, 1e-3, world.PICTURES, device)
+        figures["judge_class"], figures["judge_place"] = accuracy(
+            judge, to_floats(pictures[unseen], device), nouns[unseen], places[unseen]
+        )
+        figures["generated_class"], figures["generated_scene"] = accuracy(
+            judge, to_floats(drawn, device), drawn_nouns, drawn_scenes
+        )
 
     subjects = held_out_pictures()
     vit = ViTModel.from_pretrained(args.metrics / "vit", add_pooling_layer=False, dtype=torch.float32)
     figures["vit_auc"] = subject_auc(vit.to(device), subjects, device)
     clip = CLIPModel.from_pretrained(args.metrics / "clip", dtype=torch.float32).to(device)
     tokenizer = CLIPTokenizer.from_pretrained(args.metrics / "clip")
+    named = best_captions(clip, tokenizer, drawn, device)
+    figures["clip_generated_class"] = (named // len(world.SCENES) == drawn_nouns).float().mean().item()
+    figures["clip_generated_scene"] = (named % len(world.SCENES) == drawn_scenes).float().mean().item()
     figures["clip_rank_one"] = caption_rank_one(clip, tokenizer, subjects, device)
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=2))
 

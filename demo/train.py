@@ -38,6 +38,7 @@ import world
 
 CHECKPOINT_SECONDS = 180
 CAPTION_TOKENS = 32
+DRAWING = {"num_inference_steps": 30, "guidance_scale": 4.0}
 SHEET_PROMPTS = [
     "a dog",
     "a dog on the moon",
@@ -59,7 +60,7 @@ def learning_rate(step, steps, peak, warmup=200, decay=0.3):
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def fit(name, model, loss_fn, steps, batch_size, lr, examples, device, seed=0, matrices=()):
+def fit(name, model, loss_fn, steps, batch_size, lr, examples, device, seed=0, matrices=(), average_decay=0.9995):
     """Train `model` with `loss_fn(model, indices)` for `steps` steps; returns a copy with the averaged weights.
 
     AdamW trains all parameters but `matrices`: those Muon trains.
@@ -71,7 +72,7 @@ def fit(name, model, loss_fn, steps, batch_size, lr, examples, device, seed=0, m
     optimizers = {"optimizer": torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)}
     if matrices:
         optimizers["muon"] = torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    average = EMAModel(model.parameters(), decay=0.9995, foreach=True)
+    average = EMAModel(model.parameters(), decay=average_decay, foreach=True)
     start, losses = 0, []
     if path.exists():
         state = torch.load(path, map_location=device)
@@ -179,6 +180,13 @@ def encode_moments(vae, pictures, device, batch_size=64):
             posterior = vae.encode(to_floats(pictures[start : start + batch_size], device)).latent_dist
         moments.append(posterior.parameters.half().cpu())
     return torch.cat(moments)
+
+
+def cached_moments(vae, pictures, device, path):
+    """encode_moments() of the pictures, from the file if it is there."""
+    if not path.exists():
+        torch.save(encode_moments(vae, pictures, device), path)
+    return torch.load(path)
 
 
 @torch.no_grad()
@@ -310,14 +318,12 @@ def denoising_loss(moments, tokens, empty, scheduler, device):
 # ---- export ------------------------------------------------------------------------------------------
 
 
-def sample_sheet(pipe, path, seeds=4):
+def sample_sheet(pipe, path, settings, seeds=4):
     """A row for each seed, a column for each prompt."""
     sheet = Image.new("RGB", (len(SHEET_PROMPTS) * 2 * world.SIZE, seeds * 2 * world.SIZE))
     for row in range(seeds):
         generators = [torch.Generator().manual_seed(row) for _ in SHEET_PROMPTS]
-        images = pipe(
-            SHEET_PROMPTS, num_inference_steps=30, guidance_scale=4.0, generator=generators
-        ).images
+        images = pipe(list(SHEET_PROMPTS), generator=generators, **settings).images
         for column, image in enumerate(images):
             box = (column * 2 * world.SIZE, row * 2 * world.SIZE)
             sheet.paste(image.resize((2 * world.SIZE, 2 * world.SIZE), Image.Resampling.BICUBIC), box)
@@ -325,14 +331,14 @@ def sample_sheet(pipe, path, seeds=4):
 
 
 @torch.no_grad()
-def lift_identifiers(tokenizer, text_encoder):
-    """Make the vectors of IDENTIFIERS as long as a colour's.
+def lift_identifiers(tokenizer, text_encoder, token="{}</w>"):
+    """Make the vectors of IDENTIFIERS as long as a colour's; `token` is how the vocabulary writes a word in a sentence.
 
     No caption has them, so they are as short as they began, a fourth of a word's length. Prompts that differ in nothing
     else were then all but equal to the UNet, and it could not learn two subjects of one class.
     """
     table = text_encoder.get_input_embeddings().weight
-    rare, words = ([tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in part] for part in (IDENTIFIERS, world.COLOURS))
+    rare, words = ([tokenizer.convert_tokens_to_ids(token.format(word)) for word in part] for part in (IDENTIFIERS, world.COLOURS))
     table[rare] *= table[words].norm(dim=-1).mean() / table[rare].norm(dim=-1, keepdim=True)
 
 
@@ -350,8 +356,12 @@ def export(vae, tokenizer, model, folder, sheet):
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    sample_sheet(pipe, sheet)
+    sample_sheet(pipe, sheet, DRAWING)
+    save_half(pipe, folder)
 
+
+def save_half(pipe, folder):
+    """Write the pipeline in half precision to `folder`, replacing it whole."""
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial)
@@ -397,9 +407,7 @@ def main():
         latents = world.WORK / f"latents-{args.vae_steps}.pt"  # another autoencoder has other latents
     print(f"vae: {psnr(vae, pictures[world.PICTURES :], device):.2f} dB PSNR on unseen pictures")
 
-    if not latents.exists():
-        torch.save(encode_moments(vae, pictures[: world.PICTURES], device), latents)
-    moments = torch.load(latents)
+    moments = cached_moments(vae, pictures[: world.PICTURES], device, latents)
     tokens, empty = encode_captions(tokenizer, captions), encode_captions(tokenizer, [""])
     # For so few tokens plain matrix products beat the fused attention, by a third of the whole step on a CPU.
     model["text_encoder"].set_attn_implementation("eager")
