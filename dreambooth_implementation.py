@@ -1344,9 +1344,12 @@ class Settings:
 
     # Prior preservation
     with_prior_preservation: bool | None = _field(
-        "train", None, "train class images beside the photos (paper section 3.2)",
+        "train", None, "train the class beside the photos (paper section 3.2)",
         shown="on; off for textual_inversion, which cannot change the class")
-    prior_loss_weight: float = _field("train", 1.0, "weight of the class images' loss, lambda in the paper", minimum=0)
+    prior: str | None = _field(
+        "train", None, "what the class is kept by: class images, or the predictions of the frozen model for the class prompt on the "
+        "photos themselves, for which nothing is drawn", choices=["images", "frozen"], shown="images")
+    prior_loss_weight: float = _field("train", 1.0, "weight of the class's loss, lambda in the paper", minimum=0)
     num_class_images: int = _field("train", 200, "how many class images", minimum=1)
     class_guidance_scale: float | None = _field("train", None, "classifier-free guidance of the class images; 1: none, "
                                                 "which keeps all of the class's variety", minimum=0, shown="depends on the model")
@@ -1633,15 +1636,16 @@ DIFFUSERS_FLAGS = {
 
 
 
-def _has_class_images(s):
+def _has_prior(s):
     return s.method != "textual_inversion" if s.with_prior_preservation is None else s.with_prior_preservation
 
 
 # Flags that have an effect only beside others: what that takes, and whether it is there.
-_CLASS_IMAGES = ("--with_prior_preservation", _has_class_images)
+_PRIOR = ("--with_prior_preservation", _has_prior)
 _SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
 EFFECTIVE = {
-    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight"), _CLASS_IMAGES),
+    **dict.fromkeys(("prior", "prior_loss_weight"), _PRIOR),
+    "prior_generation_precision": ("--with_prior_preservation and --prior images", lambda s: _has_prior(s) and s.prior != "frozen"),
     **dict.fromkeys(("subject_type", "prompts_file", "dino_model", "clip_model"), _SELECTION),
     "text_encoder_lr": ("--train_text_encoder", lambda s: s.train_text_encoder),
     "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", lambda s: s.lr_scheduler == "cosine_with_restarts"),
@@ -5798,8 +5802,13 @@ METHODS = {
 
 
 def preserves_prior(s):
-    """Whether class images are trained beside the photos; such as weigh nothing are not."""
+    """Whether the class is trained beside the photos; a class that weighs nothing is not."""
     return default(s.with_prior_preservation, METHODS[s.method].changes_class) and s.prior_loss_weight > 0
+
+
+def has_class_images(s):
+    """Whether it is trained by class images. Otherwise no class has any, or the frozen model's predictions stand for them."""
+    return preserves_prior(s) and s.prior != "frozen"
 
 
 def parameter_groups(s, models, subjects, recipe):
@@ -7659,20 +7668,34 @@ def flags_of(levers):
 # Knows nothing of the model: it is given a function from noisy latents to a prediction.
 
 
-def denoising_loss(noise, batch, denoiser):
+def denoising_loss(noise, batch, denoiser, untouched=None):
     """(loss, per-picture losses [B]): the paper's equation 2, of a Diffusion or a Flow.
 
     `denoiser` maps noisy latents [B, C, h, w] and their batch to the model's prediction. The prior-preservation term is
-    not a term here but the weight that each picture of the batch carries; so is a mask [B, 1, h, w] what each place carries.
+    not a term here but the weight that each picture of the batch carries; so is a mask [B, 1, h, w] what each place carries. If
+    there is an `untouched` denoiser, what it predicts is the target of the class's pictures in place of their noise.
     """
     given = batch["latents"], batch["noise"], batch["levels"]
     noisy, target = noise.noisy(*given), noise.target(*given)
+    if untouched:
+        target = with_predictions(target, noisy, batch, untouched)
     squares = (denoiser(noisy, batch).float() - target.float()).square()
     losses = (squares * batch["mask"] if "mask" in batch else squares).mean(dim=(1, 2, 3))
     weights = noise.weights(batch["levels"])
     if weights is not None:
         losses = losses * weights
     return (batch["weight"] * losses).sum(), losses
+
+
+def with_predictions(target, noisy, batch, untouched):
+    """`target` [B, C, h, w] with what the `untouched` denoiser predicts for the class's pictures, which come last in a batch."""
+    import torch
+
+    photos = int((~batch["is_class"]).sum())  # on the CPU: this waits for nothing
+    if photos == len(target):
+        return target
+    of_class = {key: value[photos:] for key, value in batch.items()}
+    return torch.cat([target[:photos], untouched(noisy[photos:], of_class).to(target)])
 
 
 def split_means(losses, is_class):
@@ -7953,7 +7976,7 @@ def recipe_for(family, s, concepts=()):
 def epoch_steps(s, concepts):
     """Steps of a pass over the photos, or over the class images if those are more, as diffusers' scripts count."""
     photos = sum(len(concept.photos) for concept in concepts) * default(s.repeats, 100 if s.method == "textual_inversion" else 1)
-    classes = {(c.class_prompt, c.class_data_dir): class_image_count(c) for c in concepts} if preserves_prior(s) else {}
+    classes = {(c.class_prompt, c.class_data_dir): class_image_count(c) for c in concepts} if has_class_images(s) else {}
     batches = math.ceil(max(photos, sum(classes.values())) / s.train_batch_size)
     return math.ceil(math.ceil(batches / processes()) / s.gradient_accumulation_steps)
 
@@ -8029,24 +8052,24 @@ def is_as_weights_are(s, family, precision):
     return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
 
 
-def compute_as_weights_are(denoiser):
-    """Have a frozen denoiser in bf16, or in fewer bits, compute as its pipeline does when it draws, without autocast.
+def compute_as_weights_are(denoiser, dtype=None):
+    """Have a frozen denoiser in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
 
     What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
     """
     import torch
 
-    forward = denoiser.forward
+    forward, dtype = denoiser.forward, dtype or torch.bfloat16
 
     def cast(value):
         if isinstance(value, (list, tuple)):
             return type(value)(map(cast, value))
-        return value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1 else value
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1 else value
 
-    def in_bf16(*args, **options):
+    def in_its_own(*args, **options):
         with torch.autocast(next(denoiser.parameters()).device.type, enabled=False):
             return forward(*map(cast, args), **{name: cast(value) for name, value in options.items()})
-    denoiser.forward = in_bf16
+    denoiser.forward = in_its_own
 
 
 def compute_in_bf16(denoiser, last):
@@ -8131,7 +8154,7 @@ def rounded_by_chance(values):
 
 def tell_unused(s, concepts):
     """Say which of what was given for class images goes unused."""
-    if preserves_prior(s):
+    if has_class_images(s):
         return
     if s.prior_loss_weight == 0 and s.with_prior_preservation is not False:
         say("Note: --prior_loss_weight 0: class images would weigh nothing, so there are none, as with "
@@ -8301,6 +8324,68 @@ def in_float32(parameter):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# training/untouched: The model as it was before training, whose predictions --prior frozen takes for the class's targets.
+#
+# After the "prior prediction" of OneTrainer and the "differential output preservation" of ai-toolkit and Kohya's scripts: what the
+# trained model says of the photos' noisy latents is to be the subject under its own prompt, and what it always was under the class's.
+# Nothing is drawn beforehand. A step costs one more forward pass, without gradients, of its class half; full training keeps a copy of
+# the denoiser, where a LoRA has the model itself, switched off.
+
+
+class Untouched:
+    """What a model predicted before it was trained: untouched(noisy latents [B, C, h, w], their batch) -> [B, C, h, w]."""
+
+    def __init__(self, models: Models, conditioning):
+        """`models` have the denoiser that is asked; `conditioning` maps prompt numbers [B] to what the text encoders told before."""
+        self.models, self.conditioning = models, conditioning
+
+    def __call__(self, noisy, batch):
+        import torch
+
+        with torch.no_grad(), adapters_off(self.models.denoiser):
+            return self.models.family.predict(self.models, noisy, batch["levels"], self.conditioning(batch["prompt"]), batch["sizes"])
+
+
+    def forget(self):
+        """Let go of the model."""
+        self.models = self.conditioning = None
+
+
+@contextlib.contextmanager
+def adapters_off(denoiser):
+    """Within the block, a denoiser is without its adapters, if it has any."""
+    if not getattr(denoiser, "peft_config", None):
+        yield
+        return
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
+
+
+def untouched_copy(denoiser, dtype, device):
+    """A copy of a denoiser's weights in `dtype` on the device, that trains never and computes in that precision.
+
+    Each tensor is converted by itself: there is no second copy in the precision of the first, not even for a while.
+    """
+    import torch
+
+    copies = {id(weight): torch.nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=False)
+              for weight in denoiser.parameters()}
+    twin = copy.deepcopy(denoiser, copies).to(device).eval()
+    if dtype != torch.float32:
+        compute_as_weights_are(twin, dtype)
+    return twin
+
+
+def make_untouched(models, conditioning, twin):
+    """The Untouched of models whose denoiser is about to train; `twin` is its untouched_copy(), or None where adapters train."""
+    denoiser = models.family.denoiser_of(models.pipeline) if twin is None else twin
+    return Untouched(dataclasses.replace(models, denoiser=denoiser), conditioning)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/run: A training under way: everything that its loop needs, in one place.
 
 
@@ -8323,6 +8408,7 @@ class Run:
     spent: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
     averages: list  # of each tensor that trains, in their order; empty without --use_ema
+    untouched: typing.Any = None  # the model as it was, whose predictions are the class's targets; None with class images
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 
@@ -8514,7 +8600,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     if levers.gradient_checkpointing:
         set_checkpointing(models, groups)
     trains_text = any(t in training for t in models.text_encoders)
-    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
+    from_the_model = bool(cache.class_images) and not has_class_images(s)  # what the class is to be
+    encoded = None if trains_text and not from_the_model else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
@@ -8523,6 +8610,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
         module.to(device).train()
     if s.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
+    copied = from_the_model and not METHODS[s.method].is_adapter
+    twin = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
     compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
     if s.compile:
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
@@ -8542,7 +8631,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
     modules = [module for module, part in zip(ready, parts) if part in training]
     models = dataclasses.replace(models, denoiser=ready[0], text_encoders=ready[1:])
-    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
+    conditioning = prompt_conditioning(models, cache.prompts, None if trains_text else encoded, device)
+    untouched = from_the_model and make_untouched(models, prompt_conditioning(models, cache.prompts, encoded, device), twin)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
@@ -8550,7 +8640,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     noise = models.family.noise(s, models.pipeline, course.resolution)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
     return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
-               origin, averages)
+               origin, averages, untouched or None)
 
 
 def make_optimizer(s, name, groups, device):
@@ -8636,6 +8726,8 @@ def unwrap(run):
         group.finish()
     run.optimizer.state.clear()
     run.averages.clear()
+    if run.untouched:
+        run.untouched.forget()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8942,6 +9034,9 @@ def timeline(folder):
 # Knows no family, no method and no flag that saves memory: it sees parameter groups, a loss and a Run.
 
 
+COUNTED_ON_CPU = ("prompt", "is_class")  # of a batch: what is counted there does not wait for the GPU
+
+
 def optimize(run, folder, viewer):
     """Take `run` to its last step, with logs, checkpoints and what `viewer` draws on the way in `folder`.
 
@@ -8987,18 +9082,18 @@ def train_step(run, step):
     torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
     for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
         batch = make_batch(run.cache, s, micro_step, run.noise, accelerator.process_index, accelerator.num_processes)
-        batch = {key: value if key == "prompt" else moved(value, accelerator.device) for key, value in batch.items()}
+        batch = {key: value if key in COUNTED_ON_CPU else moved(value, accelerator.device) for key, value in batch.items()}
         with accelerator.accumulate(*run.modules):
             losses = []
             for start in range(0, len(batch["weight"]), run.at_once):
                 part = {key: value[start:start + run.at_once] for key, value in batch.items()}
-                loss, per_picture = denoising_loss(run.noise, part, run.denoiser)
+                loss, per_picture = denoising_loss(run.noise, part, run.denoiser, run.untouched)
                 accelerator.backward(loss)
                 losses.append(per_picture.detach())
             norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-        measured.append(torch.stack([*split_means(torch.cat(losses), batch["is_class"]), norm]))
+        measured.append(torch.stack([*split_means(torch.cat(losses), moved(batch["is_class"], accelerator.device)), norm]))
     run.lr_scheduler.step()
     if run.averages:
         torch._foreach_lerp_(run.averages, list(trained_tensors(run.groups).values()), 1 - ema_decay(step))
@@ -9254,6 +9349,8 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
+    if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
+        frozen += sum(p.numel() for p in hollow.denoiser.parameters()) * plan.dtype.itemsize
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
 
 
@@ -10488,7 +10585,7 @@ def train(s):
         concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
     if accelerator.is_main_process:
         tell_photos(concepts)
-    given = what_was_given(s, concepts, preserves_prior(s))
+    given = what_was_given(s, concepts, has_class_images(s))
     with accelerator.main_process_first():
         finish_renaming(s)
         is_done = s.resume == "latest" and is_complete(s, given)
@@ -10531,7 +10628,7 @@ def settle_beforehand(s):
     check_output_dir(s)
     check_apart(s, concepts)
     tell_unused(s, concepts)
-    if preserves_prior(s):
+    if has_class_images(s):
         check_class_folders(concepts)
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
@@ -10550,7 +10647,7 @@ def settle_beforehand(s):
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
     check_levers(s, family_at(name, "--model_name"), plan)
-    if preserves_prior(s):
+    if has_class_images(s):
         class_image_plan(s, plan)  # for its complaint alone
     return concepts, name, metric_names, plan
 
@@ -10570,23 +10667,25 @@ def prepare(s, name, concepts, plan, accelerator):
     course = set_course(s, models, subjects, recipe, plan)
     views = views_of(s, concepts, course.resolution, models.family.multiple(models.pipeline))
     if preserves_prior(s) and not METHODS[s.method].changes_class:
-        say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
+        say(f"Note: --method {s.method} leaves the class as it is; class images, or --prior frozen, cost time and change nothing.")
 
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     if late:
         drawn = {*usual_prompts_of(subjects), family.usual_negative}
         models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
-    class_images = []
-    if preserves_prior(s):
+    class_images, of_class = [], []
+    if has_class_images(s):
         class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)
-        views = class_views | views
+        of_class, views = class_images, class_views | views
+    elif preserves_prior(s):  # what the model makes of the photos themselves
+        of_class = [[(path, subject.class_prompt) for path, _ in pool] for pool, subject in zip(photos, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
     check_space(s, course, models, groups)
-    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip, views,
+    cache = cache_latents(models, photos, of_class, course.resolution, plan.device, s.random_flip, views,
                           default(s.unmasked_weight, USUAL_FLOOR))
     check_length(models.pipeline, cache.prompts)
     for group in groups:
@@ -10607,7 +10706,8 @@ def settle_subjects(s, models, concepts):
     for concept, word in zip(concepts, words):
         bare = Subject(word, concept.class_prompt or "", "", concept.name)
         subject = dataclasses.replace(bare, instance_prompt=fill_identifier(concept.instance_prompt, [bare], "--instance_prompt"))
-        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "no class images"
+        source = "" if has_class_images(s) else ", as the frozen model predicts the photos"
+        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}{source}' if preserves_prior(s) else "no class images"
         say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos; {prior}')
         subjects.append(subject)
     return subjects

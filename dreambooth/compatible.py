@@ -104,15 +104,16 @@ DIFFUSERS_FLAGS = {
 
 
 
-def _has_class_images(s):
+def _has_prior(s):
     return s.method != "textual_inversion" if s.with_prior_preservation is None else s.with_prior_preservation
 
 
 # Flags that have an effect only beside others: what that takes, and whether it is there.
-_CLASS_IMAGES = ("--with_prior_preservation", _has_class_images)
+_PRIOR = ("--with_prior_preservation", _has_prior)
 _SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
 EFFECTIVE = {
-    **dict.fromkeys(("prior_generation_precision", "prior_loss_weight"), _CLASS_IMAGES),
+    **dict.fromkeys(("prior", "prior_loss_weight"), _PRIOR),
+    "prior_generation_precision": ("--with_prior_preservation and --prior images", lambda s: _has_prior(s) and s.prior != "frozen"),
     **dict.fromkeys(("subject_type", "prompts_file", "dino_model", "clip_model"), _SELECTION),
     "text_encoder_lr": ("--train_text_encoder", lambda s: s.train_text_encoder),
     "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", lambda s: s.lr_scheduler == "cosine_with_restarts"),

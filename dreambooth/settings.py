@@ -83,9 +83,12 @@ class Settings:
 
     # Prior preservation
     with_prior_preservation: bool | None = _field(
-        "train", None, "train class images beside the photos (paper section 3.2)",
+        "train", None, "train the class beside the photos (paper section 3.2)",
         shown="on; off for textual_inversion, which cannot change the class")
-    prior_loss_weight: float = _field("train", 1.0, "weight of the class images' loss, lambda in the paper", minimum=0)
+    prior: str | None = _field(
+        "train", None, "what the class is kept by: class images, or the predictions of the frozen model for the class prompt on the "
+        "photos themselves, for which nothing is drawn", choices=["images", "frozen"], shown="images")
+    prior_loss_weight: float = _field("train", 1.0, "weight of the class's loss, lambda in the paper", minimum=0)
     num_class_images: int = _field("train", 200, "how many class images", minimum=1)
     class_guidance_scale: float | None = _field("train", None, "classifier-free guidance of the class images; 1: none, "
                                                 "which keeps all of the class's variety", minimum=0, shown="depends on the model")

@@ -20,7 +20,7 @@ from dreambooth.export import check_export, write_export
 from dreambooth.files import check_writable
 from dreambooth.memory.plan import naming_next_plan, set_course
 from dreambooth.memory.plans import check_levers, is_late
-from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.methods.table import METHODS, has_class_images, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
 from dreambooth.models.find import check_undistilled, check_variant, default_model, family_at, find_model
 from dreambooth.models.late import load_late, with_denoiser
@@ -69,7 +69,7 @@ def train(s):
         concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
     if accelerator.is_main_process:
         tell_photos(concepts)
-    given = what_was_given(s, concepts, preserves_prior(s))
+    given = what_was_given(s, concepts, has_class_images(s))
     with accelerator.main_process_first():
         finish_renaming(s)
         is_done = s.resume == "latest" and is_complete(s, given)
@@ -112,7 +112,7 @@ def settle_beforehand(s):
     check_output_dir(s)
     check_apart(s, concepts)
     tell_unused(s, concepts)
-    if preserves_prior(s):
+    if has_class_images(s):
         check_class_folders(concepts)
         for concept in concepts:
             check_writable(concept.class_data_dir, "--class_data_dir")
@@ -131,7 +131,7 @@ def settle_beforehand(s):
     metric_names = metric_models(s, [name]) if s.select_best else None
     plan = plan_device(s)
     check_levers(s, family_at(name, "--model_name"), plan)
-    if preserves_prior(s):
+    if has_class_images(s):
         class_image_plan(s, plan)  # for its complaint alone
     return concepts, name, metric_names, plan
 
@@ -151,23 +151,25 @@ def prepare(s, name, concepts, plan, accelerator):
     course = set_course(s, models, subjects, recipe, plan)
     views = views_of(s, concepts, course.resolution, models.family.multiple(models.pipeline))
     if preserves_prior(s) and not METHODS[s.method].changes_class:
-        say(f"Note: --method {s.method} leaves the class as it is; class images cost time and change nothing.")
+        say(f"Note: --method {s.method} leaves the class as it is; class images, or --prior frozen, cost time and change nothing.")
 
     photos = [captioned(concept, subject) for concept, subject in zip(concepts, subjects)]
     if late:
         drawn = {*usual_prompts_of(subjects), family.usual_negative}
         models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
         models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
-    class_images = []
-    if preserves_prior(s):
+    class_images, of_class = [], []
+    if has_class_images(s):
         class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)
-        views = class_views | views
+        of_class, views = class_images, class_views | views
+    elif preserves_prior(s):  # what the model makes of the photos themselves
+        of_class = [[(path, subject.class_prompt) for path, _ in pool] for pool, subject in zip(photos, subjects)]
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)
     check_rates(s, groups)
     check_space(s, course, models, groups)
-    cache = cache_latents(models, photos, class_images, course.resolution, plan.device, s.random_flip, views,
+    cache = cache_latents(models, photos, of_class, course.resolution, plan.device, s.random_flip, views,
                           default(s.unmasked_weight, USUAL_FLOOR))
     check_length(models.pipeline, cache.prompts)
     for group in groups:
@@ -188,7 +190,8 @@ def settle_subjects(s, models, concepts):
     for concept, word in zip(concepts, words):
         bare = Subject(word, concept.class_prompt or "", "", concept.name)
         subject = dataclasses.replace(bare, instance_prompt=fill_identifier(concept.instance_prompt, [bare], "--instance_prompt"))
-        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}' if preserves_prior(s) else "no class images"
+        source = "" if has_class_images(s) else ", as the frozen model predicts the photos"
+        prior = f'class: "{subject.class_prompt}", weight {s.prior_loss_weight:g}{source}' if preserves_prior(s) else "no class images"
         say(f'Subject "{subject.name}": "{subject.instance_prompt}", {len(concept.photos)} photos; {prior}')
         subjects.append(subject)
     return subjects

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.methods.table import METHODS, has_class_images, parameter_groups, preserves_prior
 from dreambooth.models.encoding import rows_of
 from dreambooth.models.quantized import BASES, in_fewer_bits
 from dreambooth.training.course import check_rates
@@ -67,6 +67,8 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
         frozen += sum(p.nbytes for p in trained)
+    if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
+        frozen += sum(p.numel() for p in hollow.denoiser.parameters()) * plan.dtype.itemsize
     return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
 
 

@@ -31,8 +31,13 @@ METHODS = {
 
 
 def preserves_prior(s):
-    """Whether class images are trained beside the photos; such as weigh nothing are not."""
+    """Whether the class is trained beside the photos; a class that weighs nothing is not."""
     return default(s.with_prior_preservation, METHODS[s.method].changes_class) and s.prior_loss_weight > 0
+
+
+def has_class_images(s):
+    """Whether it is trained by class images. Otherwise no class has any, or the frozen model's predictions stand for them."""
+    return preserves_prior(s) and s.prior != "frozen"
 
 
 def parameter_groups(s, models, subjects, recipe):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.base import UserError, default, processes, say
-from dreambooth.methods.table import preserves_prior
+from dreambooth.methods.table import has_class_images
 from dreambooth.subjects.class_folders import own_class_images
 from dreambooth.training.levers import Levers
 from dreambooth.training.optimizers import OPTIMIZERS
@@ -37,7 +37,7 @@ def recipe_for(family, s, concepts=()):
 def epoch_steps(s, concepts):
     """Steps of a pass over the photos, or over the class images if those are more, as diffusers' scripts count."""
     photos = sum(len(concept.photos) for concept in concepts) * default(s.repeats, 100 if s.method == "textual_inversion" else 1)
-    classes = {(c.class_prompt, c.class_data_dir): class_image_count(c) for c in concepts} if preserves_prior(s) else {}
+    classes = {(c.class_prompt, c.class_data_dir): class_image_count(c) for c in concepts} if has_class_images(s) else {}
     batches = math.ceil(max(photos, sum(classes.values())) / s.train_batch_size)
     return math.ceil(math.ceil(batches / processes()) / s.gradient_accumulation_steps)
 

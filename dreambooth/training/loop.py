@@ -21,6 +21,8 @@ from dreambooth.training.samples import view
 from dreambooth.training.selection import keep_best
 from dreambooth.training.signals import deferred_stop, stop_agreed
 
+COUNTED_ON_CPU = ("prompt", "is_class")  # of a batch: what is counted there does not wait for the GPU
+
 
 def optimize(run, folder, viewer):
     """Take `run` to its last step, with logs, checkpoints and what `viewer` draws on the way in `folder`.
@@ -67,18 +69,18 @@ def train_step(run, step):
     torch.manual_seed(random_source("rounding", s.seed, step).initial_seed())  # of bf16 weights; the same in all processes
     for micro_step in range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps):
         batch = make_batch(run.cache, s, micro_step, run.noise, accelerator.process_index, accelerator.num_processes)
-        batch = {key: value if key == "prompt" else moved(value, accelerator.device) for key, value in batch.items()}
+        batch = {key: value if key in COUNTED_ON_CPU else moved(value, accelerator.device) for key, value in batch.items()}
         with accelerator.accumulate(*run.modules):
             losses = []
             for start in range(0, len(batch["weight"]), run.at_once):
                 part = {key: value[start:start + run.at_once] for key, value in batch.items()}
-                loss, per_picture = denoising_loss(run.noise, part, run.denoiser)
+                loss, per_picture = denoising_loss(run.noise, part, run.denoiser, run.untouched)
                 accelerator.backward(loss)
                 losses.append(per_picture.detach())
             norm = clip_gradients(run) if accelerator.sync_gradients else loss.new_zeros(())
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-        measured.append(torch.stack([*split_means(torch.cat(losses), batch["is_class"]), norm]))
+        measured.append(torch.stack([*split_means(torch.cat(losses), moved(batch["is_class"], accelerator.device)), norm]))
     run.lr_scheduler.step()
     if run.averages:
         torch._foreach_lerp_(run.averages, list(trained_tensors(run.groups).values()), 1 - ema_decay(step))

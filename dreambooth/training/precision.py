@@ -28,24 +28,24 @@ def is_as_weights_are(s, family, precision):
     return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
 
 
-def compute_as_weights_are(denoiser):
-    """Have a frozen denoiser in bf16, or in fewer bits, compute as its pipeline does when it draws, without autocast.
+def compute_as_weights_are(denoiser, dtype=None):
+    """Have a frozen denoiser in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
 
     What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
     """
     import torch
 
-    forward = denoiser.forward
+    forward, dtype = denoiser.forward, dtype or torch.bfloat16
 
     def cast(value):
         if isinstance(value, (list, tuple)):
             return type(value)(map(cast, value))
-        return value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1 else value
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1 else value
 
-    def in_bf16(*args, **options):
+    def in_its_own(*args, **options):
         with torch.autocast(next(denoiser.parameters()).device.type, enabled=False):
             return forward(*map(cast, args), **{name: cast(value) for name, value in options.items()})
-    denoiser.forward = in_bf16
+    denoiser.forward = in_its_own
 
 
 def compute_in_bf16(denoiser, last):

@@ -4,13 +4,16 @@ import dataclasses
 import functools
 
 from dreambooth.base import default, say
+from dreambooth.device import Plan
 from dreambooth.methods.groups import trained_tensors
+from dreambooth.methods.table import METHODS, has_class_images
 from dreambooth.models.encoding import rows_of
 from dreambooth.models.families.family import text_encoders_of
 from dreambooth.training.fused import fuse_backward
 from dreambooth.training.optimizers import OPTIMIZERS, moment_options
 from dreambooth.training.precision import compute_as_precision_says
 from dreambooth.training.run import Run
+from dreambooth.training.untouched import make_untouched, untouched_copy
 
 
 def prepare_training(s, course, models, groups, cache, accelerator, origin):
@@ -21,7 +24,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     if levers.gradient_checkpointing:
         set_checkpointing(models, groups)
     trains_text = any(t in training for t in models.text_encoders)
-    encoded = None if trains_text else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
+    from_the_model = bool(cache.class_images) and not has_class_images(s)  # what the class is to be
+    encoded = None if trains_text and not from_the_model else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)
@@ -30,6 +34,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
         module.to(device).train()
     if s.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
+    copied = from_the_model and not METHODS[s.method].is_adapter
+    twin = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
     compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
     if s.compile:
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
@@ -49,7 +55,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
     modules = [module for module, part in zip(ready, parts) if part in training]
     models = dataclasses.replace(models, denoiser=ready[0], text_encoders=ready[1:])
-    conditioning = prompt_conditioning(models, cache.prompts, encoded, device)
+    conditioning = prompt_conditioning(models, cache.prompts, None if trains_text else encoded, device)
+    untouched = from_the_model and make_untouched(models, prompt_conditioning(models, cache.prompts, encoded, device), twin)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
@@ -57,7 +64,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     noise = models.family.noise(s, models.pipeline, course.resolution)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
     return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
-               origin, averages)
+               origin, averages, untouched or None)
 
 
 def make_optimizer(s, name, groups, device):
@@ -143,3 +150,5 @@ def unwrap(run):
         group.finish()
     run.optimizer.state.clear()
     run.averages.clear()
+    if run.untouched:
+        run.untouched.forget()

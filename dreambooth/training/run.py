@@ -31,6 +31,7 @@ class Run:
     spent: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
     averages: list  # of each tensor that trains, in their order; empty without --use_ema
+    untouched: typing.Any = None  # the model as it was, whose predictions are the class's targets; None with class images
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 

@@ -3,12 +3,12 @@
 import dataclasses
 
 from dreambooth.base import say
-from dreambooth.methods.table import preserves_prior
+from dreambooth.methods.table import has_class_images
 
 
 def tell_unused(s, concepts):
     """Say which of what was given for class images goes unused."""
-    if preserves_prior(s):
+    if has_class_images(s):
         return
     if s.prior_loss_weight == 0 and s.with_prior_preservation is not False:
         say("Note: --prior_loss_weight 0: class images would weigh nothing, so there are none, as with "
