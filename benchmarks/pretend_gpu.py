@@ -94,7 +94,7 @@ def convert_in_place(module, convert, recurse=True):
         if isinstance(parameter, FakeTensor):
             parameter.fake_device = new.fake_device
     module._buffers.update({name: convert(buffer) for name, buffer in module._buffers.items()
-                            if buffer is not None and buffer.is_floating_point()})
+                            if buffer is not None and buffer.dim() > 0})  # but for a counter of batches
     return module
 
 
