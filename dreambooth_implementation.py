@@ -1363,8 +1363,11 @@ class Settings:
                                           "word and LoRA", choices=["full", "lora", "textual_inversion", "pivotal"])
     train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the denoiser",
                                       methods=("full", "lora", "pivotal"))
-    rank: int = _field("train", 16, "rank of the LoRA", minimum=1, methods=("lora", "pivotal"))
-    lora_alpha: int | None = _field("train", None, "the LoRA is scaled by alpha / rank", minimum=1, shown="the rank",
+    adapter_type: str | None = _field(
+        "train", None, "what stands beside the layers: a LoRA; oft: rotations of what a layer takes, in blocks of --rank; lokr: Kronecker "
+        "products of small matrices", choices=["lora", "oft", "lokr"], shown="lora", methods=("lora", "pivotal"))
+    rank: int = _field("train", 16, "rank of the LoRA or LoKr, side of an OFT's blocks", minimum=1, methods=("lora", "pivotal"))
+    lora_alpha: int | None = _field("train", None, "the LoRA or LoKr is scaled by alpha / rank", minimum=1, shown="the rank",
                                     methods=("lora", "pivotal"))
     lora_target: str | None = _field("train", None, "layers of the denoiser with a LoRA", methods=("lora", "pivotal"),
                                      choices=["attention", "attention+ff", "all"], shown="attention; all in small models")
@@ -3131,7 +3134,7 @@ OF_UNETS = r"^(base_model\.model\.)?(unet\.)?(down_blocks|up_blocks|mid_block)\.
 OF_TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|"
                    r"single_blocks|joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
 # A kind of Family.exports, in a message.
-NOT_WRITTEN = {"model": "a whole model", "lora": "a LoRA", "dora": "a DoRA", "word": "a new word"}
+NOT_WRITTEN = {"model": "a whole model", "lora": "a LoRA", "dora": "a DoRA", "lokr": "a LoKr", "oft": "an OFT", "word": "a new word"}
 
 
 def text_encoders_of(pipeline):
@@ -3163,7 +3166,7 @@ def is_positive(text):
 
 def made_by(s):
     """What the flags make, of Family.exports."""
-    lora = "dora" if s.use_dora else "lora"
+    lora = "dora" if s.use_dora else s.adapter_type or "lora"
     return {"full": ["model"], "lora": [lora], "textual_inversion": ["word"], "pivotal": [lora, "word"]}[s.method]
 
 
@@ -3703,7 +3706,7 @@ class StableDiffusion(Family):
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
     trains_text = bf16_throughout = True
-    exports = ("model", "lora", "dora", "word")
+    exports = ("model", "lora", "dora", "lokr", "word")
     other_programs = "ComfyUI, A1111 and Forge"
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
@@ -5593,6 +5596,93 @@ def lora_pair(layer, pair, alpha):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# methods/adapters: What may stand beside a model's layers, all of it through PEFT: LoRA, OFT and LoKr, as a table.
+#
+# OFT: what a layer takes is turned, in blocks, by orthogonal matrices (Qiu et al., arXiv 2306.07280). LoKr: a Kronecker product of two
+# small matrices is added to its weights (Yeh et al., arXiv 2309.14859).
+
+
+def lora_config(s, module, use_dora=False, **options):
+    from peft import LoraConfig
+
+    return LoraConfig(r=s.rank, lora_alpha=s.lora_alpha or s.rank, init_lora_weights="gaussian", lora_dropout=s.lora_dropout or 0.0,
+                      use_dora=use_dora, **options)
+
+
+def oft_config(s, module, use_dora=False, **options):
+    """Not of convolutions of more than a point: PEFT turns those in a way that is not the layer's own even without a turn."""
+    import torch
+    from peft import OFTConfig
+
+    wide = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d) and set(layer.kernel_size) != {1}]
+    return OFTConfig(oft_block_size=s.rank, exclude_modules=wide or None, **options)
+
+
+def lokr_config(s, module, use_dora=False, **options):
+    from peft import LoKrConfig
+
+    return LoKrConfig(r=s.rank, alpha=s.lora_alpha or s.rank, **options)
+
+
+@dataclass(frozen=True)
+class AdapterType:
+    """One of the things that may stand beside a layer."""
+
+    config: typing.Callable  # (s, the module, use_dora, options of every PEFT config) -> PEFT's config
+    sign: str  # what the names of its parameters have
+    kind: str = "a LoRA"  # in a message
+    lacks: tuple = ()  # (flag, why it has no meaning here)
+
+
+_NO_DORA = "use_dora", "it is of a LoRA's magnitudes"
+_NO_DROPOUT = "lora_dropout", "it leaves out inputs of a LoRA"
+ADAPTER_TYPES = {
+    "lora": AdapterType(lora_config, "lora_"),
+    "oft": AdapterType(oft_config, "oft_", "an OFT", (
+        _NO_DORA, _NO_DROPOUT, ("lora_alpha", "a rotation is not scaled"),
+        ("export", "no other program's files have a place for rotations of what a layer takes"))),
+    "lokr": AdapterType(lokr_config, "lokr_", "a LoKr", (_NO_DORA, _NO_DROPOUT)),
+}
+
+
+def adapter_type(s):
+    return ADAPTER_TYPES[s.adapter_type or "lora"]
+
+
+def check_adapter(s):
+    """UserError for flags that have no meaning with this --adapter_type."""
+    for flag, why in adapter_type(s).lacks:
+        if getattr(s, flag):
+            raise UserError(f"--{flag} with --adapter_type {s.adapter_type}: {why}; leave one out")
+    if s.adapter_type == "oft" and s.rank < 2:
+        raise UserError(f"--rank {s.rank} with --adapter_type oft: a rotation takes blocks of at least 2; give more")
+
+
+def add_adapter(s, module, **options):
+    """Stand an adapter beside layers of `module` that changes nothing yet; returns its parameters."""
+    kind = adapter_type(s)
+    with warnings.catch_warnings(action="ignore"):  # of PEFT, that some layers take blocks of another size
+        module.add_adapter(kind.config(s, module, **options))
+    return [parameter for name, parameter in module.named_parameters() if kind.sign in name]
+
+
+def lycoris_names(prefix, tensors, config):
+    """A LoKr's tensors under LyCORIS's names, lora_unet_down_blocks_0_..._to_q.lokr_w1, .lokr_w2_a, ..., .alpha.
+
+    PEFT multiplies by alpha / rank. So do other programs, but not where both matrices are whole: it is in the first one here.
+    """
+    import torch
+
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, kind = name.rsplit(".", 1)
+        layer = prefix + layer.replace(".", "_")
+        renamed[f"{layer}.{kind}"] = tensor * (config.alpha / config.r) if kind in ("lokr_w1", "lokr_w1_a") else tensor
+        renamed[f"{layer}.alpha"] = torch.tensor(float(config.r))
+    return renamed
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # methods/groups: Weights that train together. The training loop sees nothing of a method but a list of these.
 
 
@@ -5646,54 +5736,86 @@ def save_pipeline(folder, models, subjects, notes):
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # methods/lora: LoRA (Hu et al., arXiv 2106.09685): low-rank changes beside the layers, saved as diffusers and as other programs load them.
-
-
-def add_lora(s, module, **options):
-    """Give `module` a LoRA (Hu et al., arXiv 2106.09685) that changes nothing yet; returns its parameters."""
-    from peft import LoraConfig
-
-    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=s.lora_alpha or s.rank, init_lora_weights="gaussian",
-                                  lora_dropout=s.lora_dropout or 0.0, **options))
-    return [parameter for name, parameter in module.named_parameters() if "lora_" in name]
+#
+# What --adapter_type puts in its place, which diffusers does not load, is saved in PEFT's own folders.
 
 
 def denoiser_lora(s, models, subjects, recipe):
     """Low-rank changes of the denoiser's layers."""
-    parameters = add_lora(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora)
-    return ParameterGroup(f"{models.family.denoiser}_lora", [models.denoiser], parameters, default(s.learning_rate, recipe.learning_rate))
+    parameters = add_adapter(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora)
+    return ParameterGroup(f"{models.family.denoiser}_{s.adapter_type or 'lora'}", [models.denoiser], parameters,
+                          default(s.learning_rate, recipe.learning_rate))
 
 
 def text_encoder_lora(s, models, subjects, recipe):
     """Low-rank changes of the text encoders' attention; never DoRA, whose magnitudes diffusers would not load again."""
     text_encoders = [text_encoder for _, text_encoder in models.readers]
-    parameters = [parameter for text_encoder in text_encoders for parameter in add_lora(
+    parameters = [parameter for text_encoder in text_encoders for parameter in add_adapter(
         s, text_encoder, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
         layers_to_transform=list(range(models.family.text_layers(models, text_encoder))), layers_pattern="layers")]
-    return ParameterGroup("text_encoder_lora", text_encoders, parameters,
+    return ParameterGroup(f"text_encoder_{s.adapter_type or 'lora'}", text_encoders, parameters,
                           default(s.text_encoder_lr, recipe.text_encoder_lr))
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
+PEFT, PEFT_CONFIG, PEFT_FILE = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapted_parts(models):
+    """{part of the pipeline: module} of those that have an adapter."""
+    parts = {models.family.denoiser: models.family.denoiser_of(models.pipeline), **text_encoders_of(models.pipeline)}
+    return {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
 
 
 def save_lora(folder, models, subjects, notes):
+    """Write what stands beside the layers: of a LoRA the files of save_as_lora(), of anything else those of save_in_folders()."""
+    kinds = {config.peft_type.value for module in adapted_parts(models).values() for config in module.peft_config.values()}
+    (save_as_lora if kinds == {"LORA"} else save_in_folders)(folder, models, notes)
+
+
+def save_in_folders(folder, models, notes):
+    """Write an adapter as PeftModel.from_pretrained() loads it, a folder for each part of the model, and a LoKr as ComfyUI and A1111
+    do, too, with {note: text} of its model."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    others = {}
+    for part, module in adapted_parts(models).items():
+        config = copy.copy(module.peft_config["default"])
+        config.inference_mode = True
+        tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module).items()}
+        config.save_pretrained(folder / part)
+        save_file({f"{PEFT}{name}": tensor for name, tensor in tensors.items()}, folder / part / PEFT_FILE, {"format": "pt"})
+        if "lokr" in models.family.exports and config.peft_type.value == "LOKR":
+            known = tensors if part == models.family.denoiser else {as_tools_know(name): tensor for name, tensor in tensors.items()}
+            others |= lycoris_names(models.family.lora_prefixes[part], known, config)
+    if others:
+        save_file(others, folder / KOHYA_FILE, with_kind(notes, "lora", {
+            "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "lokr"}', "ss_network_dim": str(config.r),
+            "ss_network_alpha": str(config.r)}))
+
+
+def as_tools_know(name):
+    """The name of a text encoder's tensor with a prefix that every tool knows; transformers 5.6 dropped it."""
+    return f"text_model.{name.removeprefix('text_model.')}"
+
+
+def save_as_lora(folder, models, notes):
     """Write the LoRA twice: as diffusers loads it, with its alpha as metadata, and, if its family exports it, as ComfyUI and others
     do, with {note: text} of its model."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    family = models.family
-    parts = {family.denoiser: models.denoiser, **text_encoders_of(models.pipeline)}
-    parts = {part: module for part, module in parts.items() if hasattr(module, "peft_config")}
+    family, parts = models.family, adapted_parts(models)
     kind = "dora" if any(module.peft_config["default"].use_dora for module in parts.values()) else "lora"
     weights, elsewhere = {}, {}
     for part, module in parts.items():
         tensors = get_peft_model_state_dict(module, save_embedding_layers=False)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        if part != family.denoiser:  # transformers 5.6 dropped this prefix; every tool knows it
-            tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+        if part != family.denoiser:
+            tensors = {as_tools_know(name): tensor for name, tensor in tensors.items()}
         config = module.peft_config["default"]
         weights[f"{part}_lora_layers"] = tensors
         if kind in family.exports:
@@ -5994,8 +6116,6 @@ def sampling_settings(s, pipeline):
 # drawing/foreign: LoRAs and embeddings as other programs write them: what a file is, whom it fits, and what it is called here.
 
 
-PEFT = "base_model.model."
-PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 LORA_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
@@ -6110,6 +6230,59 @@ def only_adapter(folder, files, flag):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# drawing/merged: OFTs and LoKrs in PEFT's folders, which diffusers does not load: PEFT merges them into the weights that they belong to.
+
+
+def merged_type(path):
+    """The name in ADAPTER_TYPES of what has to be merged, a folder with one of PEFT's for each part; None of a LoRA."""
+    files = lora_files(path) if path.is_dir() else []
+    kinds = {str((read_json(file.with_name(PEFT_CONFIG)) or {}).get("peft_type", "")).lower() for file in files}
+    return next((kind for kind in ADAPTER_TYPES if kind != "lora" and kind in kinds), None)
+
+
+def check_strength(trained, strength, flag):
+    """UserError for another strength than 1 of an OFT, which has none."""
+    if trained.lora and strength != 1 and merged_type(trained.lora) == "oft":
+        remedy = "leave out what follows the =" if flag == "--adapter" else "leave out --lora_scale"
+        raise UserError(f"{flag} {trained.source}: an OFT turns what layers take and has no strength; {remedy}")
+
+
+def merge_adapter(pipeline, trained, strength, flag):
+    """Merge an OFT or a LoKr into a pipeline's weights. UserError if it is not for this model."""
+    kind = ADAPTER_TYPES[merged_type(trained.lora)]
+    for file in lora_files(trained.lora):
+        module = pipeline.components.get(file.parent.name)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of PEFT, that some layers take blocks of another size
+                left_out = merge_part(module, file, strength, kind.sign, flag)
+        except UserError:
+            raise
+        except Exception as problem:  # whatever PEFT raises of layers that are not there or are of another size
+            left_out = " ".join(str(problem).split())[:200]
+        if left_out:
+            raise UserError(f"{flag} {file.parent}: this adapter, {kind.kind}, does not fit {pipeline.name_or_path} ({left_out})")
+
+
+def merge_part(module, file, strength, sign, flag):
+    """Merge one of PEFT's files into its module; returns what does not fit, "" if all does, and then nothing is merged."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    if module is None:
+        return f"it has no {file.parent.name}"
+    tuner = get_peft_model(module, PeftConfig.from_pretrained(str(file.parent)))
+    found = set_peft_model_state_dict(tuner, load_tensors(file, flag))
+    strange = [*found.unexpected_keys, *(name for name in found.missing_keys if sign in name)]
+    if strange:
+        return f"{len(strange)} of its tensors are not those of its layers, such as {min(strange)}"
+    for layer in tuner.modules():
+        if strength != 1 and hasattr(layer, "scale_layer"):
+            layer.scale_layer(strength)
+    tuner.merge_and_unload()
+    vars(module).pop("peft_config", None)  # nothing of it is left
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/trained: What --train, or another trainer, left behind: a whole model, a LoRA, embeddings, and their record.
 #
 # Nothing is loaded here.
@@ -6147,6 +6320,7 @@ def is_sound(record):
     resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
     places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
     return (all(isinstance(place, (str, type(None))) for place in places)
+            and record.get("settings", {}).get("adapter_type") in (None, *ADAPTER_TYPES)
             and (resolution is None or isinstance(resolution, int) and resolution > 0 and resolution % 8 == 0)
             and all(is_part_sample(part) for part in sample.values()))
 
@@ -6183,9 +6357,22 @@ def find_trained(source, flag):
         if not path.is_file():
             raise UserError(f"{flag} {source}: {file} is missing; train it again")
         return path
-    lora = part(LORA_FILE) if save_lora in method.saves else None
+    in_folders = record.get("settings", {}).get("adapter_type") not in (None, "lora")
+    lora = (split_folder(source, flag) if in_folders else part(LORA_FILE)) if save_lora in method.saves else None
     words = {x.identifier: part(embedding_file(x, subjects)) for x in subjects if save_words in method.saves}
     return Trained(source, record, subjects, lora, words)
+
+
+def split_folder(source, flag):
+    """The folder of an adapter in PEFT's folders, from the hub if `source` is an id. UserError if they are not there."""
+    folder = Path(source)
+    if not folder.is_dir():
+        wanted = [f"{part}/{file}" for part in LORA_PARTS for file in (PEFT_CONFIG, PEFT_FILE)]
+        found = [fetched(source, file, flag) for file in files_on_hub(source, "--adapter") if file in wanted]
+        folder = found[0].parent.parent if found else folder
+    if not lora_files(folder):
+        raise UserError(f"{flag} {source}: {PEFT_FILE} is missing; train it again")
+    return folder
 
 
 def fetched(source, file, flag):
@@ -6202,7 +6389,7 @@ def find_unrecorded(source, flag):
     """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
     files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
     is_bare = Path(source).is_dir() and "model_index.json" not in files
-    if is_bare and not any(file.endswith(".safetensors") for file in files) and is_split(Path(source)):
+    if is_bare and not any(file.endswith(".safetensors") and file != KOHYA_FILE for file in files) and is_split(Path(source)):
         return Trained(source, {}, [], Path(source), {})
     if "model_index.json" in files or not files:
         return Trained(source, {}, [], None, {})
@@ -6358,7 +6545,6 @@ def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
     for file in lora_files(trained.lora):
         check_lora(file, pipeline, flag)
-        check_numbers(file, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
@@ -6376,8 +6562,23 @@ def add_lora_file(pipeline, trained, adapter, flag):
         say_once(f"Note: {trained.lora}: {total - taken} of its {total} layers have no place in {pipeline.name_or_path} and are left out.")
 
 
+def add_loras(pipeline, loras):
+    """Add all [(Trained, strength, flag)] to a pipeline: first what is merged into its weights, then the LoRAs that stand beside them."""
+    for row in loras:
+        if merged_type(row[0].lora):
+            merge_adapter(pipeline, *row)
+    beside = [row for row in loras if not merged_type(row[0].lora)]
+    for number, (each, _, flag) in enumerate(beside):
+        add_lora_file(pipeline, each, f"lora_{number}", flag)
+    if beside:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(beside))], [strength for _, strength, _ in beside])
+
+
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
+    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
+    for row in everything:
+        check_strength(*row)
     recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
     variant = recorded if trained.is_adapter and s.model_name is None else None
     pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
@@ -6385,16 +6586,15 @@ def load_trained(s, base, trained, adapters, dtype):
         say_if_distilled(pipeline, base, trains=False)
     sample = sample_weights(pipeline)
     check_base(s, base, sample, trained, "--model_path")
-    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
     for each, _, flag in everything:
         add_words(pipeline, each, flag)
     loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
     for number, (each, _, flag) in enumerate(loras):
         if any(each.lora.resolve() == other.lora.resolve() for other, _, _ in loras[:number]):
             say(f"Note: {each.source} is added more than once; its strengths add up.")
-        add_lora_file(pipeline, each, f"lora_{number}", flag)
-    if loras:
-        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [strength for _, strength, _ in loras])
+        for file in lora_files(each.lora):
+            check_numbers(file, flag)
+    add_loras(pipeline, loras)
     for each, _ in adapters:
         check_base(s, base, sample, each, "--adapter")
     return pipeline
@@ -9193,6 +9393,8 @@ def objection(s, family, levers, precision):
         (is_quantized and not is_late(s, family),
          f"--base_precision {levers.base_precision}: for a LoRA of a transformer whose text encoders do not train; leave it out"),
         (is_quantized and s.use_dora, f"--base_precision {levers.base_precision}: DoRA needs the weights themselves; leave one out"),
+        (is_quantized and s.adapter_type not in (None, "lora"),
+         f"--base_precision {levers.base_precision}: --adapter_type {s.adapter_type} needs the weights themselves; leave one out"),
         (is_quantized and precision == "fp16",
          f"--base_precision {levers.base_precision}: give --mixed_precision bf16"),
         (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
@@ -9328,6 +9530,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
         hollow = hollow_models(s, models, plan, levers)
         groups = parameter_groups(s, hollow, subjects, recipe)
     parts = [hollow.denoiser, *hollow.text_encoders]
+    stop_dice(parts)
     check_rates(s, groups)
     told = told and rows_of(told, torch.zeros(pictures, dtype=torch.long), torch.device("cpu"))
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
@@ -9373,6 +9576,12 @@ def hollow_models(s, models, plan, levers):
         under_autocast = [] if without else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
+
+
+def stop_dice(parts):
+    """Have no LoKr of `parts` throw dice whether it is left out of a step: their result is not there without memory, nor needed."""
+    for layer in (layer for part in parts for layer in part.modules() if hasattr(layer, "module_dropout")):
+        layer.training = False
 
 
 def normalize_in_float32(parts):
@@ -9791,6 +10000,9 @@ def loss_plot(history, size=(800, 400), margin=50):
 CARD = "README.md"
 DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
                   "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
+ADAPTERS_ELSEWHERE = {
+    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is theirs",
+    "oft": "they have no place for these rotations; train with --adapter_type lora or lokr for them"}
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
@@ -9803,7 +10015,7 @@ def save_card(folder, s, models, subjects, sample=None):
 
     saves, family = METHODS[s.method].saves, models.family.name
     prompts = [subject.instance_prompt for subject in subjects]
-    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
+    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, s.adapter_type or "lora": save_lora in saves,
                                   "textual_inversion": save_words in saves, family: not family.startswith("small")}.items() if fits]
     widget = {"text": f"{prompts[0]} on the moon"}
     if sample:
@@ -9839,10 +10051,10 @@ def for_other_programs(s, family):
     """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
     lora = f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', {family.diffusers_lora_there}"
     told = {"model": f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
-            "lora": lora, "dora": lora,
+            "lora": lora, "dora": lora, **ADAPTERS_ELSEWHERE,
             "word": f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
     made = made_by(s)
-    text = "; ".join(told[kind] if kind in family.exports else f"{NOT_WRITTEN[kind]} of {family.kind} is not written for them"
+    text = "; ".join(told[kind] if kind in (*family.exports, "oft") else f"{NOT_WRITTEN[kind]} of {family.kind} is not written for them"
                      for kind in made)
     return f"{family.other_programs}: {text}." + f" It is {DORA_ELSEWHERE}." * ("dora" in made and "dora" in family.exports)
 
@@ -9853,11 +10065,15 @@ def usage(s, models, subjects):
     load, scheduler = how_to_load(models, s.variant) if method.is_adapter else ("from_pretrained(folder)", [])
     words = load_words(subjects, len(models.readers)) if save_words in method.saves else []
     reads = ["from safetensors.torch import load_file"] if words and len(models.readers) > 1 else []
+    is_lora_file = save_lora in method.saves and s.adapter_type in (None, "lora")
+    parts = adapted_parts(models) if save_lora in method.saves and not is_lora_file else []
+    reads += ["from peft import PeftModel"] if parts else []
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import torch", f"from diffusers import {kinds}", *reads, "",
              f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
              f"pipe = {kind}.{load}", *scheduler]
-    if save_lora in method.saves:
+    lines += [f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, folder, subfolder="{part}")' for part in parts]
+    if is_lora_file:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
     lines += [*words, '# pipe.to("cuda")', "noise = torch.Generator().manual_seed(0)  # that of --seed 0",
               f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, {look_of(s, models)}, generator=noise)"
@@ -10409,7 +10625,8 @@ def files_of_lora(s, trained, target):
     if s.export_precision:
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
-    return {target: (write, "the LoRA with the names that other programs have for its layers")}
+    kind = merged_type(trained.lora)
+    return {target: (write, "the LoRA with the names that other programs have for its layers" if kind is None else f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names")}
 
 
 def model_files(s, trained, target, pipeline):
@@ -10460,11 +10677,14 @@ def a1111_embedding(tensors):
 
 def kohya_file(trained):
     """The LoRA under other programs' names, which --train writes beside the one for diffusers."""
+    if merged_type(trained.lora) == "oft":
+        raise UserError(f"--export {trained.source}: {dict(ADAPTER_TYPES['oft'].lacks)['export']}; train with --adapter_type lora or lokr")
+    beside = trained.lora / KOHYA_FILE if trained.lora.is_dir() else trained.lora.with_name(KOHYA_FILE)
     try:
-        path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
+        path = beside if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
-    if path is None or trained.lora.is_dir() or not path.is_file():
+    if path is None or not path.is_file():
         raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train (of a DoRA of a "
                         f"transformer none is written)")
     return path
@@ -10639,6 +10859,7 @@ def settle_beforehand(s):
     if s.export:
         check_export(s)
     check_publishing(s)
+    check_adapter(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
     check_undistilled(name, "--model_name")

@@ -4,6 +4,7 @@
     python benchmarks/compare_methods.py --round first --variants full lora --variant "rank 4=--method lora --rank 4"
     python benchmarks/compare_methods.py --round choice --variants full --variant "fewer=--steps 1200" --against full
     python benchmarks/compare_methods.py --round choice --variants full --variant "frozen=--prior frozen" --against full
+    python benchmarks/compare_methods.py --round choice --variants lora --variant "lokr=--method lora --adapter_type lokr" --against lora
     python benchmarks/compare_methods.py --round final --variants full lora
 
 A variant is a name and the flags of its training. `--round first` is cheap, two subjects, one seed and a picture of each of the

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 from dreambooth.base import UserError, default, say
+from dreambooth.drawing.merged import merged_type
 from dreambooth.drawing.trained import find_trained, model_paths
 from dreambooth.files import check_room, check_writable, load_tensors, write_file
+from dreambooth.methods.adapters import ADAPTER_TYPES
 from dreambooth.methods.lora import KOHYA_FILE
 from dreambooth.models.addresses import is_single_file
 from dreambooth.models.families.known import family_of
@@ -84,7 +86,8 @@ def files_of_lora(s, trained, target):
     if s.export_precision:
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
-    return {target: (write, "the LoRA with the names that other programs have for its layers")}
+    kind = merged_type(trained.lora)
+    return {target: (write, "the LoRA with the names that other programs have for its layers" if kind is None else f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names")}
 
 
 def model_files(s, trained, target, pipeline):
@@ -135,11 +138,14 @@ def a1111_embedding(tensors):
 
 def kohya_file(trained):
     """The LoRA under other programs' names, which --train writes beside the one for diffusers."""
+    if merged_type(trained.lora) == "oft":
+        raise UserError(f"--export {trained.source}: {dict(ADAPTER_TYPES['oft'].lacks)['export']}; train with --adapter_type lora or lokr")
+    beside = trained.lora / KOHYA_FILE if trained.lora.is_dir() else trained.lora.with_name(KOHYA_FILE)
     try:
-        path = trained.lora.with_name(KOHYA_FILE) if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
+        path = beside if Path(trained.source).is_dir() else hub_file(trained.source, KOHYA_FILE)
     except Exception:  # whatever the hub's client raises
         path = None
-    if path is None or trained.lora.is_dir() or not path.is_file():
+    if path is None or not path.is_file():
         raise UserError(f"--model_path {trained.source}: there is no {KOHYA_FILE} in it; give an output of --train (of a DoRA of a "
                         f"transformer none is written)")
     return path

@@ -102,8 +102,11 @@ class Settings:
                                           "word and LoRA", choices=["full", "lora", "textual_inversion", "pivotal"])
     train_text_encoder: bool = _field("train", False, "train the text encoder(s) as well as the denoiser",
                                       methods=("full", "lora", "pivotal"))
-    rank: int = _field("train", 16, "rank of the LoRA", minimum=1, methods=("lora", "pivotal"))
-    lora_alpha: int | None = _field("train", None, "the LoRA is scaled by alpha / rank", minimum=1, shown="the rank",
+    adapter_type: str | None = _field(
+        "train", None, "what stands beside the layers: a LoRA; oft: rotations of what a layer takes, in blocks of --rank; lokr: Kronecker "
+        "products of small matrices", choices=["lora", "oft", "lokr"], shown="lora", methods=("lora", "pivotal"))
+    rank: int = _field("train", 16, "rank of the LoRA or LoKr, side of an OFT's blocks", minimum=1, methods=("lora", "pivotal"))
+    lora_alpha: int | None = _field("train", None, "the LoRA or LoKr is scaled by alpha / rank", minimum=1, shown="the rank",
                                     methods=("lora", "pivotal"))
     lora_target: str | None = _field("train", None, "layers of the denoiser with a LoRA", methods=("lora", "pivotal"),
                                      choices=["attention", "attention+ff", "all"], shown="attention; all in small models")

@@ -20,6 +20,7 @@ from dreambooth.export import check_export, write_export
 from dreambooth.files import check_writable
 from dreambooth.memory.plan import naming_next_plan, set_course
 from dreambooth.memory.plans import check_levers, is_late
+from dreambooth.methods.adapters import check_adapter
 from dreambooth.methods.table import METHODS, has_class_images, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
 from dreambooth.models.find import check_undistilled, check_variant, default_model, family_at, find_model
@@ -123,6 +124,7 @@ def settle_beforehand(s):
     if s.export:
         check_export(s)
     check_publishing(s)
+    check_adapter(s)
     name = find_model(s.model_name or default_model(), "--model_name", s.revision)
     check_variant(name, s.variant)
     check_undistilled(name, "--model_name")

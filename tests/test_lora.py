@@ -97,7 +97,7 @@ def lora_of_whole_numbers(tiny_model, family, target, rank=4, alpha=2):
 
     models = db.load_models(str(tiny_model(family)), torch.float32)
     s = db.Settings("train", method="lora", rank=rank, lora_alpha=alpha)
-    db.add_lora(s, models.denoiser, target_modules=models.family.lora_targets[target])
+    db.add_adapter(s, models.denoiser, target_modules=models.family.lora_targets[target])
     torch.manual_seed(1)
     tensors = {name: torch.randint(-8, 9, tensor.shape).float()
                for name, tensor in get_peft_model_state_dict(models.denoiser, save_embedding_layers=False).items()}

@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 from dreambooth.base import UserError, say_once
+from dreambooth.methods.lora import PEFT, PEFT_CONFIG, PEFT_FILE
 from dreambooth.models.families.family import LORA_LAYER
 from dreambooth.models.families.known import family_of
 from dreambooth.models.headers import read_header, read_json
 
-PEFT = "base_model.model."
-PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 LORA_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # What a LoRA-like file may be that changes weights in another way: a pattern that some tensor's name has -> what it is.
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),

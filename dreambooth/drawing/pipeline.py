@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dreambooth.base import HERE, UserError, say, say_once
 from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_files, lora_weights
+from dreambooth.drawing.merged import check_strength, merge_adapter, merged_type
 from dreambooth.files import load_tensors
 from dreambooth.models.families.family import text_encoders_of
 from dreambooth.models.families.known import family_of
@@ -87,7 +88,6 @@ def add_lora_file(pipeline, trained, adapter, flag):
     """Add a LoRA by the name `adapter`. UserError if it is not for this model; a line if some of its layers have no place in it."""
     for file in lora_files(trained.lora):
         check_lora(file, pipeline, flag)
-        check_numbers(file, flag)
     try:
         weights, options = lora_weights(trained.lora)
         with warnings.catch_warnings(action="ignore"):  # of PEFT, that there are several LoRAs, and of layers that are counted below
@@ -105,8 +105,23 @@ def add_lora_file(pipeline, trained, adapter, flag):
         say_once(f"Note: {trained.lora}: {total - taken} of its {total} layers have no place in {pipeline.name_or_path} and are left out.")
 
 
+def add_loras(pipeline, loras):
+    """Add all [(Trained, strength, flag)] to a pipeline: first what is merged into its weights, then the LoRAs that stand beside them."""
+    for row in loras:
+        if merged_type(row[0].lora):
+            merge_adapter(pipeline, *row)
+    beside = [row for row in loras if not merged_type(row[0].lora)]
+    for number, (each, _, flag) in enumerate(beside):
+        add_lora_file(pipeline, each, f"lora_{number}", flag)
+    if beside:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(beside))], [strength for _, strength, _ in beside])
+
+
 def load_trained(s, base, trained, adapters, dtype):
     """The pipeline of --model_path with everything of --adapter in it."""
+    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
+    for row in everything:
+        check_strength(*row)
     recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
     variant = recorded if trained.is_adapter and s.model_name is None else None
     pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
@@ -114,16 +129,15 @@ def load_trained(s, base, trained, adapters, dtype):
         say_if_distilled(pipeline, base, trains=False)
     sample = sample_weights(pipeline)
     check_base(s, base, sample, trained, "--model_path")
-    everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
     for each, _, flag in everything:
         add_words(pipeline, each, flag)
     loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
     for number, (each, _, flag) in enumerate(loras):
         if any(each.lora.resolve() == other.lora.resolve() for other, _, _ in loras[:number]):
             say(f"Note: {each.source} is added more than once; its strengths add up.")
-        add_lora_file(pipeline, each, f"lora_{number}", flag)
-    if loras:
-        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [strength for _, strength, _ in loras])
+        for file in lora_files(each.lora):
+            check_numbers(file, flag)
+    add_loras(pipeline, loras)
     for each, _ in adapters:
         check_base(s, base, sample, each, "--adapter")
     return pipeline

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.base import UserError, default
-from dreambooth.drawing.foreign import is_lora, is_split, only_adapter
-from dreambooth.methods.lora import LORA_FILE, save_lora
+from dreambooth.drawing.foreign import LORA_PARTS, is_lora, is_split, lora_files, only_adapter
+from dreambooth.methods.adapters import ADAPTER_TYPES
+from dreambooth.methods.lora import KOHYA_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file, located, refuse_pickle
@@ -56,6 +57,7 @@ def is_sound(record):
     resolution, sample = record.get("used", {}).get("resolution"), record.get("base_sample") or {}
     places = [record.get("settings", {}).get(name) for name in ("variant", "concepts", "instance_data_dir")]
     return (all(isinstance(place, (str, type(None))) for place in places)
+            and record.get("settings", {}).get("adapter_type") in (None, *ADAPTER_TYPES)
             and (resolution is None or isinstance(resolution, int) and resolution > 0 and resolution % 8 == 0)
             and all(is_part_sample(part) for part in sample.values()))
 
@@ -92,9 +94,22 @@ def find_trained(source, flag):
         if not path.is_file():
             raise UserError(f"{flag} {source}: {file} is missing; train it again")
         return path
-    lora = part(LORA_FILE) if save_lora in method.saves else None
+    in_folders = record.get("settings", {}).get("adapter_type") not in (None, "lora")
+    lora = (split_folder(source, flag) if in_folders else part(LORA_FILE)) if save_lora in method.saves else None
     words = {x.identifier: part(embedding_file(x, subjects)) for x in subjects if save_words in method.saves}
     return Trained(source, record, subjects, lora, words)
+
+
+def split_folder(source, flag):
+    """The folder of an adapter in PEFT's folders, from the hub if `source` is an id. UserError if they are not there."""
+    folder = Path(source)
+    if not folder.is_dir():
+        wanted = [f"{part}/{file}" for part in LORA_PARTS for file in (PEFT_CONFIG, PEFT_FILE)]
+        found = [fetched(source, file, flag) for file in files_on_hub(source, "--adapter") if file in wanted]
+        folder = found[0].parent.parent if found else folder
+    if not lora_files(folder):
+        raise UserError(f"{flag} {source}: {PEFT_FILE} is missing; train it again")
+    return folder
 
 
 def fetched(source, file, flag):
@@ -111,7 +126,7 @@ def find_unrecorded(source, flag):
     """What is in a folder or hub id that --train did not make: a whole model, or a file to add to one."""
     files = [path.name for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else files_on_hub(source, flag)
     is_bare = Path(source).is_dir() and "model_index.json" not in files
-    if is_bare and not any(file.endswith(".safetensors") for file in files) and is_split(Path(source)):
+    if is_bare and not any(file.endswith(".safetensors") and file != KOHYA_FILE for file in files) and is_split(Path(source)):
         return Trained(source, {}, [], Path(source), {})
     if "model_index.json" in files or not files:
         return Trained(source, {}, [], None, {})

@@ -46,6 +46,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
         hollow = hollow_models(s, models, plan, levers)
         groups = parameter_groups(s, hollow, subjects, recipe)
     parts = [hollow.denoiser, *hollow.text_encoders]
+    stop_dice(parts)
     check_rates(s, groups)
     told = told and rows_of(told, torch.zeros(pictures, dtype=torch.long), torch.device("cpu"))
     trains_text = any(part in group.modules for group in groups for part in hollow.text_encoders)
@@ -91,6 +92,12 @@ def hollow_models(s, models, plan, levers):
         under_autocast = [] if without else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
+
+
+def stop_dice(parts):
+    """Have no LoKr of `parts` throw dice whether it is left out of a step: their result is not there without memory, nor needed."""
+    for layer in (layer for part in parts for layer in part.modules() if hasattr(layer, "module_dropout")):
+        layer.training = False
 
 
 def normalize_in_float32(parts):

@@ -35,6 +35,8 @@ def objection(s, family, levers, precision):
         (is_quantized and not is_late(s, family),
          f"--base_precision {levers.base_precision}: for a LoRA of a transformer whose text encoders do not train; leave it out"),
         (is_quantized and s.use_dora, f"--base_precision {levers.base_precision}: DoRA needs the weights themselves; leave one out"),
+        (is_quantized and s.adapter_type not in (None, "lora"),
+         f"--base_precision {levers.base_precision}: --adapter_type {s.adapter_type} needs the weights themselves; leave one out"),
         (is_quantized and precision == "fp16",
          f"--base_precision {levers.base_precision}: give --mixed_precision bf16"),
         (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth.base import default
 from dreambooth.files import write_file
-from dreambooth.methods.lora import KOHYA_FILE, LORA_FILE, save_lora
+from dreambooth.methods.lora import KOHYA_FILE, LORA_FILE, adapted_parts, save_lora
 from dreambooth.methods.new_words import embedding_file, save_words
 from dreambooth.methods.table import METHODS
 from dreambooth.models.addresses import is_single_file
@@ -22,6 +22,9 @@ from dreambooth.subjects.nouns import noun_of
 CARD = "README.md"
 DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
                   "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
+ADAPTERS_ELSEWHERE = {
+    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is theirs",
+    "oft": "they have no place for these rotations; train with --adapter_type lora or lokr for them"}
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
 
@@ -34,7 +37,7 @@ def save_card(folder, s, models, subjects, sample=None):
 
     saves, family = METHODS[s.method].saves, models.family.name
     prompts = [subject.instance_prompt for subject in subjects]
-    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, "lora": save_lora in saves,
+    tags = [tag for tag, fits in {"dreambooth": METHODS[s.method].changes_class, s.adapter_type or "lora": save_lora in saves,
                                   "textual_inversion": save_words in saves, family: not family.startswith("small")}.items() if fits]
     widget = {"text": f"{prompts[0]} on the moon"}
     if sample:
@@ -70,10 +73,10 @@ def for_other_programs(s, family):
     """Sentences that tell which of an output's files ComfyUI, A1111 and Forge read."""
     lora = f"{KOHYA_FILE} is theirs; of {LORA_FILE}, which is diffusers', {family.diffusers_lora_there}"
     told = {"model": f"they read the one file that `--export NAME.safetensors --model_path {s.output_dir}` writes",
-            "lora": lora, "dora": lora,
+            "lora": lora, "dora": lora, **ADAPTERS_ELSEWHERE,
             "word": f"they know a word by its file's name: `--export NAME.safetensors --model_path {s.output_dir}` writes it"}
     made = made_by(s)
-    text = "; ".join(told[kind] if kind in family.exports else f"{NOT_WRITTEN[kind]} of {family.kind} is not written for them"
+    text = "; ".join(told[kind] if kind in (*family.exports, "oft") else f"{NOT_WRITTEN[kind]} of {family.kind} is not written for them"
                      for kind in made)
     return f"{family.other_programs}: {text}." + f" It is {DORA_ELSEWHERE}." * ("dora" in made and "dora" in family.exports)
 
@@ -84,11 +87,15 @@ def usage(s, models, subjects):
     load, scheduler = how_to_load(models, s.variant) if method.is_adapter else ("from_pretrained(folder)", [])
     words = load_words(subjects, len(models.readers)) if save_words in method.saves else []
     reads = ["from safetensors.torch import load_file"] if words and len(models.readers) > 1 else []
+    is_lora_file = save_lora in method.saves and s.adapter_type in (None, "lora")
+    parts = adapted_parts(models) if save_lora in method.saves and not is_lora_file else []
+    reads += ["from peft import PeftModel"] if parts else []
     kinds = ", ".join(sorted({kind, *([type(models.pipeline.scheduler).__name__] if scheduler else [])}))
     lines = ["import torch", f"from diffusers import {kinds}", *reads, "",
              f"folder = {quoted(s.output_dir)}  # or the id that it has on the hub",
              f"pipe = {kind}.{load}", *scheduler]
-    if save_lora in method.saves:
+    lines += [f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, folder, subfolder="{part}")' for part in parts]
+    if is_lora_file:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")')
     lines += [*words, '# pipe.to("cuda")', "noise = torch.Generator().manual_seed(0)  # that of --seed 0",
               f"pipe({quoted(f'{subjects[0].instance_prompt} on the moon')}, {look_of(s, models)}, generator=noise)"

@@ -14,7 +14,7 @@ OF_UNETS = r"^(base_model\.model\.)?(unet\.)?(down_blocks|up_blocks|mid_block)\.
 OF_TRANSFORMERS = (r"^(base_model\.model\.)?(transformer|transformer_blocks|single_transformer_blocks|(diffusion_model\.)?(double_blocks|"
                    r"single_blocks|joint_blocks|layers|blocks))\.|^lora_(transformer|unet_(double|single|joint)_blocks)")
 # A kind of Family.exports, in a message.
-NOT_WRITTEN = {"model": "a whole model", "lora": "a LoRA", "dora": "a DoRA", "word": "a new word"}
+NOT_WRITTEN = {"model": "a whole model", "lora": "a LoRA", "dora": "a DoRA", "lokr": "a LoKr", "oft": "an OFT", "word": "a new word"}
 
 
 def text_encoders_of(pipeline):
@@ -46,7 +46,7 @@ def is_positive(text):
 
 def made_by(s):
     """What the flags make, of Family.exports."""
-    lora = "dora" if s.use_dora else "lora"
+    lora = "dora" if s.use_dora else s.adapter_type or "lora"
     return {"full": ["model"], "lora": [lora], "textual_inversion": ["word"], "pivotal": [lora, "word"]}[s.method]
 
 

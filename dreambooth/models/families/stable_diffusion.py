@@ -39,7 +39,7 @@ class StableDiffusion(Family):
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
     trains_text = bf16_throughout = True
-    exports = ("model", "lora", "dora", "word")
+    exports = ("model", "lora", "dora", "lokr", "word")
     other_programs = "ComfyUI, A1111 and Forge"
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
