@@ -5140,7 +5140,8 @@ def named_model(name, flag):
 def find_model(name, flag, revision=None):
     """Folder, hub id (with @REVISION) or file of a model, without importing torch. UserError if there is none of a supported
     kind."""
-    name, index = named_model(located(name, flag), flag)
+    is_short = name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file()
+    name, index = named_model(name if is_short else located(name, flag), flag)
     refuse_pickle(name, flag)
     if revision not in (None, "main"):
         name, index = with_revision(name, revision), None

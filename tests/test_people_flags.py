@@ -152,7 +152,7 @@ def test_wrong_values_are_one_line_that_names_the_flag_as_it_was_typed(words, sa
     (["--num_train_epochs", "4", "--max_train_steps", "8"], "it needs no --steps"),
     (["--repeats", "4"], "it needs --num_train_epochs or --validation_epochs"),
     (["--validation_epochs", "4", "--validation_steps", "8"], "it needs no --validation_steps"),
-    (["--prior_generation_precision", "fp32", "--no-with_prior_preservation"], "it needs --with_prior_preservation"),
+    (["--prior_generation_precision", "fp32", "--no-with_prior_preservation"], "it needs --with_prior_preservation and --prior images"),
     (["--prior_loss_weight", "3", "--method", "textual_inversion"], "it needs --with_prior_preservation"),
     (["--dino_model", "d"], "it needs --select_best"),
     (["--prompts_file", "p.txt"], "it needs --select_best"),
