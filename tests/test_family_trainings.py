@@ -165,7 +165,6 @@ def test_a_distilled_model_still_draws(run, tiny_model, tmp_path):
     ("flux2", ["--snr_gamma", "5"], "--snr_gamma 5: for models that learnt diffusion"),
     ("qwen-image", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for Qwen-Image"),
     ("sd3", ["--method", "pivotal", "--num_vectors", "2"], "--num_vectors 2: Stable Diffusion 3's pipeline reads a new word as one"),
-    ("sd3", ["--resolution", "1024"], "knows places in pictures of up to 128 px"),
 ])
 def test_a_flag_without_meaning_is_refused(family, flags, said, teach):
     status, _, err = teach(family, *flags)
@@ -280,6 +279,13 @@ def test_qwen_is_guided_away_from_something_always(scale, negative, passes, tiny
     list(db.draw(pipeline, [("a dog", 0), ("a cat", 1)], steps=2, guidance_scale=scale, height=32, width=32, batch_size=2,
                  negative_prompt=negative))
     assert len(calls) == passes
+
+
+def test_stable_diffusion_3_knows_places_up_to_a_size(tiny_model):
+    pipeline = db.load_pipeline(str(tiny_model("sd3")), torch.float32)
+    db.family_of(pipeline).check_side(pipeline, 128, "--resolution")
+    with pytest.raises(db.UserError, match="knows places in pictures of up to 128 px"):
+        db.family_of(pipeline).check_side(pipeline, 132, "--resolution")
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd3.5-without-t5"])
