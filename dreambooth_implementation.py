@@ -7325,6 +7325,7 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     by_size, usual, variants = {}, View((resolution, resolution)), 2 if random_flip else 1
     for picture in pictures:
         view = (views or {}).get(picture[0], usual)
+        view = view if picture in own else dataclasses.replace(view, mask=None)  # a mask is of the subject, not of its class
         by_size.setdefault(view.size, {})[picture] = view
     models.vae.to(device)
     seen, shelves = seen_pictures(by_size.values(), own), []
@@ -10002,7 +10003,7 @@ CARD = "README.md"
 DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
                   "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
 ADAPTERS_ELSEWHERE = {
-    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is theirs",
+    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is meant for them, but was not tried there yet",
     "oft": "they have no place for these rotations; train with --adapter_type lora or lokr for them"}
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 

@@ -1,5 +1,6 @@
 """The latent cache: every training picture passes through the VAE once."""
 
+import dataclasses
 import typing
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ def cache_latents(models, photos, class_images, resolution, device, random_flip=
     by_size, usual, variants = {}, View((resolution, resolution)), 2 if random_flip else 1
     for picture in pictures:
         view = (views or {}).get(picture[0], usual)
+        view = view if picture in own else dataclasses.replace(view, mask=None)  # a mask is of the subject, not of its class
         by_size.setdefault(view.size, {})[picture] = view
     models.vae.to(device)
     seen, shelves = seen_pictures(by_size.values(), own), []
