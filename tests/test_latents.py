@@ -42,3 +42,14 @@ def test_masks_go_with_their_rows(tmp_path, tiny_model):
         batch = db.make_batch(cache, settings(), step, usual_noise())
         is_masked = batch["sizes"][:, 1] == 40  # the width of the second photo
         assert torch.equal(batch["mask"].flatten(1).ne(1).any(1), is_masked)
+
+
+def test_a_mask_is_of_the_subject_and_not_of_its_class(tiny_model, photos):
+    """Where the photos themselves are the class's pictures, too, as with --prior frozen."""
+    models = db.load_models(str(tiny_model("sd1")), torch.float32)
+    mask = Image.new("L", (48, 40))
+    mask.paste(255, (0, 0, 24, 40))
+    photo, view = photos / "0.png", db.View((32, 32), mask=mask)
+    cache = db.cache_latents(models, [[(photo, "a sks dog")]], [[(photo, "a dog")]], 32, torch.device("cpu"), views={photo: view})
+    ((own,),), ((of_class,),) = cache.photos, cache.class_images
+    assert cache.mask[own].unique().numel() > 1 and (cache.mask[of_class] == 1).all()
