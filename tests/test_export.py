@@ -10,7 +10,7 @@ import yaml
 from conftest import KINDS, pipeline_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_runs import same
+from training_runs import original_checkpoint, same
 
 import dreambooth_implementation as db
 
@@ -128,7 +128,7 @@ def test_what_is_read_from_a_folder_is_what_a_loaded_model_has(kind, exported):
     parts, unet_config, open_part, scheduler = db.stored_model(str(folder), "--model_path")
     layout = db.layout_of(parts, unet_config)
     assert layout == {"demo": "sd1"}.get(kind, kind)
-    assert same(dict(db.original_tensors(layout, open_part, scheduler)), db.original_checkpoint(pipeline_of(kind)))
+    assert same(dict(db.original_tensors(layout, open_part, scheduler)), original_checkpoint(pipeline_of(kind)))
 
 
 @pytest.mark.parametrize("flags, kind", [([], torch.float16), (["--export_precision", "bf16"], torch.bfloat16),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import KINDS, build_pipeline, pipeline_of
-from training_runs import same
+from training_runs import original_checkpoint, same
 
 import dreambooth_implementation as db
 
@@ -13,7 +13,7 @@ def test_diffusers_own_converters_give_every_tensor_back(kind):
     from diffusers.loaders import single_file_utils as diffusers_utils
 
     pipeline = pipeline_of(kind)
-    tensors = db.original_checkpoint(pipeline)
+    tensors = original_checkpoint(pipeline)
     assert same(diffusers_utils.convert_ldm_unet_checkpoint(tensors, pipeline.unet.config), pipeline.unet.state_dict())
     assert same(diffusers_utils.convert_ldm_vae_checkpoint(tensors, pipeline.vae.config), pipeline.vae.state_dict())
     texts = {"text_encoder": diffusers_utils.convert_ldm_clip_checkpoint(tensors)}
@@ -75,9 +75,9 @@ def test_full_size_vae_has_the_published_names():
 
 def test_velocity_models_of_sdxl_say_so():
     pipeline = build_pipeline("sdxl")
-    assert not {"v_pred", "ztsnr"} & set(db.original_checkpoint(pipeline))
+    assert not {"v_pred", "ztsnr"} & set(original_checkpoint(pipeline))
     pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    tensors = db.original_checkpoint(pipeline)
+    tensors = original_checkpoint(pipeline)
     assert tensors["v_pred"].numel() == tensors["ztsnr"].numel() == 0
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build_pipeline
 from safetensors.torch import load_file, save_file
+from training_runs import original_checkpoint
 
 import dreambooth_implementation as db
 
@@ -463,7 +464,7 @@ def originals(tmp_path_factory):
         if kind not in made:
             pipeline = wide_pipeline(kind)
             pipeline.save_pretrained(root / kind)
-            made[kind] = {name: tensor.contiguous() for name, tensor in db.original_checkpoint(pipeline).items()}, root / kind
+            made[kind] = {name: tensor.contiguous() for name, tensor in original_checkpoint(pipeline).items()}, root / kind
         return made[kind]
 
     return make

@@ -33,6 +33,12 @@ def need(optimizer):
         pytest.importorskip(OPTIONAL[optimizer])
 
 
+def original_checkpoint(pipeline):
+    """{original name: tensor} of a pipeline, as --export writes it."""
+    parts, config, open_part, scheduler = db.loaded_model(pipeline)
+    return dict(db.original_tensors(db.layout_of(parts, config), open_part, scheduler))
+
+
 # ---- a Run
 
 

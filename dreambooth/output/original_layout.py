@@ -121,6 +121,8 @@ LAYOUTS = {
     "sd2": {**UNET_AND_VAE, "text_encoder": ("cond_stage_model.model.", open_clip_h_tensors)},
     "sdxl": {**UNET_AND_VAE, "text_encoder": ("conditioner.embedders.0.transformer.", clip_tensors),
              "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_tensors)}}
+# A layout's empty tensors, by which ComfyUI and Forge tell a model's noise: {name: (key, value) of a scheduler's config}.
+TELLING = {"sdxl": {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}}
 
 
 def layout_of(parts, unet_config):
@@ -130,8 +132,7 @@ def layout_of(parts, unet_config):
 
 def original_tensors(layout, open_part, scheduler):
     """Pairs (original name, tensor) of a whole model of a layout, part by part: open_part(part) gives (its config, {name: tensor}).
-
-    The empty tensors v_pred and ztsnr are how ComfyUI and Forge tell such an SDXL model; `scheduler` is a scheduler's config.
+    `scheduler` is a scheduler's config.
     """
     import torch
 
@@ -139,15 +140,9 @@ def original_tensors(layout, open_part, scheduler):
         config, tensors = open_part(part)
         for name, tensor in convert(tensors, config):
             yield prefix + name, tensor
-    if layout == "sdxl":
-        flags = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
-        yield from ((name, torch.empty(0)) for name, is_set in flags.items() if is_set)
-
-
-def original_checkpoint(pipeline):
-    """{original name: tensor} of a pipeline that is loaded."""
-    layout = layout_of([part for part, module in pipeline.components.items() if module is not None], pipeline.unet.config)
-    return dict(original_tensors(layout, lambda part: loaded_part(pipeline, part), pipeline.scheduler.config))
+    for name, (key, value) in TELLING.get(layout, {}).items():
+        if scheduler.get(key) == value:
+            yield name, torch.empty(0)
 
 
 def loaded_part(pipeline, part):
