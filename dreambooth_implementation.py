@@ -8796,22 +8796,13 @@ def restore(run, saved, state):
 
 def prepare_training(s, course, models, groups, cache, accelerator, origin):
     """The Run of what is to train: brought to the device, wrapped for precision and processes, with optimizer and schedule."""
-    import torch
-
     device, training, levers = accelerator.device, [module for group in groups for module in group.modules], course.levers
     if levers.gradient_checkpointing:
         set_checkpointing(models, groups)
     trains_text = any(t in training for t in models.text_encoders)
     from_the_model = bool(cache.class_images) and not has_class_images(s)  # what the class is to be
     encoded = None if trains_text and not from_the_model else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
-    for group in groups:
-        for parameter in group.parameters:
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
-    for module in training:  # no larger than it will be, and before the optimizer, which looks at where the parameters are
-        module.to(device).train()
-    if s.channels_last:
-        models.denoiser.to(memory_format=torch.channels_last)
+    bring(s, models, groups, levers, device)
     copied = from_the_model and not METHODS[s.method].is_adapter
     twin = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
     compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
@@ -8819,20 +8810,8 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
         models.denoiser.compile_repeated_blocks()
     optimizer = make_optimizer(s, levers.optimizer, groups, device)
-    # The schedule stays ours: accelerate would advance it once per process.
-    lr_scheduler = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps, default(s.lr_num_cycles, 1),
-                                 default(s.lr_power, 1.0))
-
-    def until(last, factor):
-        return lambda step: factor(step) if step < last else 0
-    lr_scheduler.lr_lambdas = [until(g.until * course.steps, factor) for g, factor in zip(groups, lr_scheduler.lr_lambdas)]
-
-    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
-        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
-    parts = [models.denoiser, *models.text_encoders]
-    ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
-    modules = [module for module, part in zip(ready, parts) if part in training]
-    models = dataclasses.replace(models, denoiser=ready[0], text_encoders=ready[1:])
+    lr_scheduler = schedule_of(s, course, groups, optimizer)
+    models, modules = wrapped(models, training, levers, accelerator)
     conditioning = prompt_conditioning(models, cache.prompts, None if trains_text else encoded, device)
     untouched = from_the_model and make_untouched(models, prompt_conditioning(models, cache.prompts, encoded, device), twin)
     at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
@@ -8843,6 +8822,43 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
     return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
                origin, averages, untouched or None)
+
+
+def bring(s, models, groups, levers, device):
+    """Have what trains in its precision, on the device: no larger than it will be, and before there is an optimizer, which looks at
+    where the parameters are."""
+    import torch
+
+    for parameter in (parameter for group in groups for parameter in group.parameters):
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    for module in (module for group in groups for module in group.modules):
+        module.to(device).train()
+    if s.channels_last:
+        models.denoiser.to(memory_format=torch.channels_last)
+
+
+def wrapped(models, training, levers, accelerator):
+    """(Models whose parts are ready for precision and processes, those of them that train). Text encoders at rest stay as they are."""
+    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
+        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
+    trains_text = any(part in training for part in models.text_encoders)
+    parts = [models.denoiser, *models.text_encoders]
+    ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
+    modules = [module for module, part in zip(ready, parts) if part in training]
+    return dataclasses.replace(models, denoiser=ready[0], text_encoders=ready[1:]), modules
+
+
+def schedule_of(s, course, groups, optimizer):
+    """The learning rate schedule of a course, in which a group rests once its time is over. It stays ours: accelerate would advance
+    it once per process."""
+    schedule = make_schedule(course.lr_scheduler, optimizer, s.lr_warmup_steps, course.steps, default(s.lr_num_cycles, 1),
+                             default(s.lr_power, 1.0))
+
+    def until(last, factor):
+        return lambda step: factor(step) if step < last else 0
+    schedule.lr_lambdas = [until(group.until * course.steps, factor) for group, factor in zip(groups, schedule.lr_lambdas)]
+    return schedule
 
 
 def make_optimizer(s, name, groups, device):
