@@ -85,8 +85,6 @@ def clip_tensors(tensors, config):
 
 def open_clip_tensors(tensors, config):
     """Pairs of a text encoder's tensors as OpenCLIP names them: query, key and value in one matrix, the projection transposed."""
-    import torch
-
     source = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     for name, tensor in source.items():
         if name == "text_projection.weight":
@@ -94,12 +92,19 @@ def open_clip_tensors(tensors, config):
         elif name in OPEN_CLIP_ENDS:
             yield OPEN_CLIP_ENDS[name], tensor
         else:
-            layer, inner = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name).groups()
-            if match := re.fullmatch(r"self_attn\.q_proj\.(weight|bias)", inner):
-                parts = [source[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-                yield f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}", torch.cat(parts)
-            elif not re.match(r"self_attn\.[kv]_proj", inner):
-                yield f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}", tensor
+            yield from open_clip_layer(source, name)
+
+
+def open_clip_layer(source, name):
+    """The pair of a layer's tensor: that of the query has key and value as well, which then have none."""
+    import torch
+
+    layer, inner = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name).groups()
+    if match := re.fullmatch(r"self_attn\.q_proj\.(weight|bias)", inner):
+        parts = [source[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+        yield f"transformer.resblocks.{layer}.attn.in_proj_{match[1]}", torch.cat(parts)
+    elif not re.match(r"self_attn\.[kv]_proj", inner):
+        yield f"transformer.resblocks.{layer}.{renamed(inner, OPEN_CLIP)}", source[name]
 
 
 def open_clip_h_tensors(tensors, config):
