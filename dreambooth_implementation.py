@@ -334,7 +334,7 @@ def check_import(package, flag):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# device: Where and in which precision to compute: a CUDA GPU, Apple's, or the CPU.
+# device: Where and in which precision to compute, a CUDA GPU, Apple's or the CPU, and how much memory there is.
 #
 # Knows nothing of what is computed.
 
@@ -376,6 +376,27 @@ def plan_device(s):
     if precision == "fp16" and not cuda:
         raise UserError(f"--mixed_precision fp16 needs a CUDA GPU and this machine has none; give no{'' if mps else ' or bf16'}")
     return Plan(device, precision)
+
+
+AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
+
+
+def memory_limit(s, plan):
+    """How many bytes on the device may be taken, or None for as many as it likes. UserError for what is no number."""
+    import torch
+
+    if s.max_vram == "auto":
+        if plan.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(plan.device)
+        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
+    try:
+        limit = float(s.max_vram) * GIB
+    except ValueError:
+        limit = 0
+    if not 0 < limit < math.inf:
+        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
+    return limit
 
 
 def moved(tensor, device):
@@ -1440,7 +1461,7 @@ class Settings:
     weights: str | None = _field("train", None, "precision of the trained weights; bf16 is rounded stochastically, and needs "
                                  "--optimizer adamw8bit or --fused_backward", choices=["fp32", "bf16"], methods=("full",),
                                  shown="fp32, or as --max_vram needs")
-    base_precision: str | None = _field("train", None, "precision of the frozen transformer that a LoRA stands on: int8 and fp8 need torchao, "
+    base_precision: str | None = _field("all", None, "precision of the frozen transformer that a LoRA stands on, or that draws: int8 and fp8 need torchao, "
                                         "nf4 needs bitsandbytes and a CUDA GPU; bf16: that of the arithmetic", methods=("lora", "pivotal"),
                                         choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
@@ -2821,7 +2842,8 @@ def captioned(concept, subject):
 # ------------------------------------------------------------------------------------------------------------------------------
 # models/quantized: The frozen weights that a LoRA stands on, in fewer bits: by torchao or bitsandbytes, through diffusers' own configs.
 #
-# The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314).
+# The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314). A transformer that draws and
+# has no room otherwise comes in fewer bits, too.
 
 
 def int8_config(dtype):
@@ -2855,6 +2877,16 @@ class Base:
 
 BASES = {"bf16": Base(), "int8": Base(1.002, "torchao", int8_config), "fp8": Base(1.002, "torchao", fp8_config),
          "nf4": Base(0.5 + 4 / 64, "bitsandbytes", nf4_config)}  # one float32 scale for 64 weights
+
+
+def why_not(base_precision, device):
+    """Why nothing can be in this precision here, with a remedy, or None."""
+    package = BASES[base_precision].package
+    if package and importlib.util.find_spec(package) is None:
+        return f"--base_precision {base_precision} needs {package}: pip install {package}"
+    if base_precision == "nf4" and device.type != "cuda":
+        return "--base_precision nf4 needs a CUDA GPU and this machine has none; give int8"
+    return None
 
 
 def quantization(base_precision, dtype):
@@ -5472,8 +5504,13 @@ class PromptBook:
         if not missing:
             return
         self.bring(models)
-        for text_encoder in models.text_encoders:
-            text_encoder.to(device)
+        try:
+            for text_encoder in models.text_encoders:
+                text_encoder.to(device)
+        except torch.OutOfMemoryError:
+            say_once("Memory is full: the text encoders read the prompts on the CPU, which is slower.")
+            for text_encoder in models.text_encoders:
+                text_encoder.to("cpu")
         with torch.no_grad():
             for prompt in missing:
                 told = models.family.encode(models, [prompt])
@@ -5510,18 +5547,22 @@ class PromptBook:
                 torch.cat([there(one[name]) for one in kept]) for name, value in kept[0].items()}
 
 
-def load_late(name, arithmetic, variant=None, flag="--model_name"):
-    """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet."""
+def load_late(name, arithmetic, variant=None, flag="--model_name", trains=True):
+    """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet.
+
+    Its autoencoder is in float32 where it is to train, and UserError is raised if it cannot.
+    """
     import torch
 
     quiet_libraries()
     shelf = Shelf(name, flag, variant)
     book, parts = PromptBook(shelf, arithmetic), {shelf.denoiser: shelf.hollow(arithmetic)}
     texts = dict.fromkeys(shelf.texts)
-    pipeline = load_pipeline(name, torch.float32, flag, parts={**parts, **texts}, variant=variant)
+    pipeline = load_pipeline(name, torch.float32 if trains else arithmetic, flag, parts={**parts, **texts}, variant=variant)
     models = take_apart(name, pipeline)
-    models.family.check_trainable(pipeline, name, flag)
-    say_if_distilled(pipeline, name, trains=True)
+    if trains:
+        models.family.check_trainable(pipeline, name, flag)
+        say_if_distilled(pipeline, name, trains=True)
     models.vae.requires_grad_(False).eval()
     models = dataclasses.replace(models, arithmetic=arithmetic, digest=shelf.digest(), book=book,
                                  tokenizers=[tokenizer_of(pipeline, part) for part in shelf.texts])
@@ -5977,11 +6018,15 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
 
 def check_weights(pipeline):
-    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it.
+
+    Parts in fewer bits are not looked at: they are whole numbers.
+    """
     import torch
 
-    for part, module in pipeline.components.items():
-        if isinstance(module, torch.nn.Module) and not all(p.float().isfinite().all() for p in module.parameters()):
+    parts = {part: module for part, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
+    for part, module in parts.items():
+        if not getattr(module, "is_quantized", False) and not all(p.float().isfinite().all() for p in module.parameters()):
             raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
                             f"nothing; give another copy of the model, or another model")
 
@@ -6122,6 +6167,7 @@ LORA_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
            (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
             "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
+OF_TEXT = r"^text_encoder(_[23])?/|/(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d?_)"  # a file's folder / a tensor's name
 # Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
 PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
               (r"(single_)?transformer_blocks\.", "transformer."), (r"(text_model|encoder)\.", "text_encoder."))
@@ -6196,6 +6242,11 @@ def peft_scale(config, name, rank):
     alphas = config.get("alpha_pattern") or {}
     alpha = next((value for sign, value in alphas.items() if re.fullmatch(rf"(.*\.)?({sign})", layer)), config.get("lora_alpha", rank))
     return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+
+
+def changes_text(path):
+    """Whether a LoRA changes a text encoder."""
+    return any(re.search(OF_TEXT, f"{file.parent.name}/{name}") for file in lora_files(path) for name in read_header(file, "--adapter")[0])
 
 
 def layers_in(path):
@@ -6471,6 +6522,61 @@ def model_paths(s):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# drawing/room: Large transformers that draw: which are read part by part, and in how many bits, so that they have room.
+#
+# Knows nothing of training.
+
+
+BESIDE = 3 * GIB  # for activations and the autoencoder at 1024 px: an estimate
+
+
+def is_read_late(base, trained):
+    """Whether the model at `base` draws without its text encoders once they have read the prompts: where nothing that was
+    trained, of the list `trained`, is in them."""
+    own = not any(each.words or each.lora and changes_text(each.lora) for each in trained)
+    return own and family_at(base, "--model_path").comes_late and not is_single_file(base)
+
+
+def check_bits(s, base, trained, plan):
+    """UserError for a --base_precision that cannot be had here, or not for this model."""
+    if s.base_precision in (None, "auto", "bf16"):
+        return
+    if not is_read_late(base, trained):
+        raise UserError(f"--base_precision {s.base_precision}: for transformers that draw without their text encoders; leave it out")
+    if wrong := why_not(s.base_precision, plan.device):
+        raise UserError(wrong)
+    check_import(BASES[s.base_precision].package, f"--base_precision {s.base_precision}")
+
+
+def base_to_draw_with(s, models, plan):
+    """The key of BASES that late models' denoiser, which has no memory yet, is to be read with.
+
+    By --base_precision; else the first that fits beside all else, and what is not that of the arithmetic is said.
+    """
+    if s.base_precision not in (None, "auto"):
+        return s.base_precision
+    limit = memory_limit(s, plan)
+    sizes = {precision: size_of(models.denoiser, precision, plan.dtype) for precision in ("bf16", "int8", "nf4")}
+    fitting = [precision for precision, size in sizes.items() if limit is None or size + BESIDE <= limit]
+    if "bf16" in fitting or plan.precision == "fp16":
+        return "bf16"
+    had = [precision for precision in sizes if precision != "bf16" and not why_not(precision, plan.device)]
+    chosen = next((precision for precision in fitting if precision in had), (had or ["bf16"])[-1])
+    if fitting and fitting[0] not in had:
+        say(f"Note: {why_not(fitting[0], plan.device)}; it would fit.")
+    say(f"Memory: the transformer takes {sizes['bf16'] / GIB:.1f} GiB as it is, and there are {limit / GIB:.1f}; it comes "
+        + (f"in {chosen}, {sizes[chosen] / GIB:.1f} GiB (--base_precision)." if chosen != "bf16" else "so all the same."))
+    return chosen
+
+
+def size_of(denoiser, precision, dtype):
+    """Bytes of a denoiser's weights with a key of BASES, where all else is in `dtype`."""
+    fewer = in_fewer_bits(denoiser, precision)
+    rest = sum(weight.numel() for weight in denoiser.parameters() if weight not in fewer) * dtype.itemsize
+    return rest + sum(weight.numel() for weight in fewer) * (BASES[precision].bytes_per_weight or 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # drawing/pipeline: The pipeline to draw with: a base model and everything that was trained beside it.
 
 
@@ -6575,18 +6681,27 @@ def add_loras(pipeline, loras):
         pipeline.set_adapters([f"lora_{number}" for number in range(len(beside))], [strength for _, strength, _ in beside])
 
 
-def load_trained(s, base, trained, adapters, dtype):
-    """The pipeline of --model_path with everything of --adapter in it."""
+def load_trained(s, base, trained, adapters, plan, prompts):
+    """The Models of --model_path, with everything of --adapter in their pipeline.
+
+    Large ones have read the `prompts` and, but for others, need their text encoders no more (see models/late.py).
+    """
     everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
     for row in everything:
         check_strength(*row)
     recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
     variant = recorded if trained.is_adapter and s.model_name is None else None
-    pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
+    if is_read_late(base, [trained, *(each for each, _ in adapters)]):
+        models = load_late(base, plan.dtype, variant, "--model_path", trains=False)
+        models.book.learn(models, [*prompts, models.family.usual_negative], plan.device)
+        models = with_denoiser(models, plan.dtype, base_to_draw_with(s, models, plan))
+    else:
+        models = take_apart(base, load_pipeline(base, plan.dtype, "--model_path", variant=variant))
+        models = dataclasses.replace(models, sample=sample_weights(models.pipeline))
+    pipeline = models.pipeline
     if s.guidance_scale is None or s.num_inference_steps > 12:
         say_if_distilled(pipeline, base, trains=False)
-    sample = sample_weights(pipeline)
-    check_base(s, base, sample, trained, "--model_path")
+    check_base(s, base, models.sample, trained, "--model_path")
     for each, _, flag in everything:
         add_words(pipeline, each, flag)
     loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
@@ -6597,8 +6712,8 @@ def load_trained(s, base, trained, adapters, dtype):
             check_numbers(file, flag)
     add_loras(pipeline, loras)
     for each, _ in adapters:
-        check_base(s, base, sample, each, "--adapter")
-    return pipeline
+        check_base(s, base, models.sample, each, "--adapter")
+    return models
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -7681,8 +7796,9 @@ def draw_candidate(s, candidate, plan):
     A picture is there if its text chunk says that these weights drew it in this way.
     """
     started = time.monotonic()
-    pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
-    model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
+    prompts = sorted({prompt for trial in candidate.trials for _, prompt, _ in picture_jobs(s, trial)})
+    models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts)
+    pipeline, model_hash = placed(models.pipeline, plan.device), hash_of(models, candidate.trained)
     side = (candidate.trained.record.get("used", {}).get("resolution")
             or min(own_size(pipeline)))
     look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
@@ -7698,14 +7814,23 @@ def draw_candidate(s, candidate, plan):
     say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
         + (f"; drawing {len(missing)}." if missing else "."))
     if missing:
-        draw_missing(s, pipeline, missing, side)
+        draw_missing(s, models, missing, side)
     return model_hash, len(missing), time.monotonic() - started
 
 
-def draw_missing(s, pipeline, missing, side):
+def hash_of(models, trained):
+    """Ten hex digits that tell the weights that draw from any others."""
+    if not models.book:
+        return models.fingerprint[:10]
+    files = lora_files(trained.lora) if trained.lora else []
+    told = [models.fingerprint, models.base_precision, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()[:10]
+
+
+def draw_missing(s, models, missing, side):
     """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
-    drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size)
+    drawn = draw(models.pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
+                 width=side, guidance_scale=guidance_scale(s, models.pipeline), batch_size=s.sample_batch_size, models=models)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)
@@ -9386,7 +9511,7 @@ def estimate(demand, levers):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# memory/plans: The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is.
+# memory/plans: The plans, from the fastest to the most frugal, and which of them can be had.
 
 
 def objection(s, family, levers, precision):
@@ -9439,8 +9564,8 @@ def check_levers(s, family, plan):
     if wrong := objection(s, family, levers, plan.precision):
         raise UserError(wrong)
     check_package(levers)
-    if levers.base_precision == "nf4" and plan.device.type != "cuda":
-        raise UserError("--base_precision nf4 needs a CUDA GPU and this machine has none; give int8")
+    if wrong := why_not(levers.base_precision, plan.device):
+        raise UserError(wrong)
     if s.compile and (lacking := missing_compiler(plan.device)):
         raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
     memory_limit(s, plan)
@@ -9488,27 +9613,6 @@ def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
     return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")]
-
-
-AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
-
-
-def memory_limit(s, plan):
-    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
-    import torch
-
-    if s.max_vram == "auto":
-        if plan.device.type != "cuda":
-            return None
-        free, total = torch.cuda.mem_get_info(plan.device)
-        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
-    try:
-        limit = float(s.max_vram) * GIB
-    except ValueError:
-        limit = 0
-    if not 0 < limit < math.inf:
-        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
-    return limit
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -10731,7 +10835,9 @@ def infer(s):
     tell_unspoken([trained, *(adapter for adapter, _ in adapters)], [*prompts, s.negative_prompt])
 
     plan = plan_device(s)
-    pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
+    check_bits(s, base, [trained, *(adapter for adapter, _ in adapters)], plan)
+    models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt])
+    pipeline = placed(models.pipeline, plan.device)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
@@ -10742,6 +10848,8 @@ def infer(s):
         model["LoRA scale"] = f"{s.lora_scale:g}"
     if adapters:
         model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
+    if models.base_precision != "bf16":
+        model["Base precision"] = models.base_precision
     if record:  # tells pictures of one training from those of the next into the same folder
         model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
     say(f"Model: {trained.source}"
@@ -10750,7 +10858,7 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, width), default(s.height, height)))
+                         (default(s.width, width), default(s.height, height)), models)
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 
@@ -10775,6 +10883,8 @@ def evaluate(s):
     candidates = find_candidates(s)
     names = metric_models(s, [candidate.base for candidate in candidates])
     plan = plan_device(s)
+    for candidate in candidates:
+        check_bits(s, candidate.base, [candidate.trained], plan)
     metrics, distance = load_metrics(*names, plan.device), load_lpips(plan.device)
     if (count := min(len(trial.prompts) for candidate in candidates for trial in candidate.trials) * s.num_images) < 100:
         say(f"Note: {count} pictures of a subject, and as many of its class; the paper's protocol has 100.")

@@ -1,9 +1,10 @@
-"""Where and in which precision to compute: a CUDA GPU, Apple's, or the CPU.
+"""Where and in which precision to compute, a CUDA GPU, Apple's or the CPU, and how much memory there is.
 
 Knows nothing of what is computed.
 """
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -49,6 +50,27 @@ def plan_device(s):
     if precision == "fp16" and not cuda:
         raise UserError(f"--mixed_precision fp16 needs a CUDA GPU and this machine has none; give no{'' if mps else ' or bf16'}")
     return Plan(device, precision)
+
+
+AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
+
+
+def memory_limit(s, plan):
+    """How many bytes on the device may be taken, or None for as many as it likes. UserError for what is no number."""
+    import torch
+
+    if s.max_vram == "auto":
+        if plan.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(plan.device)
+        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
+    try:
+        limit = float(s.max_vram) * GIB
+    except ValueError:
+        limit = 0
+    if not 0 < limit < math.inf:
+        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
+    return limit
 
 
 def moved(tensor, device):

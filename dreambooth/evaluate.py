@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dreambooth.base import say
 from dreambooth.device import machine_name, plan_device
+from dreambooth.drawing.room import check_bits
 from dreambooth.evaluation.measure import draw_candidate, measure_trial
 from dreambooth.evaluation.networks import load_lpips, load_metrics, metric_models
 from dreambooth.evaluation.scores import mean_scores
@@ -25,6 +26,8 @@ def evaluate(s):
     candidates = find_candidates(s)
     names = metric_models(s, [candidate.base for candidate in candidates])
     plan = plan_device(s)
+    for candidate in candidates:
+        check_bits(s, candidate.base, [candidate.trained], plan)
     metrics, distance = load_metrics(*names, plan.device), load_lpips(plan.device)
     if (count := min(len(trial.prompts) for candidate in candidates for trial in candidate.trials) * s.num_images) < 100:
         say(f"Note: {count} pictures of a subject, and as many of its class; the paper's protocol has 100.")

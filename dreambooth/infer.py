@@ -9,6 +9,7 @@ from dreambooth.base import UserError, default, say
 from dreambooth.device import machine_name, plan_device
 from dreambooth.drawing.draw import draw_pictures, placed
 from dreambooth.drawing.pipeline import find_base, load_trained
+from dreambooth.drawing.room import check_bits
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
@@ -37,7 +38,9 @@ def infer(s):
     tell_unspoken([trained, *(adapter for adapter, _ in adapters)], [*prompts, s.negative_prompt])
 
     plan = plan_device(s)
-    pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
+    check_bits(s, base, [trained, *(adapter for adapter, _ in adapters)], plan)
+    models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt])
+    pipeline = placed(models.pipeline, plan.device)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
@@ -48,6 +51,8 @@ def infer(s):
         model["LoRA scale"] = f"{s.lora_scale:g}"
     if adapters:
         model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
+    if models.base_precision != "bf16":
+        model["Base precision"] = models.base_precision
     if record:  # tells pictures of one training from those of the next into the same folder
         model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
     say(f"Model: {trained.source}"
@@ -56,7 +61,7 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, width), default(s.height, height)))
+                         (default(s.width, width), default(s.height, height)), models)
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 

@@ -179,7 +179,7 @@ class Settings:
     weights: str | None = _field("train", None, "precision of the trained weights; bf16 is rounded stochastically, and needs "
                                  "--optimizer adamw8bit or --fused_backward", choices=["fp32", "bf16"], methods=("full",),
                                  shown="fp32, or as --max_vram needs")
-    base_precision: str | None = _field("train", None, "precision of the frozen transformer that a LoRA stands on: int8 and fp8 need torchao, "
+    base_precision: str | None = _field("all", None, "precision of the frozen transformer that a LoRA stands on, or that draws: int8 and fp8 need torchao, "
                                         "nf4 needs bitsandbytes and a CUDA GPU; bf16: that of the arithmetic", methods=("lora", "pivotal"),
                                         choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "

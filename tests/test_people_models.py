@@ -926,7 +926,7 @@ def draw(tiny_model, tmp_path, monkeypatch):
         flags = [flag for adapter in adapters for flag in ("--adapter", str(adapter))] + (["--model_name", str(name)] if name else [])
         s = db.parse_settings(["--infer", "--model_path", str(path or tiny_model(family)), *flags])
         trained = db.find_trained(s.model_path[0], "--model_path")
-        return db.load_trained(s, db.find_base(s, trained), trained, db.find_adapters(s), torch.float32)
+        return db.load_trained(s, db.find_base(s, trained), trained, db.find_adapters(s), db.Plan(torch.device("cpu"), "no"), []).pipeline
 
     return pipeline
 

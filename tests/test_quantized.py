@@ -47,7 +47,8 @@ def test_only_the_lora_trains_on_a_base_in_fewer_bits(model, photos, run, tmp_pa
     assert all(tensor.isfinite().all() for tensor in weights.values())
     learnt = [tensor.any() for name, tensor in weights.items() if "lora_B" in name]
     assert sum(learnt) > len(learnt) * 0.8  # a last block may give nothing to the text
-    status, _, err = run("--infer", "--model_path", "output", "--num_images", 1, "--num_inference_steps", 1)
+    status, _, err = run("--infer", "--model_path", "output", "--num_images", 1, "--num_inference_steps", 2, "--base_precision", "int8",
+                         "--mixed_precision", "bf16")
     assert status == 0, err
 
 

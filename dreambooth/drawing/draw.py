@@ -36,11 +36,15 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
 
 def check_weights(pipeline):
-    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it."""
+    """UserError if a part of a pipeline holds what is no number, as merges and trainings that overflowed leave it.
+
+    Parts in fewer bits are not looked at: they are whole numbers.
+    """
     import torch
 
-    for part, module in pipeline.components.items():
-        if isinstance(module, torch.nn.Module) and not all(p.float().isfinite().all() for p in module.parameters()):
+    parts = {part: module for part, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
+    for part, module in parts.items():
+        if not getattr(module, "is_quantized", False) and not all(p.float().isfinite().all() for p in module.parameters()):
             raise UserError(f"{pipeline.name_or_path}: weights of its {part} are no numbers (NaN or infinite), so that it draws "
                             f"nothing; give another copy of the model, or another model")
 

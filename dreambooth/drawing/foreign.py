@@ -14,6 +14,7 @@ LORA_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 LYCORIS = ((r"hada_w1", "a LoHa"), (r"lokr_w[12]", "a LoKr"), (r"oft_(blocks|diag)|\.oft_[RA]", "an OFT"), (r"\.(a1|b1)\.weight$", "a GLoRA"),
            (r"\.on_input$", "an IA3"), (r"\.diff(_b)?$|\.w_norm$", "a set of whole differences"), (r"lora_mid", "a LoCon with a core of "
             "its own (Tucker)"), (r"^text_model.*lokr|^bundle_emb", "a bundle of words and a LoRA"))
+OF_TEXT = r"^text_encoder(_[23])?/|/(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d?_)"  # a file's folder / a tensor's name
 # Parts of a model by what their layers' names begin with, where PEFT saved one part without its name.
 PEFT_PARTS = ((r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", "unet."),
               (r"(single_)?transformer_blocks\.", "transformer."), (r"(text_model|encoder)\.", "text_encoder."))
@@ -88,6 +89,11 @@ def peft_scale(config, name, rank):
     alphas = config.get("alpha_pattern") or {}
     alpha = next((value for sign, value in alphas.items() if re.fullmatch(rf"(.*\.)?({sign})", layer)), config.get("lora_alpha", rank))
     return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+
+
+def changes_text(path):
+    """Whether a LoRA changes a text encoder."""
+    return any(re.search(OF_TEXT, f"{file.parent.name}/{name}") for file in lora_files(path) for name in read_header(file, "--adapter")[0])
 
 
 def layers_in(path):

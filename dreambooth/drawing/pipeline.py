@@ -1,16 +1,19 @@
 """The pipeline to draw with: a base model and everything that was trained beside it."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
 from dreambooth.base import HERE, UserError, say, say_once
 from dreambooth.drawing.foreign import check_lora, layers_in, layers_taken, lora_files, lora_weights
 from dreambooth.drawing.merged import check_strength, merge_adapter, merged_type
+from dreambooth.drawing.room import base_to_draw_with, is_read_late
 from dreambooth.files import load_tensors
 from dreambooth.models.families.family import text_encoders_of
 from dreambooth.models.families.known import family_of
 from dreambooth.models.find import find_model
 from dreambooth.models.fits import say_if_distilled
+from dreambooth.models.late import load_late, with_denoiser
 from dreambooth.models.load import load_pipeline
 from dreambooth.models.parts import is_same_sample, sample_weights, take_apart
 from dreambooth.models.vocabulary import add_word, embedding_vectors, taken_tokens
@@ -117,18 +120,27 @@ def add_loras(pipeline, loras):
         pipeline.set_adapters([f"lora_{number}" for number in range(len(beside))], [strength for _, strength, _ in beside])
 
 
-def load_trained(s, base, trained, adapters, dtype):
-    """The pipeline of --model_path with everything of --adapter in it."""
+def load_trained(s, base, trained, adapters, plan, prompts):
+    """The Models of --model_path, with everything of --adapter in their pipeline.
+
+    Large ones have read the `prompts` and, but for others, need their text encoders no more (see models/late.py).
+    """
     everything = [(trained, s.lora_scale, "--model_path")] * trained.is_adapter + [(each, strength, "--adapter") for each, strength in adapters]
     for row in everything:
         check_strength(*row)
     recorded = trained.record.get("settings", {}).get("variant")  # of the base, as training read it
     variant = recorded if trained.is_adapter and s.model_name is None else None
-    pipeline = load_pipeline(base, dtype, "--model_path", variant=variant)
+    if is_read_late(base, [trained, *(each for each, _ in adapters)]):
+        models = load_late(base, plan.dtype, variant, "--model_path", trains=False)
+        models.book.learn(models, [*prompts, models.family.usual_negative], plan.device)
+        models = with_denoiser(models, plan.dtype, base_to_draw_with(s, models, plan))
+    else:
+        models = take_apart(base, load_pipeline(base, plan.dtype, "--model_path", variant=variant))
+        models = dataclasses.replace(models, sample=sample_weights(models.pipeline))
+    pipeline = models.pipeline
     if s.guidance_scale is None or s.num_inference_steps > 12:
         say_if_distilled(pipeline, base, trains=False)
-    sample = sample_weights(pipeline)
-    check_base(s, base, sample, trained, "--model_path")
+    check_base(s, base, models.sample, trained, "--model_path")
     for each, _, flag in everything:
         add_words(pipeline, each, flag)
     loras = [(each, strength, flag) for each, strength, flag in everything if each.lora]
@@ -139,5 +151,5 @@ def load_trained(s, base, trained, adapters, dtype):
             check_numbers(file, flag)
     add_loras(pipeline, loras)
     for each, _ in adapters:
-        check_base(s, base, sample, each, "--adapter")
-    return pipeline
+        check_base(s, base, models.sample, each, "--adapter")
+    return models

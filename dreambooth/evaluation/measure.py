@@ -1,6 +1,7 @@
 """Drawing what a model to evaluate lacks, and measuring all of it."""
 
 import dataclasses
+import hashlib
 import time
 
 from PIL import PngImagePlugin
@@ -8,12 +9,12 @@ from PIL import PngImagePlugin
 from dreambooth.base import say, slug
 from dreambooth.decode import load_image
 from dreambooth.drawing.draw import draw, placed, sampling_settings
+from dreambooth.drawing.foreign import lora_files
 from dreambooth.drawing.pipeline import load_trained
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
 from dreambooth.files import whole_file
 from dreambooth.images import load_square, png_parameters
 from dreambooth.models.families.known import guidance_scale, own_size
-from dreambooth.models.parts import take_apart
 
 
 def picture_jobs(s, trial):
@@ -29,8 +30,9 @@ def draw_candidate(s, candidate, plan):
     A picture is there if its text chunk says that these weights drew it in this way.
     """
     started = time.monotonic()
-    pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
-    model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
+    prompts = sorted({prompt for trial in candidate.trials for _, prompt, _ in picture_jobs(s, trial)})
+    models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts)
+    pipeline, model_hash = placed(models.pipeline, plan.device), hash_of(models, candidate.trained)
     side = (candidate.trained.record.get("used", {}).get("resolution")
             or min(own_size(pipeline)))
     look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
@@ -46,14 +48,23 @@ def draw_candidate(s, candidate, plan):
     say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
         + (f"; drawing {len(missing)}." if missing else "."))
     if missing:
-        draw_missing(s, pipeline, missing, side)
+        draw_missing(s, models, missing, side)
     return model_hash, len(missing), time.monotonic() - started
 
 
-def draw_missing(s, pipeline, missing, side):
+def hash_of(models, trained):
+    """Ten hex digits that tell the weights that draw from any others."""
+    if not models.book:
+        return models.fingerprint[:10]
+    files = lora_files(trained.lora) if trained.lora else []
+    told = [models.fingerprint, models.base_precision, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()[:10]
+
+
+def draw_missing(s, models, missing, side):
     """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
-    drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size)
+    drawn = draw(models.pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
+                 width=side, guidance_scale=guidance_scale(s, models.pipeline), batch_size=s.sample_batch_size, models=models)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)

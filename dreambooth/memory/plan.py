@@ -4,10 +4,10 @@ import contextlib
 import math
 
 from dreambooth.base import GIB, UserError, default, processes, say, short_path
-from dreambooth.device import peak_memory
+from dreambooth.device import memory_limit, peak_memory
 from dreambooth.memory.demand import survey
 from dreambooth.memory.estimate import estimate
-from dreambooth.memory.plans import check_package, memory_limit, missing_package, plans
+from dreambooth.memory.plans import check_package, missing_package, plans
 from dreambooth.training.checkpoints import checkpoints_in
 from dreambooth.training.course import Course
 from dreambooth.training.levers import flags_of

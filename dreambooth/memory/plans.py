@@ -1,14 +1,13 @@
-"""The plans, from the fastest to the most frugal, which of them can be had, and how much memory there is."""
+"""The plans, from the fastest to the most frugal, and which of them can be had."""
 
 import dataclasses
 import importlib.util
-import math
 
-from dreambooth.base import GIB, UserError
-from dreambooth.device import missing_compiler
+from dreambooth.base import UserError
+from dreambooth.device import memory_limit, missing_compiler
 from dreambooth.methods.table import METHODS
 from dreambooth.mishaps import check_import
-from dreambooth.models.quantized import BASES
+from dreambooth.models.quantized import BASES, why_not
 from dreambooth.training.levers import Levers, levers_by_hand
 from dreambooth.training.optimizers import OPTIMIZERS
 
@@ -63,8 +62,8 @@ def check_levers(s, family, plan):
     if wrong := objection(s, family, levers, plan.precision):
         raise UserError(wrong)
     check_package(levers)
-    if levers.base_precision == "nf4" and plan.device.type != "cuda":
-        raise UserError("--base_precision nf4 needs a CUDA GPU and this machine has none; give int8")
+    if wrong := why_not(levers.base_precision, plan.device):
+        raise UserError(wrong)
     if s.compile and (lacking := missing_compiler(plan.device)):
         raise UserError(f"--compile needs {lacking}; install it, or leave the flag out")
     memory_limit(s, plan)
@@ -112,24 +111,3 @@ def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
     return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")]
-
-
-AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
-
-
-def memory_limit(s, plan):
-    """How many bytes training may take, or None for as many as it likes. UserError for what is no number."""
-    import torch
-
-    if s.max_vram == "auto":
-        if plan.device.type != "cuda":
-            return None
-        free, total = torch.cuda.mem_get_info(plan.device)
-        return AUTO * min(free, total * torch.cuda.get_per_process_memory_fraction(plan.device))
-    try:
-        limit = float(s.max_vram) * GIB
-    except ValueError:
-        limit = 0
-    if not 0 < limit < math.inf:
-        raise UserError(f"--max_vram {s.max_vram}: must be auto or a number of GiB above 0")
-    return limit

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from dreambooth.base import say_once
 from dreambooth.models.families.family import text_encoders_of, tokenizer_of
 from dreambooth.models.fits import say_if_distilled
 from dreambooth.models.headers import read_json
@@ -120,8 +121,13 @@ class PromptBook:
         if not missing:
             return
         self.bring(models)
-        for text_encoder in models.text_encoders:
-            text_encoder.to(device)
+        try:
+            for text_encoder in models.text_encoders:
+                text_encoder.to(device)
+        except torch.OutOfMemoryError:
+            say_once("Memory is full: the text encoders read the prompts on the CPU, which is slower.")
+            for text_encoder in models.text_encoders:
+                text_encoder.to("cpu")
         with torch.no_grad():
             for prompt in missing:
                 told = models.family.encode(models, [prompt])
@@ -158,18 +164,22 @@ class PromptBook:
                 torch.cat([there(one[name]) for one in kept]) for name, value in kept[0].items()}
 
 
-def load_late(name, arithmetic, variant=None, flag="--model_name"):
-    """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet."""
+def load_late(name, arithmetic, variant=None, flag="--model_name", trains=True):
+    """The Models of a pipeline whose text encoders do not train: with these, and with a denoiser that has no memory yet.
+
+    Its autoencoder is in float32 where it is to train, and UserError is raised if it cannot.
+    """
     import torch
 
     quiet_libraries()
     shelf = Shelf(name, flag, variant)
     book, parts = PromptBook(shelf, arithmetic), {shelf.denoiser: shelf.hollow(arithmetic)}
     texts = dict.fromkeys(shelf.texts)
-    pipeline = load_pipeline(name, torch.float32, flag, parts={**parts, **texts}, variant=variant)
+    pipeline = load_pipeline(name, torch.float32 if trains else arithmetic, flag, parts={**parts, **texts}, variant=variant)
     models = take_apart(name, pipeline)
-    models.family.check_trainable(pipeline, name, flag)
-    say_if_distilled(pipeline, name, trains=True)
+    if trains:
+        models.family.check_trainable(pipeline, name, flag)
+        say_if_distilled(pipeline, name, trains=True)
     models.vae.requires_grad_(False).eval()
     models = dataclasses.replace(models, arithmetic=arithmetic, digest=shelf.digest(), book=book,
                                  tokenizers=[tokenizer_of(pipeline, part) for part in shelf.texts])

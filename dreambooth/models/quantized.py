@@ -1,8 +1,10 @@
 """The frozen weights that a LoRA stands on, in fewer bits: by torchao or bitsandbytes, through diffusers' own configs.
 
-The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314).
+The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314). A transformer that draws and
+has no room otherwise comes in fewer bits, too.
 """
 
+import importlib.util
 import typing
 from dataclasses import dataclass
 
@@ -38,6 +40,16 @@ class Base:
 
 BASES = {"bf16": Base(), "int8": Base(1.002, "torchao", int8_config), "fp8": Base(1.002, "torchao", fp8_config),
          "nf4": Base(0.5 + 4 / 64, "bitsandbytes", nf4_config)}  # one float32 scale for 64 weights
+
+
+def why_not(base_precision, device):
+    """Why nothing can be in this precision here, with a remedy, or None."""
+    package = BASES[base_precision].package
+    if package and importlib.util.find_spec(package) is None:
+        return f"--base_precision {base_precision} needs {package}: pip install {package}"
+    if base_precision == "nf4" and device.type != "cuda":
+        return "--base_precision nf4 needs a CUDA GPU and this machine has none; give int8"
+    return None
 
 
 def quantization(base_precision, dtype):
