@@ -1048,17 +1048,6 @@ def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
     return image, [height, width, top, left, down, across]
 
 
-def square(image, resolution):
-    """fitted() to a square of `resolution` pixels around the middle."""
-    return fitted(image, (resolution, resolution))
-
-
-def load_square(path):
-    """The middle of a photo, as training sees it."""
-    image = load_image(path)
-    return square(image, min(image.size))[0]
-
-
 def is_flat(picture):
     """Whether a picture is all one colour, as it is after an overflow."""
     return all(high - low < 4 for low, high in picture.getextrema())
@@ -7231,11 +7220,22 @@ def views_of(s, concepts, side, multiple):
     views = {}
     for path, size in sizes.items():
         shape, mask = nearest_shape(size, shapes), masks.get(path)
-        at = (0.5, 0.5)
-        if size[0] * shape[1] != size[1] * shape[0]:
-            at = place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
-        views[path] = View(shape, at, mask)
+        views[path] = View(shape, cut_at(path, size, shape, mask), mask)
     return views
+
+
+def cut_at(path, size, shape, mask):
+    """Where a photo of `size` is cut to `shape`, as in fitted(): where its mask, or else what stands out, has its middle."""
+    if size[0] * shape[1] == size[1] * shape[0]:
+        return 0.5, 0.5
+    return place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
+
+
+def photo_square(path, mask=None):
+    """The largest square of a photo with its subject in it, as a picture: what metrics and sheets see."""
+    image = load_image(path)
+    side = min(image.size)
+    return View((side, side), cut_at(path, image.size, (side, side), mask)).seen(image)[0]
 
 
 def fewest_own(s, concepts):
@@ -7550,48 +7550,6 @@ def harmonic_mean(dino, clip_t):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
-
-
-def contact_sheet(folder, subjects):
-    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
-    rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
-                 for row in entry["prompts"]]
-    return labelled_rows(rows)
-
-
-def comparison_sheet(candidates, results):
-    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
-    model, in the order of `results`."""
-    rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
-        for same in zip(*(entry["prompts"] for entry in entries)):
-            files = [candidate.folder / entry["name"] / row["files"][0]
-                     for candidate, entry, row in zip(candidates, entries, same)]
-            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
-    return labelled_rows(rows)
-
-
-def score_table(results):
-    """Lines of a table: the photos compared with each other, then every model."""
-    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
-    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
-            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
-    rows += [(result["model_path"], result["scores"]) for result in results]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
-    for name, scores in rows:
-        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
-        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/networks: The networks that compare pictures with pictures and with prompts: DINO, CLIP and, where it is installed, LPIPS.
 
 
@@ -7780,6 +7738,53 @@ def fill_template(template, subject, names_class):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# evaluation/sheets: What was measured, for people to look at: sheets of pictures and a table of scores.
+
+
+def photos_of(trial):
+    """A Trial's photos, as squares with the subject in them."""
+    return [photo_square(path, trial.masks.get(path)) for path in trial.photos]
+
+
+def contact_sheet(candidate, subjects):
+    """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
+    rows = []
+    for trial, entry in zip(candidate.trials, subjects):
+        rows.append((f"{entry['name']}: the photos", photos_of(trial)))
+        rows += [(row["prompt"], [load_image(candidate.folder / entry["name"] / file) for file in row["files"]])
+                 for row in entry["prompts"]]
+    return labelled_rows(rows)
+
+
+def comparison_sheet(candidates, results):
+    """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
+    model, in the order of `results`."""
+    rows = []
+    for trial, *entries in zip(candidates[0].trials, *(result["subjects"] for result in results)):
+        order = ", ".join(candidate.name for candidate in candidates)
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {order}", photos_of(trial)))
+        for same in zip(*(entry["prompts"] for entry in entries)):
+            files = [candidate.folder / entry["name"] / row["files"][0]
+                     for candidate, entry, row in zip(candidates, entries, same)]
+            rows.append((" / ".join(dict.fromkeys(row["caption"] for row in same)), list(map(load_image, files))))
+    return labelled_rows(rows)
+
+
+def score_table(results):
+    """Lines of a table: the photos compared with each other, then every model."""
+    subjects = {tuple(entry["photos"]): entry for result in results for entry in result["subjects"]}  # same photos, same row
+    rows = [("real photos", mean_scores([entry["real"] for entry in subjects.values()])),
+            ("  each with itself, too", mean_scores([entry["real_with_self_pairs"] for entry in subjects.values()]))]
+    rows += [(result["model_path"], result["scores"]) for result in results]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{title:>12}" for title in SCORES.values())]
+    for name, scores in rows:
+        values = ["-" if (value := scores.get(key)) is None else f"{value:.3f}" for key in SCORES]
+        lines.append(name.ljust(width) + "".join(f"{value:>12}" for value in values))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # evaluation/measure: Drawing what a model to evaluate lacks, and measuring all of it.
 
 
@@ -7844,7 +7849,7 @@ def measure_trial(s, candidate, trial, metrics, distance):
     files = [name for name, _, _ in picture_jobs(s, trial)]
     count = len(trial.prompts) * s.num_images
     pictures = [load_image(folder / name) for name in files]
-    real, all_drawn = metrics.images([load_square(path) for path in trial.photos]), metrics.images(pictures)
+    real, all_drawn = metrics.images(photos_of(trial)), metrics.images(pictures)
     raw_captions, captions = map(metrics.texts, zip(*trial.prompts))
     rows = []
     for number, (prompt, caption) in enumerate(trial.prompts):
@@ -7872,6 +7877,7 @@ class Trial:
     subject: Subject
     photos: tuple
     prompts: tuple  # (prompt as drawn, the same without identifier) each
+    masks: dict = dataclasses.field(default_factory=dict, compare=False)  # photo: "L" picture, white where the subject is
 
 
 @dataclass(frozen=True)
@@ -7954,8 +7960,9 @@ def find_trial(s, trained, base, subject, templates):
         templates = usual_prompts(s, base, subject)
     method = trained.record.get("method", "textual_inversion" if trained.words else "full")
     names_class = METHODS[method].names_class
-    return Trial(subject, tuple(path for path, _ in photos),
-                 tuple(fill_template(template, subject, names_class) for template in templates))
+    paths = [path for path, _ in photos]
+    masks = {} if trained.record.get("settings", {}).get("mask") == "none" else find_masks(Path(folder), paths)
+    return Trial(subject, tuple(paths), tuple(fill_template(template, subject, names_class) for template in templates), masks)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -9288,7 +9295,7 @@ def make_viewer(run, concepts, subjects, metric_names):
     if not scored:
         raise UserError("--validation_prompt: --select_best scores prompts with [identifier], and none has it")
     metrics = load_metrics(*metric_names, torch.device("cpu"))  # a few pictures, and the GPU may be full
-    real = tuple(metrics.images([load_square(path) for path, _ in concept.photos])[0] for concept in concepts)
+    real = tuple(metrics.images([photo_square(path, concept.masks.get(path)) for path, _ in concept.photos])[0] for concept in concepts)
     prompts = dict.fromkeys([*(prompt for _, prompt, _ in scored), *(subject.class_prompt for subject in subjects)])
     every = every or math.ceil(run.course.steps / 10)
     times = -(-run.course.steps // every)
@@ -10897,7 +10904,7 @@ def evaluate(s):
         started = time.monotonic()
         subjects = [measure_trial(s, candidate, trial, metrics, distance) for trial in candidate.trials]
         with whole_file(candidate.folder / "sheet.png") as part:
-            contact_sheet(candidate.folder, subjects).save(part, format="PNG")
+            contact_sheet(candidate, subjects).save(part, format="PNG")
         results.append({"model_path": candidate.name, "model_hash": model_hash, "record": candidate.trained.record,
                         "scores": mean_scores([subject["scores"] for subject in subjects]), "subjects": subjects,
                         "pictures_drawn": drawn, "seconds": {"drawing": round(drawing, 1),

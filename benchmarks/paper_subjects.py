@@ -13,7 +13,8 @@ from pathlib import Path
 
 from methods import program
 
-from dreambooth.images import image_grid, load_image, load_square
+from dreambooth.data.views import photo_square
+from dreambooth.images import image_grid, load_image
 from dreambooth.subjects.photos import list_images
 
 PROMPTS = {"a [identifier] {}": 2, "a [identifier] {} on the moon": 3, "a {}": 3}  # and how many pictures of each
@@ -60,7 +61,7 @@ def main():
         photos = list_images(folder, "--dataset")
         table.append(table_row(subject, noun, len(photos), json.loads((model / "dreambooth.json").read_text())))
         drawn = draw(model, noun)
-        pictures += [load_square(photos[0]).resize(drawn[0].size), *drawn]
+        pictures += [photo_square(photos[0]).resize(drawn[0].size), *drawn]
         (args.output_dir / "paper_subjects.md").write_text("\n".join(table) + "\n")
         image_grid(pictures, columns=1 + len(drawn)).save(args.output_dir / "paper_subjects.png")
     print("\n".join(table))

@@ -40,7 +40,7 @@ def evaluate(s):
         started = time.monotonic()
         subjects = [measure_trial(s, candidate, trial, metrics, distance) for trial in candidate.trials]
         with whole_file(candidate.folder / "sheet.png") as part:
-            contact_sheet(candidate.folder, subjects).save(part, format="PNG")
+            contact_sheet(candidate, subjects).save(part, format="PNG")
         results.append({"model_path": candidate.name, "model_hash": model_hash, "record": candidate.trained.record,
                         "scores": mean_scores([subject["scores"] for subject in subjects]), "subjects": subjects,
                         "pictures_drawn": drawn, "seconds": {"drawing": round(drawing, 1),

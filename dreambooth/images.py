@@ -7,8 +7,6 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from dreambooth.decode import load_image
-
 LONG = 8  # times as long as wide
 
 
@@ -29,17 +27,6 @@ def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
     else:
         image = image.resize(scaled, resampling).crop((left, top, left + across, top + down))
     return image, [height, width, top, left, down, across]
-
-
-def square(image, resolution):
-    """fitted() to a square of `resolution` pixels around the middle."""
-    return fitted(image, (resolution, resolution))
-
-
-def load_square(path):
-    """The middle of a photo, as training sees it."""
-    image = load_image(path)
-    return square(image, min(image.size))[0]
 
 
 def is_flat(picture):

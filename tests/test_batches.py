@@ -13,7 +13,7 @@ def test_batches_keep_latents_prompt_and_size_together(tmp_path, tiny_model):
     s, scale = settings(train_batch_size=2, prior_loss_weight=0.5), models.vae.config.scaling_factor
     own = {}  # size record -> (mean, deviation, prompt) as encoded here, one by one; widths tell pictures apart
     for path, prompt in pictures:
-        image, sizes = db.square(Image.open(path), 32)
+        image, sizes = db.fitted(Image.open(path), (32, 32))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
             moments = models.vae.encode(pixels).latent_dist

@@ -200,7 +200,7 @@ def test_the_real_row_of_held_out_subjects(tmp_path):
     """With the bundled networks: pictures of one drawing are alike, those of another are not."""
     demo = REPOSITORY / "demo"
     metrics = db.load_metrics(str(demo / "metrics" / "vit"), str(demo / "metrics" / "clip"), torch.device("cpu"))
-    robot, poodle = (metrics.images([db.load_square(path) for path in sorted((demo / "subjects" / name).glob("*.png"))])[0]
+    robot, poodle = (metrics.images([db.photo_square(path) for path in sorted((demo / "subjects" / name).glob("*.png"))])[0]
                      for name in ("robot-t", "poodle-b"))
     without, with_self = db.real_row(robot)
     assert 0.6 < without < with_self < 1 and db.mean_similarity(robot, poodle) < without - 0.3

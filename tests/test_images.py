@@ -74,9 +74,9 @@ def test_heic(tmp_path):
         assert db.load_image(tmp_path / "a.heic").getpixel((32, 32))[0] > 240
 
 
-def test_square_keeps_the_middle_and_records_its_size():
+def test_a_square_keeps_the_middle_and_records_its_size():
     image = Image.new("RGB", (100, 50), "red")
     image.paste("blue", (25, 0, 75, 50))
-    cropped, sizes = db.square(image, 32)
+    cropped, sizes = db.fitted(image, (32, 32))
     assert cropped.size == (32, 32) and sizes == [50, 100, 0, 16, 32, 32]
     assert np.asarray(cropped)[:, 2:-2, 2].min() > 200

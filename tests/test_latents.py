@@ -19,7 +19,7 @@ def test_mirrored_pictures_are_encoded_themselves(tmp_path, tiny_model):
     models, _, plain = made_cache(tmp_path, tiny_model)
     _, _, both = made_cache(tmp_path, tiny_model, random_flip=True)
     assert len(both.mean) == 14 and torch.equal(both.mean[::2], plain.mean)
-    mirrored, _ = db.square(Image.open(tmp_path / "0.png"), 32)
+    mirrored, _ = db.fitted(Image.open(tmp_path / "0.png"), (32, 32))
     pixels = torch.from_numpy(np.array(mirrored)).permute(2, 0, 1)[None].flip(-1) / 127.5 - 1
     with torch.no_grad():
         expected = models.vae.encode(pixels).latent_dist.mean * models.vae.config.scaling_factor

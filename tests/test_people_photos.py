@@ -492,7 +492,7 @@ def test_more_pixels_than_pillow_allows_strangers(tmp_path, monkeypatch):
 def test_very_long_strips_fit_into_memory(size, sizes):
     image = Image.new("RGB", size, "red")
     image.paste("blue", (size[0] // 2 - 5, size[1] // 2 - 5, size[0] // 2 + 6, size[1] // 2 + 6))
-    cut, told = db.square(image, 512)
+    cut, told = db.fitted(image, (512, 512))
     assert cut.size == (512, 512) and told == sizes and cut.getpixel((256, 256)) == (0, 0, 255)
 
 
@@ -501,10 +501,10 @@ def test_strips_are_cut_where_others_are():
     image = picture(3, (16, 16 * db.LONG)).resize((32, 32 * db.LONG))
     whole = image.resize((64, 64 * db.LONG), Image.Resampling.LANCZOS)
     top = (64 * db.LONG - 64) // 2
-    assert np.array_equal(db.square(image, 64)[0], whole.crop((0, top, 64, top + 64)))
+    assert np.array_equal(db.fitted(image, (64, 64))[0], whole.crop((0, top, 64, top + 64)))
     longer = Image.new("RGB", (32, 32 * db.LONG + 2))
     longer.paste(image, (0, 1))
-    difference = np.asarray(db.square(longer, 64)[0]).astype(int) - np.asarray(db.square(image, 64)[0])
+    difference = np.asarray(db.fitted(longer, (64, 64))[0]).astype(int) - np.asarray(db.fitted(image, (64, 64))[0])
     assert np.abs(difference).max() < 8
 
 

@@ -18,7 +18,7 @@ def test_the_photo_sheet_shows_what_is_trained_on(train, photos, tmp_path, monke
     assert status == 2 and "photos.png" in out
     assert seen[0].size == (3 * 32 + 2, 32)
     for i, path in enumerate(sorted(photos.iterdir())):
-        crop = db.square(db.load_image(path), 32)[0]
+        crop = db.fitted(db.load_image(path), (32, 32))[0]
         assert seen[0].crop((i * 33, 0, i * 33 + 32, 32)).tobytes() == crop.tobytes()
 
 

@@ -48,7 +48,7 @@ def entry_of(path, caption, seen):
 
 def shown(image):
     """A photo made small, dim beside the square in its middle that is used."""
-    _, (height, width, top, left, side, _) = db.square(image, min(image.size))
+    _, (height, width, top, left, side, _) = db.fitted(image, [min(image.size)] * 2)
     dim = Image.blend(image, Image.new("RGB", image.size, "white"), 0.72)
     box = (left, top, left + side, top + side)
     dim.paste(image.crop(box), box)

@@ -65,11 +65,22 @@ def views_of(s, concepts, side, multiple):
     views = {}
     for path, size in sizes.items():
         shape, mask = nearest_shape(size, shapes), masks.get(path)
-        at = (0.5, 0.5)
-        if size[0] * shape[1] != size[1] * shape[0]:
-            at = place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
-        views[path] = View(shape, at, mask)
+        views[path] = View(shape, cut_at(path, size, shape, mask), mask)
     return views
+
+
+def cut_at(path, size, shape, mask):
+    """Where a photo of `size` is cut to `shape`, as in fitted(): where its mask, or else what stands out, has its middle."""
+    if size[0] * shape[1] == size[1] * shape[0]:
+        return 0.5, 0.5
+    return place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
+
+
+def photo_square(path, mask=None):
+    """The largest square of a photo with its subject in it, as a picture: what metrics and sheets see."""
+    image = load_image(path)
+    side = min(image.size)
+    return View((side, side), cut_at(path, image.size, (side, side), mask)).seen(image)[0]
 
 
 def fewest_own(s, concepts):

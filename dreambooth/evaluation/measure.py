@@ -12,8 +12,9 @@ from dreambooth.drawing.draw import draw, placed, sampling_settings
 from dreambooth.drawing.foreign import lora_files
 from dreambooth.drawing.pipeline import load_trained
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
+from dreambooth.evaluation.sheets import photos_of
 from dreambooth.files import whole_file
-from dreambooth.images import load_square, png_parameters
+from dreambooth.images import png_parameters
 from dreambooth.models.families.known import guidance_scale, own_size
 
 
@@ -78,7 +79,7 @@ def measure_trial(s, candidate, trial, metrics, distance):
     files = [name for name, _, _ in picture_jobs(s, trial)]
     count = len(trial.prompts) * s.num_images
     pictures = [load_image(folder / name) for name in files]
-    real, all_drawn = metrics.images([load_square(path) for path in trial.photos]), metrics.images(pictures)
+    real, all_drawn = metrics.images(photos_of(trial)), metrics.images(pictures)
     raw_captions, captions = map(metrics.texts, zip(*trial.prompts))
     rows = []
     for number, (prompt, caption) in enumerate(trial.prompts):

@@ -1,18 +1,22 @@
 """What was measured, for people to look at: sheets of pictures and a table of scores."""
 
-from pathlib import Path
-
+from dreambooth.data.views import photo_square
 from dreambooth.decode import load_image
 from dreambooth.evaluation.scores import SCORES, mean_scores
-from dreambooth.images import labelled_rows, load_square
+from dreambooth.images import labelled_rows
 
 
-def contact_sheet(folder, subjects):
+def photos_of(trial):
+    """A Trial's photos, as squares with the subject in them."""
+    return [photo_square(path, trial.masks.get(path)) for path in trial.photos]
+
+
+def contact_sheet(candidate, subjects):
     """One image of what measure_trial() measured: each subject's photos, and below them the pictures beside their prompt."""
     rows = []
-    for entry in subjects:
-        rows.append((f"{entry['name']}: the photos", [load_square(Path(path)) for path in entry["photos"]]))
-        rows += [(row["prompt"], [load_image(folder / entry["name"] / file) for file in row["files"]])
+    for trial, entry in zip(candidate.trials, subjects):
+        rows.append((f"{entry['name']}: the photos", photos_of(trial)))
+        rows += [(row["prompt"], [load_image(candidate.folder / entry["name"] / file) for file in row["files"]])
                  for row in entry["prompts"]]
     return labelled_rows(rows)
 
@@ -21,9 +25,9 @@ def comparison_sheet(candidates, results):
     """One image of several models of the same subjects: the photos, and below them for each prompt the first picture of each
     model, in the order of `results`."""
     rows = []
-    for entries in zip(*(result["subjects"] for result in results)):
-        photos = [load_square(Path(path)) for path in entries[0]["photos"]]
-        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {', '.join(c.name for c in candidates)}", photos))
+    for trial, *entries in zip(candidates[0].trials, *(result["subjects"] for result in results)):
+        order = ", ".join(candidate.name for candidate in candidates)
+        rows.append((f"{entries[0]['name']}: the photos; below, in this order: {order}", photos_of(trial)))
         for same in zip(*(entry["prompts"] for entry in entries)):
             files = [candidate.folder / entry["name"] / row["files"][0]
                      for candidate, entry, row in zip(candidates, entries, same)]

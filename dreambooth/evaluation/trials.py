@@ -14,6 +14,7 @@ from dreambooth.evaluation.prompts import fill_template, read_prompts, usual_pro
 from dreambooth.methods.table import METHODS
 from dreambooth.settings import SAMPLE_PHOTOS
 from dreambooth.subjects.concepts import Concept, read_concept_file
+from dreambooth.subjects.masks import find_masks
 from dreambooth.subjects.nouns import noun_of
 from dreambooth.subjects.photos import find_photos
 from dreambooth.subjects.words import Subject
@@ -26,6 +27,7 @@ class Trial:
     subject: Subject
     photos: tuple
     prompts: tuple  # (prompt as drawn, the same without identifier) each
+    masks: dict = dataclasses.field(default_factory=dict, compare=False)  # photo: "L" picture, white where the subject is
 
 
 @dataclass(frozen=True)
@@ -108,5 +110,6 @@ def find_trial(s, trained, base, subject, templates):
         templates = usual_prompts(s, base, subject)
     method = trained.record.get("method", "textual_inversion" if trained.words else "full")
     names_class = METHODS[method].names_class
-    return Trial(subject, tuple(path for path, _ in photos),
-                 tuple(fill_template(template, subject, names_class) for template in templates))
+    paths = [path for path, _ in photos]
+    masks = {} if trained.record.get("settings", {}).get("mask") == "none" else find_masks(Path(folder), paths)
+    return Trial(subject, tuple(paths), tuple(fill_template(template, subject, names_class) for template in templates), masks)

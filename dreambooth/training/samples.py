@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth.base import UserError, default, say, say_once, slug
+from dreambooth.data.views import photo_square
 from dreambooth.drawing.draw import draw, placed
 from dreambooth.evaluation.networks import Metrics, load_metrics
 from dreambooth.evaluation.prompts import fill_template, read_prompts, usual_prompts
-from dreambooth.images import image_grid, load_square
+from dreambooth.images import image_grid
 from dreambooth.methods.table import METHODS
 from dreambooth.models.families.family import text_encoders_of
 from dreambooth.models.families.known import guidance_scale
@@ -62,7 +63,7 @@ def make_viewer(run, concepts, subjects, metric_names):
     if not scored:
         raise UserError("--validation_prompt: --select_best scores prompts with [identifier], and none has it")
     metrics = load_metrics(*metric_names, torch.device("cpu"))  # a few pictures, and the GPU may be full
-    real = tuple(metrics.images([load_square(path) for path, _ in concept.photos])[0] for concept in concepts)
+    real = tuple(metrics.images([photo_square(path, concept.masks.get(path)) for path, _ in concept.photos])[0] for concept in concepts)
     prompts = dict.fromkeys([*(prompt for _, prompt, _ in scored), *(subject.class_prompt for subject in subjects)])
     every = every or math.ceil(run.course.steps / 10)
     times = -(-run.course.steps // every)
