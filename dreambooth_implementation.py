@@ -3373,11 +3373,11 @@ class Family:
 
     def text_parameters(self, models):
         """The text encoders' parameters that reach the loss."""
-        raise NotImplementedError
+        return [parameter for _, text_encoder in models.readers for parameter in text_encoder.parameters()]
 
     def text_layers(self, models, text_encoder):
-        """How many of a text encoder's layers reach the denoiser."""
-        raise NotImplementedError
+        """How many of a text encoder's layers reach the denoiser: all, where its pooled embedding does."""
+        return text_encoder.config.num_hidden_layers
 
     # ---- other programs
 
@@ -4324,15 +4324,20 @@ class Flux(Family):
     pipelines = ("FluxPipeline",)
     kind = "FLUX.1 dev"
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    word_encoders = ("text_encoder",)  # CLIP; T5 spells a new word
+    trains_text = True
+    exports = ("lora", "word")
+    lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
     guidance = class_guidance = 3.5
     takes_negatives = False
     lora_layers = NAMES_OF_FLUX
     lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
                     "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",
                     "all": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX}|{MODULATION_OF_FLUX})"}
-    # diffusers' example trains a LoRA of 500 steps, other trainers at 1e-4; the rate of full training is theirs, too. Neither was
-    # measured here.
-    recipes = {"lora": Recipe(500, 1e-4), "full": Recipe(500, 1e-5)}
+    # diffusers' example trains a LoRA of 500 steps, other trainers at 1e-4; the rate of full training is theirs, too; the text's rate and
+    # the words' are those of Stable Diffusion XL. None was measured here.
+    recipes = {"lora": Recipe(500, 1e-4, 1e-4, 5e-5), "full": Recipe(500, 1e-5, 1e-5, 1e-6),
+               "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)}
     base_of_distilled = "black-forest-labs/FLUX.1-dev"
 
     def distilled(self, index, config):
@@ -4519,13 +4524,6 @@ class StableDiffusion3(Family):
     def book_options(self, told, against):
         return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"], "negative_prompt_embeds": against["hidden"],
                 "negative_pooled_prompt_embeds": against["pooled"]}
-
-    def text_parameters(self, models):
-        return [parameter for _, clip in models.readers for parameter in clip.parameters()]
-
-    def text_layers(self, models, text_encoder):
-        """All: the pooled embedding comes out of the last."""
-        return text_encoder.config.num_hidden_layers
 
     def rows_elsewhere(self, denoiser, layer, up):
         """The last block's text is scaled and shifted by one layer alone, which has the shift first there."""

@@ -158,10 +158,10 @@ def test_a_distilled_model_still_draws(run, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("family, flags, said", [
     ("flux2-klein", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for FLUX.2 klein"),
-    ("flux", ["--method", "pivotal"], "--method pivotal: not to be had for FLUX.1 dev"),
+    ("z-image", ["--method", "pivotal"], "--method pivotal: not to be had for Z-Image"),
     ("flux", ["--method", "full", "--export", "x.safetensors"], "--export: a whole model of FLUX.1 dev is not written for"),
     ("z-image", ["--method", "lora", "--use_dora", "--export", "x.safetensors"], "--export: a DoRA of Z-Image is not written for"),
-    ("flux", ["--train_text_encoder"], "--train_text_encoder: the text encoder of FLUX.1 dev does not train"),
+    ("qwen-image", ["--train_text_encoder"], "--train_text_encoder: the text encoder of Qwen-Image does not train"),
     ("flux2", ["--snr_gamma", "5"], "--snr_gamma 5: for models that learnt diffusion"),
     ("qwen-image", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for Qwen-Image"),
     ("sd3", ["--method", "pivotal", "--num_vectors", "2"], "--num_vectors 2: Stable Diffusion 3's pipeline reads a new word as one"),
@@ -298,6 +298,37 @@ def test_both_clips_of_stable_diffusion_3_learn_a_new_word(family, method, teach
     assert {name: tuple(tensor.shape) for name, tensor in learnt.items()} == {"clip_l": (1, 32), "clip_g": (1, 24)}
     status, out, err = run("--infer", "--model_path", "output", "--prompt", "a <rex> on the moon", "--num_images", 1,
                            "--num_inference_steps", 1)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("method", ["textual_inversion", "pivotal"])
+def test_the_clip_of_flux_learns_a_new_word_and_its_t5_spells_it(method, teach, run, tiny_model, tmp_path):
+    from diffusers import FluxPipeline
+
+    status, out, err = teach("flux", "--method", method, "--identifier", "<rex>", "--num_vectors", 2, *ALONE, rate=("--embedding_lr", "1"))
+    assert status == 0, err
+    (learnt,) = load_file(tmp_path / "output" / "learned_embeds.safetensors").values()
+    assert tuple(learnt.shape) == (2, 24)
+    status, out, err = run("--infer", "--model_path", "output", "--prompt", "a <rex>", "--num_images", 1, "--seed", 5,
+                           "--num_inference_steps", 2, "--image_dir", "drawn", "--mixed_precision", "no")
+    assert status == 0, err
+    by_program = Image.open(next(path for path in (tmp_path / "drawn").glob("*.png") if not path.name.startswith("grid")))
+    pipeline = FluxPipeline.from_pretrained(tiny_model("flux"))
+    before = drawn_by_diffusers(pipeline, {"guidance_scale": 3.5}, "a <rex>")
+    pipeline.load_textual_inversion("output/learned_embeds.safetensors")
+    if method == "pivotal":
+        pipeline.load_lora_weights("output", weight_name="pytorch_lora_weights.safetensors")
+    assert far_apart(drawn_by_diffusers(pipeline, {"guidance_scale": 3.5}, "a <rex>"), by_program) <= 2 < far_apart(before, by_program)
+
+
+def test_the_clip_of_flux_trains_and_its_t5_does_not(teach, run, tmp_path):
+    status, out, err = teach("flux", "--method", "lora", "--train_text_encoder", "--max_vram", 1, "--mixed_precision", "bf16", *ALONE)
+    assert status == 0 and "cannot be told beforehand" not in out, err
+    weights = load_file(tmp_path / "output" / "pytorch_lora_weights.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"transformer", "text_encoder"}
+    elsewhere = load_file(tmp_path / "output" / db.KOHYA_FILE)
+    assert any(name.startswith("lora_te1_text_model_encoder_layers_0_") for name in elsewhere)
+    status, out, err = run("--infer", "--model_path", "output", "--prompt", "a dog", "--num_images", 1, "--num_inference_steps", 1)
     assert status == 0, err
 
 

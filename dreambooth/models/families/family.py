@@ -232,11 +232,11 @@ class Family:
 
     def text_parameters(self, models):
         """The text encoders' parameters that reach the loss."""
-        raise NotImplementedError
+        return [parameter for _, text_encoder in models.readers for parameter in text_encoder.parameters()]
 
     def text_layers(self, models, text_encoder):
-        """How many of a text encoder's layers reach the denoiser."""
-        raise NotImplementedError
+        """How many of a text encoder's layers reach the denoiser: all, where its pooled embedding does."""
+        return text_encoder.config.num_hidden_layers
 
     # ---- other programs
 

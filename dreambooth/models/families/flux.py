@@ -31,15 +31,20 @@ class Flux(Family):
     pipelines = ("FluxPipeline",)
     kind = "FLUX.1 dev"
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    word_encoders = ("text_encoder",)  # CLIP; T5 spells a new word
+    trains_text = True
+    exports = ("lora", "word")
+    lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
     guidance = class_guidance = 3.5
     takes_negatives = False
     lora_layers = NAMES_OF_FLUX
     lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
                     "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",
                     "all": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX}|{MODULATION_OF_FLUX})"}
-    # diffusers' example trains a LoRA of 500 steps, other trainers at 1e-4; the rate of full training is theirs, too. Neither was
-    # measured here.
-    recipes = {"lora": Recipe(500, 1e-4), "full": Recipe(500, 1e-5)}
+    # diffusers' example trains a LoRA of 500 steps, other trainers at 1e-4; the rate of full training is theirs, too; the text's rate and
+    # the words' are those of Stable Diffusion XL. None was measured here.
+    recipes = {"lora": Recipe(500, 1e-4, 1e-4, 5e-5), "full": Recipe(500, 1e-5, 1e-5, 1e-6),
+               "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 1e-4, 1e-4, 5e-5, 3e-4)}
     base_of_distilled = "black-forest-labs/FLUX.1-dev"
 
     def distilled(self, index, config):

@@ -125,13 +125,6 @@ class StableDiffusion3(Family):
         return {"prompt_embeds": told["hidden"], "pooled_prompt_embeds": told["pooled"], "negative_prompt_embeds": against["hidden"],
                 "negative_pooled_prompt_embeds": against["pooled"]}
 
-    def text_parameters(self, models):
-        return [parameter for _, clip in models.readers for parameter in clip.parameters()]
-
-    def text_layers(self, models, text_encoder):
-        """All: the pooled embedding comes out of the last."""
-        return text_encoder.config.num_hidden_layers
-
     def rows_elsewhere(self, denoiser, layer, up):
         """The last block's text is scaled and shifted by one layer alone, which has the shift first there."""
         last = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}.norm1_context.linear"
