@@ -1548,15 +1548,17 @@ def given_value(value, name, flag="--"):
 # ------------------------------------------------------------------------------------------------------------------------------
 # compatible: Command lines of diffusers' training scripts: what each of their flags, or the script's name, is here, as one table.
 #
-# Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of train_dreambooth.py,
-# train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py, textual_inversion.py and textual_inversion_sdxl.py.
+# Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of the scripts in SCRIPT_METHODS.
 
 
-SCRIPT_METHODS = {"train_dreambooth.py": "full", "train_dreambooth_lora.py": "lora", "train_dreambooth_lora_sdxl.py": "lora",
-                  "textual_inversion.py": "textual_inversion", "textual_inversion_sdxl.py": "textual_inversion"}
-# Flags that diffusers' LoRA scripts alone have: they tell the method of a command whose script is not named.
-LORA_SIGNS = {"rank", "lora_dropout", "use_dora", "text_encoder_lr", "validation_epochs", "output_kohya_format",
-              "image_interpolation_mode", "pretrained_vae_model_name_or_path"}
+_MODELS = ("sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sd15_advanced", "sdxl_advanced", "flux_advanced")
+SCRIPT_METHODS = {**dict.fromkeys(("train_dreambooth.py", "train_dreambooth_sd3.py", "train_dreambooth_flux.py"), "full"),
+                  "train_dreambooth_lora.py": "lora", **{f"train_dreambooth_lora_{model}.py": "lora" for model in _MODELS},
+                  **dict.fromkeys(("textual_inversion.py", "textual_inversion_sdxl.py"), "textual_inversion")}
+# Flags that diffusers' LoRA scripts have: they tell the method of a command whose script is not named. The last three are also those of
+# its scripts for full training of Stable Diffusion 3 and FLUX, which few can run.
+LORA_SIGNS = {"rank", "lora_alpha", "lora_dropout", "use_dora", "output_kohya_format", "upcast_before_saving", "cache_latents",
+              "pretrained_vae_model_name_or_path", "text_encoder_lr", "validation_epochs", "image_interpolation_mode"}
 GIVEN = object()  # in the table: the very value that was given
 
 
@@ -1600,14 +1602,29 @@ _OF_DATASET = "it belongs to --dataset_name"
 _IF_ONLY = "it is for DeepFloyd IF; Stable Diffusion has no use for it"
 _PRODIGY = "prodigy has it on"
 _TRUE = ("true", "1", "yes")
+_NOUGHT, _ONE = ("0", "0.0"), ("1", "1.0", "1.")
+_NO_FOURTH = "the script itself does not use it, since Qwen-Image has one text encoder"
+_ALL_BLOCKS = "a LoRA stands in every block; --lora_target says in which layers of it"
 DIFFUSERS_FLAGS = {
     "pretrained_model_name_or_path": _same("model_name"),
     "train_data_dir": _same("instance_data_dir"),
     "placeholder_token": _same("identifier", implies={"method": "textual_inversion"}),
     "max_train_steps": _same("steps"),
     "resume_from_checkpoint": _same("resume"),
+    "initializer_concept": _same("initializer_token"),
+    "num_new_tokens_per_abstraction": _same("num_vectors"),
+    "train_text_encoder_ti_frac": _same("embedding_frac"),
+    "token_abstraction": _same("identifier"),
     "use_8bit_adam": _means("--optimizer adamw8bit", "optimizer", "adamw8bit", beside=("adamw",)),
     "offset_noise": _means("--noise_offset 0.1", "noise_offset", 0.1),
+    "train_text_encoder_ti": _means("--method pivotal", "method", "pivotal", beside=("lora",)),
+    "use_aspect_ratio_buckets": _means("--aspect_ratio_buckets", "aspect_ratio_buckets", True),
+    "skip_final_inference": _means("--no-samples", "samples", False),
+    "weighting_scheme": Foreign("none is --timestep_sampling uniform, logit_normal is that", takes="none|logit_normal",
+                                only=("none", "logit_normal"), otherwise="give one of these",
+                                implies={"timestep_sampling": {"none": "uniform", "logit_normal": "logit_normal"}}),
+    "final_validation_prompt": Foreign("the same as --validation_prompt, which goes before it", takes="STR",
+                                       implies={"validation_prompt": GIVEN}),
     "hub_token": Foreign("the token for the hub, kept in no file", takes="TOKEN", environment="HF_TOKEN"),
 
     "learnable_property": Foreign('without --instance_prompt a style is captioned "a painting in the style of [identifier]"',
@@ -1634,6 +1651,24 @@ DIFFUSERS_FLAGS = {
     "save_steps": _needless("--checkpointing_steps keeps the words on the way, --select_best the best of them", takes="INT"),
     "output_kohya_format": _needless("a LoRA is always written for Kohya's tools as well"),
     "skip_save_text_encoder": _needless("an output is always whole, so that it can be loaded as it is"),
+    "cache_latents": _needless("always done"),
+    "upcast_before_saving": _needless("a LoRA is trained and written in float32"),
+    "max_sequence_length": _needless("prompts are read as the model's own pipeline does when it draws", takes="INT"),
+    "logit_mean": _needless("the normal number of logit_normal has mean 0", takes="0", only=_NOUGHT),
+    "logit_std": _needless("the normal number of logit_normal has deviation 1", takes="1", only=_ONE),
+    "mode_scale": _needless("it is for --weighting_scheme mode, which is not to be had", takes="FLOAT"),
+    "precondition_outputs": _needless("the loss is that of the velocity, weighing all noise the same", takes="0", only=_NOUGHT,
+                                      otherwise="leave it out, or give 0"),
+    "caption_dropout": _needless("no caption is ever left out", takes="0", only=_NOUGHT),
+    "train_text_encoder_frac": _needless("the text encoder trains to the end", takes="1", only=_ONE),
+    "train_transformer_frac": _needless("the LoRA trains to the end; the word alone is --method textual_inversion", takes="1", only=_ONE),
+    "offload": _needless("text encoders and VAE make room before training, unless they train"),
+    "do_fp8_training": _needless("arithmetic is bf16; --base_precision fp8 keeps the frozen transformer in fp8"),
+    "remote_text_encoder": _needless("prompts are encoded here, before training; none is sent anywhere"),
+    "fsdp_text_encoder": _needless("the text encoder makes room before training"),
+    "enable_npu_flash_attention": _needless("torch's own attention saves the same memory"),
+    "pretrained_tokenizer_4_name_or_path": _needless(_NO_FOURTH, takes="ID"),
+    "pretrained_text_encoder_4_name_or_path": _needless(_NO_FOURTH, takes="ID"),
 
     "dataset_name": _refused(_DATASET, takes="ID"),
     "dataset_config_name": _refused(_OF_DATASET, takes="NAME"),
@@ -1644,6 +1679,14 @@ DIFFUSERS_FLAGS = {
     "class_labels_conditioning": _refused(_IF_ONLY, takes="NAME"),
     "validation_images": _refused(_IF_ONLY, takes="FILE ..."),
     "do_edm_style_training": _refused("models with an EDM scheduler cannot be trained here; choose one of Stable Diffusion's"),
+    "lora_layers": _refused("--lora_target attention, attention+ff or all says which layers have a LoRA", takes="NAMES"),
+    "lora_blocks": _refused(_ALL_BLOCKS, takes="NUMBERS"),
+    "lora_unet_blocks": _refused(_ALL_BLOCKS, takes="NAMES"),
+    "use_blora": _refused(_ALL_BLOCKS),
+    "clip_skip": _refused("prompts are read by the layer that the model's own config says", takes="INT"),
+    "text_encoder_out_layers": _refused("prompts are read by the layers that the model's own pipeline reads", takes="INT ..."),
+    "enable_t5_ti": _refused("T5 takes no new words here"),
+    "bnb_quantization_config_path": _refused("--base_precision nf4 or int8 does what such a file says", takes="FILE"),
     "no_safe_serialization": _refused("weights are written as safetensors alone, which every program reads"),
 }
 
@@ -1771,14 +1814,16 @@ def read_flags(argv):
     wrong = [f"--{name} is unknown{nearest(name, known)}" for name in names if name not in known]
     wrong += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in names
               if name in DIFFUSERS_FLAGS and not DIFFUSERS_FLAGS[name].can_be_had]
+    wrong += [alone(word.partition("=")[0]) for word in argv if "=" in word and is_switch(word.partition("=")[0])]
     given = {}
     try:
         namespace, rest = build_parser().parse_known_args(argv)
         given = vars(namespace)
         if rest and not wrong:
-            wrong.append(stray(rest[0]))
+            wrong.append(stray(rest[0], argv[:argv.index(rest[0])]))
     except UserError as problem:
-        wrong.append(str(problem))
+        if "ignored explicit argument" not in str(problem):  # which is among the wrong already
+            wrong.append(str(problem))
     wrong += [f"--{name} {given[name]}: not to be had: {foreign.here.removeprefix('needless: ')}; {foreign.otherwise}"
               for name, foreign in DIFFUSERS_FLAGS.items() if name in given and foreign.is_refused(given[name])]
     for name, value in given.items():
@@ -1798,9 +1843,26 @@ def printable(text):
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def stray(word):
-    """What to tell of a word that belongs to no flag: it comes from how commands are copied."""
+def is_switch(word):
+    """Whether this is a flag that is given alone."""
+    name = word.removeprefix("--")
+    if name in DIFFUSERS_FLAGS:
+        return foreign_options(DIFFUSERS_FLAGS[name]).get("action") == "store_true"
+    field = FIELDS.get(name.removeprefix("no-"))
+    return word.startswith("--") and field is not None and _value_type(field.type)[0] is bool
+
+
+def alone(switch):
+    """What to tell of a value given to a switch."""
+    name = switch.removeprefix("--").removeprefix("no-")
+    return f"{switch}: takes no value; give it alone, or leave it out" + f" (--no-{name} is off)" * (name in FIELDS)
+
+
+def stray(word, before=()):
+    """What to tell of a word that belongs to no flag, and of those before it: it comes from how commands are copied."""
     shown = printable(word)[:60]
+    if before and is_switch(before[-1]) and (word[:1].isdigit() or word.lower() in ("true", "false", "yes", "no", "on", "off")):
+        return alone(before[-1])
     if not word.strip("\\^`\r\n\t "):
         return "a line of the command ends in more than its mark: \\ (in PowerShell `, in cmd ^) must be the very last character"
     if word.startswith(tuple(DASHES)):
@@ -1829,7 +1891,7 @@ def translate(given, foreign):
             spelling[setting] = name
     for name, value in foreign.items():
         for setting, implied in DIFFUSERS_FLAGS[name].implies.items():
-            implied = implied.get(value) if isinstance(implied, dict) else implied
+            implied = implied.get(value) if isinstance(implied, dict) else [value] if implied is GIVEN else implied
             if implied is not None and setting not in given:
                 given[setting] = implied
                 spelling[setting] = name
@@ -1843,16 +1905,28 @@ def complete(given, foreign, spelling, script):
         given.setdefault("mode", "train" if script else settle_mode(given))
         if given["mode"] == "train":
             notes.insert(0, complete_pasted(given, foreign, script))
-    if given.get("method") == "textual_inversion" and "learning_rate" in given:
-        if "embedding_lr" in given:
-            raise UserError("--learning_rate is --embedding_lr with --method textual_inversion; leave one out")
-        given["embedding_lr"] = given.pop("learning_rate")
-        spelling["embedding_lr"] = "learning_rate"
-        notes.append("--learning_rate is that of the new word, --embedding_lr")
+    notes += settle_words_rate(given, foreign, spelling)
     texts = {"class_prompt", "instance_prompt", "concepts"}
     if "placeholder_token" in foreign and "initializer_token" in given and not texts & given.keys():
         given["instance_prompt"] = "a [identifier]"
     return notes
+
+
+def settle_words_rate(given, foreign, spelling):
+    """Take the rate that diffusers' scripts train new words with for the new words' own; returns what to say of it."""
+    if given.get("method") == "textual_inversion":
+        rate, where = "learning_rate", "--method textual_inversion"
+    elif "train_text_encoder_ti" in foreign and not given.get("train_text_encoder"):
+        rate, where = "text_encoder_lr", "--train_text_encoder_ti"
+    else:
+        return []
+    if rate not in given:
+        return []
+    if "embedding_lr" in given:
+        raise UserError(f"--{rate} is --embedding_lr with {where}; leave one out")
+    given["embedding_lr"] = given.pop(rate)
+    spelling["embedding_lr"] = rate
+    return [f"--{rate} is that of the new word, --embedding_lr"]
 
 
 def settle_mode(given):
@@ -1878,6 +1952,8 @@ def complete_pasted(given, foreign, script):
         taken += " --no-with_prior_preservation"
     if is_guess:
         taken += f" (by --{min(signs)})" if signs else " (for a command of train_dreambooth_lora.py add --method lora)"
+    if given.pop("guidance_scale", None) is not None:
+        taken += "; --guidance_scale: of training there, which is guided by 1 here; pictures are drawn with the model's own"
     return taken
 
 
@@ -5732,6 +5808,14 @@ def trained_tensors(groups):
     return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
 
 
+def check_sound(groups, model):
+    """UserError if a weight of the model is no number before it has trained, as bad merges leave it."""
+    for name, tensor in trained_tensors(groups).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{model}: weights of its {name.split('.')[0]} are no numbers (NaN or infinite), such as {name}, so that "
+                            f"nothing can be learnt; give another copy of the model, or another model")
+
+
 def check_finite(groups):
     """Raises UserError if a weight that trains is not finite."""
     for name, tensor in trained_tensors(groups).items():
@@ -9101,8 +9185,7 @@ def report_losses(run, folder, unread, bar, writer):
                    "gradient norm": norm if run.accelerator.scaler is None else 0}  # fp16's scaler skips such a step itself
         if wrong := next((f"the {what} is {value}" for what, value in checked.items() if not math.isfinite(value)), None):
             saved = next(reversed(checkpoints_in(folder)), None)
-            raise UserError(f"training stopped: {wrong} at step {done}; the learning rate is too high or the arithmetic too "
-                            f"coarse: give a smaller --learning_rate, or --mixed_precision no"
+            raise UserError(f"training stopped: {wrong} at step {done}; {cause_of(run, done)}"
                             + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
         run.history.append((instance, prior if has_class else None, norm))
         log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
@@ -9112,6 +9195,16 @@ def report_losses(run, folder, unread, bar, writer):
     device, lr = run.accelerator.device, next(rates[group.name] for group in run.groups if group.until >= 1)  # of what does not rest
     used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
     bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
+
+
+def cause_of(run, done):
+    """Why step number `done` gave no numbers, and what to do. No rate has had an effect in the first."""
+    if done > 1:
+        return "the learning rate is too high or the arithmetic too coarse: give a smaller --learning_rate, or --mixed_precision no"
+    weights = f"weights of {run.models.name} are no numbers (NaN or infinite)"
+    another = "give another copy of the model, or another model"
+    return (f"nothing was learnt yet, so {weights}: {another}" if run.course.precision == "no" else
+            f"nothing was learnt yet, so {weights}, or the arithmetic is too coarse for them: give --mixed_precision no, or else {another}")
 
 
 def log_scalars(writer, step, values):
@@ -11037,6 +11130,7 @@ def prepare(s, name, concepts, plan, accelerator):
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)
+    check_sound(groups, models.name)
     check_rates(s, groups)
     check_space(s, course, models, groups)
     cache = cache_latents(models, photos, of_class, course.resolution, plan.device, s.random_flip, views,

@@ -103,14 +103,16 @@ def read_flags(argv):
     wrong = [f"--{name} is unknown{nearest(name, known)}" for name in names if name not in known]
     wrong += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in names
               if name in DIFFUSERS_FLAGS and not DIFFUSERS_FLAGS[name].can_be_had]
+    wrong += [alone(word.partition("=")[0]) for word in argv if "=" in word and is_switch(word.partition("=")[0])]
     given = {}
     try:
         namespace, rest = build_parser().parse_known_args(argv)
         given = vars(namespace)
         if rest and not wrong:
-            wrong.append(stray(rest[0]))
+            wrong.append(stray(rest[0], argv[:argv.index(rest[0])]))
     except UserError as problem:
-        wrong.append(str(problem))
+        if "ignored explicit argument" not in str(problem):  # which is among the wrong already
+            wrong.append(str(problem))
     wrong += [f"--{name} {given[name]}: not to be had: {foreign.here.removeprefix('needless: ')}; {foreign.otherwise}"
               for name, foreign in DIFFUSERS_FLAGS.items() if name in given and foreign.is_refused(given[name])]
     for name, value in given.items():
@@ -130,9 +132,26 @@ def printable(text):
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def stray(word):
-    """What to tell of a word that belongs to no flag: it comes from how commands are copied."""
+def is_switch(word):
+    """Whether this is a flag that is given alone."""
+    name = word.removeprefix("--")
+    if name in DIFFUSERS_FLAGS:
+        return foreign_options(DIFFUSERS_FLAGS[name]).get("action") == "store_true"
+    field = FIELDS.get(name.removeprefix("no-"))
+    return word.startswith("--") and field is not None and _value_type(field.type)[0] is bool
+
+
+def alone(switch):
+    """What to tell of a value given to a switch."""
+    name = switch.removeprefix("--").removeprefix("no-")
+    return f"{switch}: takes no value; give it alone, or leave it out" + f" (--no-{name} is off)" * (name in FIELDS)
+
+
+def stray(word, before=()):
+    """What to tell of a word that belongs to no flag, and of those before it: it comes from how commands are copied."""
     shown = printable(word)[:60]
+    if before and is_switch(before[-1]) and (word[:1].isdigit() or word.lower() in ("true", "false", "yes", "no", "on", "off")):
+        return alone(before[-1])
     if not word.strip("\\^`\r\n\t "):
         return "a line of the command ends in more than its mark: \\ (in PowerShell `, in cmd ^) must be the very last character"
     if word.startswith(tuple(DASHES)):
@@ -161,7 +180,7 @@ def translate(given, foreign):
             spelling[setting] = name
     for name, value in foreign.items():
         for setting, implied in DIFFUSERS_FLAGS[name].implies.items():
-            implied = implied.get(value) if isinstance(implied, dict) else implied
+            implied = implied.get(value) if isinstance(implied, dict) else [value] if implied is GIVEN else implied
             if implied is not None and setting not in given:
                 given[setting] = implied
                 spelling[setting] = name
@@ -175,16 +194,28 @@ def complete(given, foreign, spelling, script):
         given.setdefault("mode", "train" if script else settle_mode(given))
         if given["mode"] == "train":
             notes.insert(0, complete_pasted(given, foreign, script))
-    if given.get("method") == "textual_inversion" and "learning_rate" in given:
-        if "embedding_lr" in given:
-            raise UserError("--learning_rate is --embedding_lr with --method textual_inversion; leave one out")
-        given["embedding_lr"] = given.pop("learning_rate")
-        spelling["embedding_lr"] = "learning_rate"
-        notes.append("--learning_rate is that of the new word, --embedding_lr")
+    notes += settle_words_rate(given, foreign, spelling)
     texts = {"class_prompt", "instance_prompt", "concepts"}
     if "placeholder_token" in foreign and "initializer_token" in given and not texts & given.keys():
         given["instance_prompt"] = "a [identifier]"
     return notes
+
+
+def settle_words_rate(given, foreign, spelling):
+    """Take the rate that diffusers' scripts train new words with for the new words' own; returns what to say of it."""
+    if given.get("method") == "textual_inversion":
+        rate, where = "learning_rate", "--method textual_inversion"
+    elif "train_text_encoder_ti" in foreign and not given.get("train_text_encoder"):
+        rate, where = "text_encoder_lr", "--train_text_encoder_ti"
+    else:
+        return []
+    if rate not in given:
+        return []
+    if "embedding_lr" in given:
+        raise UserError(f"--{rate} is --embedding_lr with {where}; leave one out")
+    given["embedding_lr"] = given.pop(rate)
+    spelling["embedding_lr"] = rate
+    return [f"--{rate} is that of the new word, --embedding_lr"]
 
 
 def settle_mode(given):
@@ -210,6 +241,8 @@ def complete_pasted(given, foreign, script):
         taken += " --no-with_prior_preservation"
     if is_guess:
         taken += f" (by --{min(signs)})" if signs else " (for a command of train_dreambooth_lora.py add --method lora)"
+    if given.pop("guidance_scale", None) is not None:
+        taken += "; --guidance_scale: of training there, which is guided by 1 here; pictures are drawn with the model's own"
     return taken
 
 

@@ -1,17 +1,19 @@
 """Command lines of diffusers' training scripts: what each of their flags, or the script's name, is here, as one table.
 
-Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of train_dreambooth.py,
-train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py, textual_inversion.py and textual_inversion_sdxl.py.
+Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of the scripts in SCRIPT_METHODS.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-SCRIPT_METHODS = {"train_dreambooth.py": "full", "train_dreambooth_lora.py": "lora", "train_dreambooth_lora_sdxl.py": "lora",
-                  "textual_inversion.py": "textual_inversion", "textual_inversion_sdxl.py": "textual_inversion"}
-# Flags that diffusers' LoRA scripts alone have: they tell the method of a command whose script is not named.
-LORA_SIGNS = {"rank", "lora_dropout", "use_dora", "text_encoder_lr", "validation_epochs", "output_kohya_format",
-              "image_interpolation_mode", "pretrained_vae_model_name_or_path"}
+_MODELS = ("sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sd15_advanced", "sdxl_advanced", "flux_advanced")
+SCRIPT_METHODS = {**dict.fromkeys(("train_dreambooth.py", "train_dreambooth_sd3.py", "train_dreambooth_flux.py"), "full"),
+                  "train_dreambooth_lora.py": "lora", **{f"train_dreambooth_lora_{model}.py": "lora" for model in _MODELS},
+                  **dict.fromkeys(("textual_inversion.py", "textual_inversion_sdxl.py"), "textual_inversion")}
+# Flags that diffusers' LoRA scripts have: they tell the method of a command whose script is not named. The last three are also those of
+# its scripts for full training of Stable Diffusion 3 and FLUX, which few can run.
+LORA_SIGNS = {"rank", "lora_alpha", "lora_dropout", "use_dora", "output_kohya_format", "upcast_before_saving", "cache_latents",
+              "pretrained_vae_model_name_or_path", "text_encoder_lr", "validation_epochs", "image_interpolation_mode"}
 GIVEN = object()  # in the table: the very value that was given
 
 
@@ -55,14 +57,29 @@ _OF_DATASET = "it belongs to --dataset_name"
 _IF_ONLY = "it is for DeepFloyd IF; Stable Diffusion has no use for it"
 _PRODIGY = "prodigy has it on"
 _TRUE = ("true", "1", "yes")
+_NOUGHT, _ONE = ("0", "0.0"), ("1", "1.0", "1.")
+_NO_FOURTH = "the script itself does not use it, since Qwen-Image has one text encoder"
+_ALL_BLOCKS = "a LoRA stands in every block; --lora_target says in which layers of it"
 DIFFUSERS_FLAGS = {
     "pretrained_model_name_or_path": _same("model_name"),
     "train_data_dir": _same("instance_data_dir"),
     "placeholder_token": _same("identifier", implies={"method": "textual_inversion"}),
     "max_train_steps": _same("steps"),
     "resume_from_checkpoint": _same("resume"),
+    "initializer_concept": _same("initializer_token"),
+    "num_new_tokens_per_abstraction": _same("num_vectors"),
+    "train_text_encoder_ti_frac": _same("embedding_frac"),
+    "token_abstraction": _same("identifier"),
     "use_8bit_adam": _means("--optimizer adamw8bit", "optimizer", "adamw8bit", beside=("adamw",)),
     "offset_noise": _means("--noise_offset 0.1", "noise_offset", 0.1),
+    "train_text_encoder_ti": _means("--method pivotal", "method", "pivotal", beside=("lora",)),
+    "use_aspect_ratio_buckets": _means("--aspect_ratio_buckets", "aspect_ratio_buckets", True),
+    "skip_final_inference": _means("--no-samples", "samples", False),
+    "weighting_scheme": Foreign("none is --timestep_sampling uniform, logit_normal is that", takes="none|logit_normal",
+                                only=("none", "logit_normal"), otherwise="give one of these",
+                                implies={"timestep_sampling": {"none": "uniform", "logit_normal": "logit_normal"}}),
+    "final_validation_prompt": Foreign("the same as --validation_prompt, which goes before it", takes="STR",
+                                       implies={"validation_prompt": GIVEN}),
     "hub_token": Foreign("the token for the hub, kept in no file", takes="TOKEN", environment="HF_TOKEN"),
 
     "learnable_property": Foreign('without --instance_prompt a style is captioned "a painting in the style of [identifier]"',
@@ -89,6 +106,24 @@ DIFFUSERS_FLAGS = {
     "save_steps": _needless("--checkpointing_steps keeps the words on the way, --select_best the best of them", takes="INT"),
     "output_kohya_format": _needless("a LoRA is always written for Kohya's tools as well"),
     "skip_save_text_encoder": _needless("an output is always whole, so that it can be loaded as it is"),
+    "cache_latents": _needless("always done"),
+    "upcast_before_saving": _needless("a LoRA is trained and written in float32"),
+    "max_sequence_length": _needless("prompts are read as the model's own pipeline does when it draws", takes="INT"),
+    "logit_mean": _needless("the normal number of logit_normal has mean 0", takes="0", only=_NOUGHT),
+    "logit_std": _needless("the normal number of logit_normal has deviation 1", takes="1", only=_ONE),
+    "mode_scale": _needless("it is for --weighting_scheme mode, which is not to be had", takes="FLOAT"),
+    "precondition_outputs": _needless("the loss is that of the velocity, weighing all noise the same", takes="0", only=_NOUGHT,
+                                      otherwise="leave it out, or give 0"),
+    "caption_dropout": _needless("no caption is ever left out", takes="0", only=_NOUGHT),
+    "train_text_encoder_frac": _needless("the text encoder trains to the end", takes="1", only=_ONE),
+    "train_transformer_frac": _needless("the LoRA trains to the end; the word alone is --method textual_inversion", takes="1", only=_ONE),
+    "offload": _needless("text encoders and VAE make room before training, unless they train"),
+    "do_fp8_training": _needless("arithmetic is bf16; --base_precision fp8 keeps the frozen transformer in fp8"),
+    "remote_text_encoder": _needless("prompts are encoded here, before training; none is sent anywhere"),
+    "fsdp_text_encoder": _needless("the text encoder makes room before training"),
+    "enable_npu_flash_attention": _needless("torch's own attention saves the same memory"),
+    "pretrained_tokenizer_4_name_or_path": _needless(_NO_FOURTH, takes="ID"),
+    "pretrained_text_encoder_4_name_or_path": _needless(_NO_FOURTH, takes="ID"),
 
     "dataset_name": _refused(_DATASET, takes="ID"),
     "dataset_config_name": _refused(_OF_DATASET, takes="NAME"),
@@ -99,6 +134,14 @@ DIFFUSERS_FLAGS = {
     "class_labels_conditioning": _refused(_IF_ONLY, takes="NAME"),
     "validation_images": _refused(_IF_ONLY, takes="FILE ..."),
     "do_edm_style_training": _refused("models with an EDM scheduler cannot be trained here; choose one of Stable Diffusion's"),
+    "lora_layers": _refused("--lora_target attention, attention+ff or all says which layers have a LoRA", takes="NAMES"),
+    "lora_blocks": _refused(_ALL_BLOCKS, takes="NUMBERS"),
+    "lora_unet_blocks": _refused(_ALL_BLOCKS, takes="NAMES"),
+    "use_blora": _refused(_ALL_BLOCKS),
+    "clip_skip": _refused("prompts are read by the layer that the model's own config says", takes="INT"),
+    "text_encoder_out_layers": _refused("prompts are read by the layers that the model's own pipeline reads", takes="INT ..."),
+    "enable_t5_ti": _refused("T5 takes no new words here"),
+    "bnb_quantization_config_path": _refused("--base_precision nf4 or int8 does what such a file says", takes="FILE"),
     "no_safe_serialization": _refused("weights are written as safetensors alone, which every program reads"),
 }
 

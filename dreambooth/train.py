@@ -21,6 +21,7 @@ from dreambooth.files import check_writable
 from dreambooth.memory.plan import naming_next_plan, set_course
 from dreambooth.memory.plans import check_levers, is_late
 from dreambooth.methods.adapters import check_adapter
+from dreambooth.methods.groups import check_sound
 from dreambooth.methods.table import METHODS, has_class_images, parameter_groups, preserves_prior
 from dreambooth.models.encoding import check_length, embed_ends
 from dreambooth.models.find import check_undistilled, check_variant, default_model, family_at, find_model
@@ -169,6 +170,7 @@ def prepare(s, name, concepts, plan, accelerator):
     fingerprint = models.fingerprint  # of the weights as they were loaded
     torch.manual_seed(s.seed)
     groups = parameter_groups(s, models, subjects, recipe)
+    check_sound(groups, models.name)
     check_rates(s, groups)
     check_space(s, course, models, groups)
     cache = cache_latents(models, photos, of_class, course.resolution, plan.device, s.random_flip, views,

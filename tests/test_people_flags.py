@@ -23,10 +23,13 @@ KINDS = {flag: kind for flags in SCRIPTS.values() for flag, kind in flags.items(
 SAMPLES = {  # what a flag is given, if the value of its kind below will not do
     "lr_scheduler": "polynomial", "mixed_precision": "bf16", "optimizer": "prodigy", "prior_generation_precision": "fp32",
     "resolution": "64", "learnable_property": "object", "image_interpolation_mode": "lanczos", "tokenizer_max_length": "77",
-    "pretrained_vae_model_name_or_path": "madebyollin/sdxl-vae-fp16-fix", "hub_token": "hf_secret"}
+    "pretrained_vae_model_name_or_path": "madebyollin/sdxl-vae-fp16-fix", "hub_token": "hf_secret", "weighting_scheme": "logit_normal",
+    "logit_mean": "0.0", "logit_std": "1.0", "precondition_outputs": "0", "caption_dropout": "0", "train_text_encoder_frac": "1",
+    "train_transformer_frac": "1", "aspect_ratio_buckets": "1024,1024;768,1360"}
 BY_KIND = {"switch": None, "int": "8", "float": "0.5", "str": "word", "many": "a.png", "bool": "True"}
-METHOD_OF = {"rank": "lora", "lora_dropout": "lora", "use_dora": "lora", "num_vectors": "textual_inversion",
-             "initializer_token": "textual_inversion", "save_as_full_pipeline": "textual_inversion"}
+METHOD_OF = {**dict.fromkeys(("rank", "lora_alpha", "lora_dropout", "use_dora"), "lora"),
+             **dict.fromkeys(("num_new_tokens_per_abstraction", "train_text_encoder_ti_frac"), "pivotal"),
+             **dict.fromkeys(("num_vectors", "initializer_token", "initializer_concept", "save_as_full_pipeline"), "textual_inversion")}
 
 
 def two_processes(monkeypatch):
@@ -62,13 +65,17 @@ def refusal(*argv):
 def test_the_list_has_every_flag_of_the_scripts():
     assert {script: len(flags) for script, flags in SCRIPTS.items()} == {
         "train_dreambooth.py": 61, "train_dreambooth_lora.py": 59, "train_dreambooth_lora_sdxl.py": 72,
-        "textual_inversion.py": 48, "textual_inversion_sdxl.py": 46}
+        "textual_inversion.py": 48, "textual_inversion_sdxl.py": 46,
+        "train_dreambooth_sd3.py": 69, "train_dreambooth_flux.py": 71, "train_dreambooth_lora_sd3.py": 75,
+        "train_dreambooth_lora_flux.py": 76, "train_dreambooth_lora_flux2.py": 85, "train_dreambooth_lora_flux2_klein.py": 85,
+        "train_dreambooth_lora_z_image.py": 83, "train_dreambooth_lora_qwen_image.py": 79, "train_dreambooth_lora_sd15_advanced.py": 76,
+        "train_dreambooth_lora_sdxl_advanced.py": 81, "train_dreambooth_lora_flux_advanced.py": 84}
     assert set(HERE) == set(KINDS) and set(SCRIPTS) == set(db.SCRIPT_METHODS)
 
 
 def test_the_table_has_no_other_flags():
     """What the program calls a flag of diffusers' scripts is one, and is not a flag of its own as well."""
-    assert set(db.DIFFUSERS_FLAGS) == {flag for flag, here in HERE.items() if here != "ours"}
+    assert set(db.DIFFUSERS_FLAGS) == {flag for flag, here in HERE.items() if here not in ("ours", "a switch here")}
     assert not set(db.DIFFUSERS_FLAGS) & set(db.FIELDS)
 
 
@@ -78,6 +85,10 @@ def test_every_flag_is_what_the_list_says(flag, capsys):
     method = ["--method", METHOD_OF[flag]] if flag in METHOD_OF else []
     if HERE[flag] == "not to be had":
         assert f"--{flag}: not to be had: " in refusal("--train", *words)
+        return
+    if HERE[flag] == "a switch here":
+        assert f"--{flag}: takes no value; give it alone" in refusal("--train", *words)
+        assert getattr(db.parse_settings(["--train", words[0]]), flag) is True
         return
     s = db.parse_settings(["--train", *method, *words])
     said = capsys.readouterr().out
@@ -90,7 +101,7 @@ def test_every_flag_is_what_the_list_says(flag, capsys):
         value = getattr(s, flag)
         assert value in (convert(words[-1]), [words[-1]])
     elif kind == "same":
-        assert getattr(s, setting) == (8 if flag == "max_train_steps" else "word")
+        assert getattr(s, setting) == {"int": 8, "float": 0.5, "str": "word"}[KINDS[flag]["kind"]]
 
 
 @pytest.mark.parametrize("words, setting, value", [
@@ -111,6 +122,21 @@ def test_every_flag_is_what_the_list_says(flag, capsys):
     (["--method", "textual_inversion", "--learning_rate", "5e-4"], "learning_rate", None),
     (["--resume_from_checkpoint=latest"], "resume", "latest"),
     (["--max_train_steps=7", "--steps", "7"], "steps", 7),
+    (["--train_text_encoder_ti"], "method", "pivotal"),
+    (["--train_text_encoder_ti", "--method", "lora"], "method", "pivotal"),
+    (["--train_text_encoder_ti", "--text_encoder_lr", "1.0"], "embedding_lr", 1.0),
+    (["--train_text_encoder_ti", "--text_encoder_lr", "1.0"], "text_encoder_lr", None),
+    (["--train_text_encoder_ti", "--train_text_encoder", "--text_encoder_lr", "1.0"], "embedding_lr", None),
+    (["--train_text_encoder_ti", "--train_text_encoder_ti_frac", "0.25"], "embedding_frac", 0.25),
+    (["--train_text_encoder_ti", "--num_new_tokens_per_abstraction=2"], "num_vectors", 2),
+    (["--train_text_encoder_ti", "--initializer_concept=cat"], "initializer_token", "cat"),
+    (["--token_abstraction", "TOK"], "identifier", "TOK"),
+    (["--use_aspect_ratio_buckets"], "aspect_ratio_buckets", True),
+    (["--skip_final_inference"], "samples", False),
+    (["--weighting_scheme=none"], "timestep_sampling", "uniform"),
+    (["--weighting_scheme=logit_normal"], "timestep_sampling", "logit_normal"),
+    (["--final_validation_prompt=a sks dog"], "validation_prompt", ["a sks dog"]),
+    (["--final_validation_prompt=x", "--validation_prompt", "y"], "validation_prompt", ["y"]),
 ])
 def test_what_flags_mean(words, setting, value):
     assert getattr(db.parse_settings(["--train", *words]), setting) == value
@@ -138,6 +164,18 @@ def test_what_flags_mean(words, setting, value):
     (["--save_as_full_pipeline"], "give --method textual_inversion"),
     (["--num_train_epochs", "0"], "--num_train_epochs 0"),
     (["--lr_scheduler", "piecewise_constant"], "--lr_scheduler"),
+    (["--weighting_scheme", "mode"], "--weighting_scheme mode: not to be had: none is --timestep_sampling uniform"),
+    (["--logit_std", "0.5"], "--logit_std 0.5: not to be had"),
+    (["--precondition_outputs", "1"], "--precondition_outputs 1: not to be had: the loss is that of the velocity"),
+    (["--caption_dropout", "0.1"], "--caption_dropout 0.1: not to be had: no caption is ever left out"),
+    (["--train_transformer_frac", "0"], "the word alone is --method textual_inversion"),
+    (["--train_text_encoder_ti", "--text_encoder_lr", "1", "--embedding_lr", "1"], "--text_encoder_lr is --embedding_lr with"),
+    (["--train_text_encoder_ti", "--method", "full"], "--train_text_encoder_ti: means --method pivotal, but --method full is given"),
+    (["--token_abstraction", "TOK", "--identifier", "sks"], "--token_abstraction: the same as --identifier, but --identifier sks is"),
+    (["--random_flip", "True"], "--random_flip: takes no value; give it alone, or leave it out (--no-random_flip is off)"),
+    (["--train_text_encoder=true"], "--train_text_encoder: takes no value; give it alone"),
+    (["--no-samples=1"], "--no-samples: takes no value"),
+    (["--center_crop", "False"], "--center_crop: takes no value; give it alone, or leave it out;"),
 ])
 def test_wrong_values_are_one_line_that_names_the_flag_as_it_was_typed(words, said):
     assert said in refusal("--train", *words)
@@ -176,10 +214,11 @@ def test_nothing_is_said_of_flags_with_an_effect(words, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_all_flags_of_a_script_at_once(script, capsys):
     """Those that can be had make Settings, with a line for all the needless; the others are named in one line together."""
-    able = [flag for flag in SCRIPTS[script] if HERE[flag] != "not to be had" and flag not in ("learning_rate", "optimizer")]
+    apart = ("learning_rate", "optimizer", "aspect_ratio_buckets")
+    able = [flag for flag in SCRIPTS[script] if HERE[flag] != "not to be had" and flag not in apart]
     s = db.parse_settings([script, *(word for flag in able for word in words_of(flag))])
     out = capsys.readouterr().out
-    assert (s.mode, s.method) == ("train", db.SCRIPT_METHODS[script])
+    assert (s.mode, s.method) == ("train", "pivotal" if "train_text_encoder_ti" in able else db.SCRIPT_METHODS[script])
     assert out.count("\n") == 1 and all(f"--{flag}: needless" in out for flag in able if HERE[flag] == "needless")
     refused = [flag for flag in SCRIPTS[script] if HERE[flag] == "not to be had"]
     message = refusal(script, *(word for flag in SCRIPTS[script] for word in words_of(flag)), "--wrong_one")
@@ -331,11 +370,24 @@ def test_help_lists_the_scripts_flags_apart(capsys):
     (["examples/dreambooth/train_dreambooth.py", "--class_prompt=a dog"], "full", None, "taken as --train --method full."),
     (["train_dreambooth_lora.py", "--train", "--class_prompt=a dog"], "lora", None, "taken as --train --method lora."),
     (["textual_inversion.py", "--train_data_dir=d", "--placeholder_token=<x>"], "textual_inversion", None, "taken as --train"),
+    (["train_dreambooth_lora_z_image.py", "--instance_data_dir=d", "--guidance_scale=5.0", "--class_prompt=a dog"], "lora", None,
+     "lora; --guidance_scale: of training there, which is guided by 1 here; pictures are drawn with the model's own"),
+    (["train_dreambooth_flux.py", "--instance_data_dir=d", "--instance_prompt=a"], "full", False, "taken as --train --method full "),
+    (["train_dreambooth_lora_sdxl_advanced.py", "--instance_data_dir=d", "--instance_prompt=icon of TOK", "--train_text_encoder_ti"],
+     "pivotal", False, "--train_text_encoder_ti: means --method pivotal"),
+    (["--instance_data_dir=d", "--class_prompt=a dog", "--output_dir=o", "--cache_latents"], "lora", None, "(by --cache_latents)"),
 ])
 def test_a_training_command_without_train_is_taken_for_one(argv, method, preserves, said, capsys):
     s = db.parse_settings(argv)
     assert (s.mode, s.method, s.with_prior_preservation) == ("train", method, preserves)
     assert said in capsys.readouterr().out
+
+
+def test_guidance_of_training_does_not_draw():
+    """FLUX's command has --guidance_scale=1, by which its samples would be hardly guided."""
+    pasted = ["train_dreambooth_lora_flux.py", "--instance_data_dir=d", "--class_prompt=a dog", "--guidance_scale=1"]
+    assert db.parse_settings(pasted).guidance_scale is None
+    assert db.parse_settings(["--train", *pasted[1:]]).guidance_scale == 1
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1097,6 +1098,27 @@ def test_a_model_of_no_numbers_draws_nothing(copy_of, run):
     status, _, err = run("--infer", *DRAW, "--model_path", "model", "--prompt", "a dog")
     assert status == 2 and "error: model: weights of its unet are no numbers" in err
     assert not list(Path("images").glob("*.png"))
+
+
+@pytest.mark.parametrize("part, method, said", [
+    ("unet", "full", "error: model: weights of its unet are no numbers (NaN or infinite), such as unet."),
+    ("unet", "lora", "is nan at step 1; nothing was learnt yet, so weights of model are no numbers (NaN or infinite): give another copy"),
+    ("vae", "full", "is nan at step 1; nothing was learnt yet, so weights of model are no numbers")])
+def test_a_model_of_no_numbers_is_not_put_down_to_the_learning_rate(part, method, said, copy_of, run, photos):
+    file = next((copy_of() / part).glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(name for name in weights if name in ("conv_in.bias", "encoder.conv_in.bias"))
+    save_file({**weights, name: torch.full_like(weights[name], float("nan"))}, file, {"format": "pt"})
+    status, _, err = run("--train", "--model_name", "model", "--instance_data_dir", photos, "--class_prompt", "a dog", "--identifier", "sks",
+                         "--no-with_prior_preservation", "--steps", 2, "--method", method)
+    assert status == 2 and said in err and "--learning_rate" not in err
+    assert not Path("output").exists()
+
+
+def test_arithmetic_that_is_too_coarse_is_told_at_the_first_step():
+    run = SimpleNamespace(models=SimpleNamespace(name="sd"), course=SimpleNamespace(precision="fp16"))
+    assert "or the arithmetic is too coarse for them: give --mixed_precision no" in db.cause_of(run, 1)
+    assert "give a smaller --learning_rate" in db.cause_of(run, 2)
 
 
 @pytest.mark.parametrize("scale", [0, -1, None, "0.18"])

@@ -23,6 +23,14 @@ def trained_tensors(groups):
     return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
 
 
+def check_sound(groups, model):
+    """UserError if a weight of the model is no number before it has trained, as bad merges leave it."""
+    for name, tensor in trained_tensors(groups).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{model}: weights of its {name.split('.')[0]} are no numbers (NaN or infinite), such as {name}, so that "
+                            f"nothing can be learnt; give another copy of the model, or another model")
+
+
 def check_finite(groups):
     """Raises UserError if a weight that trains is not finite."""
     for name, tensor in trained_tensors(groups).items():

@@ -26,8 +26,7 @@ def report_losses(run, folder, unread, bar, writer):
                    "gradient norm": norm if run.accelerator.scaler is None else 0}  # fp16's scaler skips such a step itself
         if wrong := next((f"the {what} is {value}" for what, value in checked.items() if not math.isfinite(value)), None):
             saved = next(reversed(checkpoints_in(folder)), None)
-            raise UserError(f"training stopped: {wrong} at step {done}; the learning rate is too high or the arithmetic too "
-                            f"coarse: give a smaller --learning_rate, or --mixed_precision no"
+            raise UserError(f"training stopped: {wrong} at step {done}; {cause_of(run, done)}"
                             + (f" (the last good checkpoint is {short_path(saved)})" if saved else ""))
         run.history.append((instance, prior if has_class else None, norm))
         log_scalars(writer, done, {"loss/instance": instance, "gradient_norm": norm} | ({"loss/prior": prior} if has_class else {}))
@@ -37,6 +36,16 @@ def report_losses(run, folder, unread, bar, writer):
     device, lr = run.accelerator.device, next(rates[group.name] for group in run.groups if group.until >= 1)  # of what does not rest
     used = {"memory": f"{torch.cuda.memory_allocated(device) / GIB:.1f}GiB"} if device.type == "cuda" else {}
     bar.set_postfix(shown | {"lr": f"{lr:.1e}"} | used)
+
+
+def cause_of(run, done):
+    """Why step number `done` gave no numbers, and what to do. No rate has had an effect in the first."""
+    if done > 1:
+        return "the learning rate is too high or the arithmetic too coarse: give a smaller --learning_rate, or --mixed_precision no"
+    weights = f"weights of {run.models.name} are no numbers (NaN or infinite)"
+    another = "give another copy of the model, or another model"
+    return (f"nothing was learnt yet, so {weights}: {another}" if run.course.precision == "no" else
+            f"nothing was learnt yet, so {weights}, or the arithmetic is too coarse for them: give --mixed_precision no, or else {another}")
 
 
 def log_scalars(writer, step, values):
