@@ -3298,6 +3298,7 @@ class Family:
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
     lora_targets = {}  # {--lora_target: how the names of layers end, or a pattern of whole names}
+    room_to_draw = 2.2 * GIB  # beside the denoiser's weights, for a picture of 1024 px in bf16; mostly the autoencoder's
     side_of_its_own = 1024  # pixels, where no config says
     scheduler_has = "scale_noise"  # which tells a scheduler of this kind of model from others
     prompt_tokens = 512  # that the text encoder reads
@@ -4297,6 +4298,7 @@ class QwenImage(Family):
     pipelines = ("QwenImagePipeline",)
     kind = "Qwen-Image"
     guidance = class_guidance = 4.0
+    room_to_draw = 4.2 * GIB
     usual_negative = " "  # without a negative prompt it would not be guided; this is what its makers draw with
     # The pictures' attention alone, as others train it; then the text's, too.
     lora_targets = {"attention": [*ATTENTION_OF_QWEN],
@@ -6598,9 +6600,6 @@ def model_paths(s):
 # Knows nothing of training.
 
 
-BESIDE = 3 * GIB  # for activations and the autoencoder at 1024 px: an estimate
-
-
 def is_read_late(base, trained):
     """Whether the model at `base` draws without its text encoders once they have read the prompts: where nothing that was
     trained, of the list `trained`, is in them."""
@@ -6628,7 +6627,7 @@ def base_to_draw_with(s, models, plan):
         return s.base_precision
     limit = memory_limit(s, plan)
     sizes = {precision: size_of(models.denoiser, precision, plan.dtype) for precision in ("bf16", "int8", "nf4")}
-    fitting = [precision for precision, size in sizes.items() if limit is None or size + BESIDE <= limit]
+    fitting = [precision for precision, size in sizes.items() if limit is None or size + models.family.room_to_draw <= limit]
     if "bf16" in fitting or plan.precision == "fp16":
         return "bf16"
     had = [precision for precision in sizes if precision != "bf16" and not why_not(precision, plan.device)]

@@ -43,7 +43,7 @@ def test_a_transformer_without_room_comes_in_fewer_bits_and_that_is_said(hollow,
     assert sizes["bf16"] == 2 * whole and sizes["int8"] == pytest.approx(2 * (whole - linear) + 1.002 * linear)
     chosen = {}
     for room in (None, *sizes.values()):
-        monkeypatch.setattr(db, "memory_limit", lambda s, plan: room and room + db.BESIDE)
+        monkeypatch.setattr(db, "memory_limit", lambda s, plan: room and room + hollow.family.room_to_draw)
         chosen[room] = db.base_to_draw_with(db.Settings("infer"), hollow, plan)
     assert chosen == {None: "bf16", sizes["bf16"]: "bf16", sizes["int8"]: "int8", sizes["nf4"]: "int8"}  # no GPU, so no nf4
     said = capsys.readouterr().out.splitlines()
@@ -53,7 +53,7 @@ def test_a_transformer_without_room_comes_in_fewer_bits_and_that_is_said(hollow,
 
 def test_what_would_fit_but_is_not_installed_is_named(hollow, monkeypatch, capsys):
     monkeypatch.setattr(db.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(db, "memory_limit", lambda s, plan: db.size_of(hollow.denoiser, "int8", torch.bfloat16) + db.BESIDE)
+    monkeypatch.setattr(db, "memory_limit", lambda s, plan: db.size_of(hollow.denoiser, "int8", torch.bfloat16) + hollow.family.room_to_draw)
     assert db.base_to_draw_with(db.Settings("infer"), hollow, db.Plan(CPU, "bf16")) == "bf16"
     said = capsys.readouterr().out
     assert "needs torchao: pip install torchao" in said and "it comes so all the same" in said

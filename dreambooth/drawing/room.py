@@ -11,8 +11,6 @@ from dreambooth.models.addresses import is_single_file
 from dreambooth.models.find import family_at
 from dreambooth.models.quantized import BASES, in_fewer_bits, why_not
 
-BESIDE = 3 * GIB  # for activations and the autoencoder at 1024 px: an estimate
-
 
 def is_read_late(base, trained):
     """Whether the model at `base` draws without its text encoders once they have read the prompts: where nothing that was
@@ -41,7 +39,7 @@ def base_to_draw_with(s, models, plan):
         return s.base_precision
     limit = memory_limit(s, plan)
     sizes = {precision: size_of(models.denoiser, precision, plan.dtype) for precision in ("bf16", "int8", "nf4")}
-    fitting = [precision for precision, size in sizes.items() if limit is None or size + BESIDE <= limit]
+    fitting = [precision for precision, size in sizes.items() if limit is None or size + models.family.room_to_draw <= limit]
     if "bf16" in fitting or plan.precision == "fp16":
         return "bf16"
     had = [precision for precision in sizes if precision != "bf16" and not why_not(precision, plan.device)]

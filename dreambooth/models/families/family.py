@@ -5,7 +5,7 @@ They ask this object and know no names. A family is one file beside this one and
 
 import re
 
-from dreambooth.base import UserError
+from dreambooth.base import GIB, UserError
 from dreambooth.models.noise import Flow, usual_shift
 
 LORA_LAYER = r"(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"  # one such tensor for each layer that a LoRA changes
@@ -81,6 +81,7 @@ class Family:
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
     lora_targets = {}  # {--lora_target: how the names of layers end, or a pattern of whole names}
+    room_to_draw = 2.2 * GIB  # beside the denoiser's weights, for a picture of 1024 px in bf16; mostly the autoencoder's
     side_of_its_own = 1024  # pixels, where no config says
     scheduler_has = "scale_noise"  # which tells a scheduler of this kind of model from others
     prompt_tokens = 512  # that the text encoder reads

@@ -3,6 +3,7 @@
 What is sent to the transformer, and with which sign, is as in diffusers' QwenImagePipeline.
 """
 
+from dreambooth.base import GIB
 from dreambooth.models.families.family import Family
 from dreambooth.models.families.flux2 import text_channels
 from dreambooth.models.recipes import Recipe
@@ -19,6 +20,7 @@ class QwenImage(Family):
     pipelines = ("QwenImagePipeline",)
     kind = "Qwen-Image"
     guidance = class_guidance = 4.0
+    room_to_draw = 4.2 * GIB
     usual_negative = " "  # without a negative prompt it would not be guided; this is what its makers draw with
     # The pictures' attention alone, as others train it; then the text's, too.
     lora_targets = {"attention": [*ATTENTION_OF_QWEN],
