@@ -3279,6 +3279,7 @@ class Family:
     denoiser = "transformer"  # the pipeline's part that trains
     parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
     word_encoders = ()  # names of the text encoders that take new words, if any
+    resting_text = ()  # names of those that never train beside them
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
     exports = ("lora",)  # what is written for other programs, of "model", "lora", "dora" and "word"
@@ -4402,7 +4403,8 @@ class Flux(Family):
     pipelines = ("FluxPipeline",)
     kind = "FLUX.1 dev"
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    word_encoders = ("text_encoder",)  # CLIP; T5 spells a new word
+    word_encoders = ("text_encoder",)  # CLIP
+    resting_text = ("text_encoder_2",)  # T5, which spells a new word
     trains_text = True
     exports = ("lora", "word")
     lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
@@ -4511,6 +4513,7 @@ class StableDiffusion3(Family):
     kind = "Stable Diffusion 3"
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     word_encoders = ("text_encoder", "text_encoder_2")
+    resting_text = ("text_encoder_3",)
     trains_text = True
     exports = ("lora", "word")
     lora_layers = NAMES_OF_SD3
@@ -5321,14 +5324,14 @@ LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of
 FOREIGN_CODE = "its {part} is a {class_name} of code of its own, which is not run"
 
 
-def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=None, variant=None):
+def load_pipeline(name, dtype, flag="--model_name", parts=None, dtypes=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
-    `parts`, {name: module}, take the place of its own; its denoiser comes in `denoiser_dtype`, and its weights from the files of
-    `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
+    `parts`, {name: module}, take the place of its own; those in `dtypes`, {name: dtype}, come in that precision, and the weights from
+    the files of `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
     quiet_libraries()
-    dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
+    dtypes = {"default": dtype, **default(dtypes, {})}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
@@ -5450,11 +5453,15 @@ def check_tokenizers(pipeline, name, flag):
 def load_models(name, arithmetic, freezes_denoiser=False, variant=None):
     """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
 
-    A denoiser that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
+    A denoiser that stays as it is comes in the precision of the arithmetic, and a text encoder that never trains in bf16: half the
+    memory of the CPU, too.
     """
     import torch
 
-    pipeline = load_pipeline(name, torch.float32, denoiser_dtype=arithmetic if freezes_denoiser else torch.float32, variant=variant)
+    dtypes = dict.fromkeys(DENOISERS, arithmetic if freezes_denoiser else torch.float32)
+    if arithmetic != torch.float32:
+        dtypes |= dict.fromkeys(family_at(name, "--model_name").resting_text, torch.bfloat16)
+    pipeline = load_pipeline(name, torch.float32, dtypes=dtypes, variant=variant)
     family_of(pipeline).check_trainable(pipeline, name, "--model_name")
     say_if_distilled(pipeline, name, trains=True)
     models = dataclasses.replace(take_apart(name, pipeline), arithmetic=arithmetic, sample=sample_weights(pipeline))
@@ -7326,6 +7333,115 @@ def fewest_own(s, concepts):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# data/latents: The latent cache: every training picture passes through the VAE once.
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The VAE's view of every training picture of one shape, one row each, on the CPU; a mirrored picture is a row of its own.
+
+    A row keeps mean and deviation, so that each step samples its latents afresh (the VAE is not run again), together
+    with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
+    """
+
+    mean: typing.Any  # [N, C, h, w], as the denoiser takes them
+    std: typing.Any  # [N, C, h, w], likewise
+    sizes: typing.Any  # [N, 6]: original height and width, top and left of the crop, target height and width
+    prompt: typing.Any  # [N], index into `prompts`
+    prompts: list
+    photos: list  # for each subject the rows of its photos
+    class_images: list  # for each subject the rows of its class images; empty without prior preservation
+    mask: typing.Any = None  # [N, 1, h, w]: what each place counts; None: all the same
+
+    @property
+    def shelves(self):
+        """The caches of the several shapes: this one."""
+        return [self]
+
+
+@dataclass(frozen=True)
+class ShapedCache:
+    """Pictures of several shapes: for each a LatentCache, of the same subjects and prompts; subjects may have no rows in one."""
+
+    shelves: list
+
+    @property
+    def prompts(self):
+        return self.shelves[0].prompts
+
+    @property
+    def class_images(self):
+        """Whether there are any, as a list."""
+        return [pool for shelf in self.shelves for pool in shelf.class_images if pool]
+
+
+def cache_latents(models, photos, class_images, resolution, device, random_flip=False, views=None, floor=USUAL_FLOOR):
+    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a cache of one shape or several.
+
+    `views` are {path: View} of those that are not squares of `resolution` pixels from the middle; `floor` is what the rest of a
+    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored
+    as the photos are.
+    """
+    import torch
+
+    own = {picture for pool in photos for picture in pool}
+    pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
+    prompts = list(dict.fromkeys(caption for _, caption in pictures))
+    by_size, usual, variants = {}, View((resolution, resolution)), 2 if random_flip else 1
+    for picture in pictures:
+        view = (views or {}).get(picture[0], usual)
+        view = view if picture in own else dataclasses.replace(view, mask=None)  # a mask is of the subject, not of its class
+        by_size.setdefault(view.size, {})[picture] = view
+    models.vae.to(device)
+    seen, shelves = seen_pictures(by_size.values(), own), []
+    for shelf in by_size.values():
+        rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(shelf)}
+        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind]
+                 for kind in (photos, class_images)]
+        tensors, mask = encode_shelf(models, shelf, seen, device, variants, floor)
+        prompt = torch.tensor([prompts.index(caption) for _, caption in shelf for _ in range(variants)])
+        shelves.append(LatentCache(*tensors, prompt, prompts, *pools, mask))
+    next(seen, None)  # which ends the bar
+    models.vae.to("cpu")
+    return shelves[0] if len(shelves) == 1 else ShapedCache(shelves)
+
+
+def seen_pictures(shelves, own):
+    """(the picture as it is trained on, its size record) of all in these {(path, caption): View}, one after the other.
+
+    Says which of a person's `own` are enlarged.
+    """
+    jobs = [(picture, view) for shelf in shelves for picture, view in shelf.items()]
+    for picture, view in progress(jobs, "encoding", "image", hidden=not is_first_process()):
+        image, size = load_image(picture[0]), view.size
+        if picture in own and (image.width < size[0] or image.height < size[1]):
+            name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+            say(f"Note: {picture[0]} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
+        yield view.seen(image)
+
+
+def encode_shelf(models, shelf, seen, device, variants, floor):
+    """((mean, std, sizes), mask or None) of {picture: View} that are seen at one size; `seen` gives the pictures."""
+    import numpy as np
+    import torch
+
+    size, sizes = next(iter(shelf.values())).size, []
+    # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
+    mean, std = torch.empty(2, variants * len(shelf), *models.family.latents_of(models.pipeline, size))
+    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if any(view.mask for view in shelf.values()) else None
+    for number, view in enumerate(shelf.values()):
+        image, record = next(seen)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, models.vae.dtype) / 127.5 - 1  # [1, 3, H, W]
+        for row, turned in zip(range(variants * number, variants * (number + 1)), (lambda rows: rows, lambda rows: rows.flip(-1))):
+            with torch.no_grad():
+                (mean[row],), (std[row],) = models.family.moments(models.vae, turned(pixels))
+            if view.mask:
+                mask[row] = turned(view.weights(floor, tuple(mean.shape[2:])))
+            sizes.append(record)
+    return (mean, std, torch.tensor(sizes, dtype=torch.float32)), mask
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # data/class_images: Class images: pictures of the class by the model as it was, which keep it from being forgotten (paper, section 3.2).
 #
 # They are cached by all that shapes them, so that no stale one is ever trained on.
@@ -7461,115 +7577,6 @@ def draw_class_images(s, models, settings, plan, folder, indices):
     pipeline.scheduler = own_scheduler
     pipeline.remove_all_hooks()
     models.denoiser.to("cpu")
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# data/latents: The latent cache: every training picture passes through the VAE once.
-
-
-@dataclass(frozen=True)
-class LatentCache:
-    """The VAE's view of every training picture of one shape, one row each, on the CPU; a mirrored picture is a row of its own.
-
-    A row keeps mean and deviation, so that each step samples its latents afresh (the VAE is not run again), together
-    with its size record and the number of its prompt: whatever order rows are drawn in, they cannot come apart.
-    """
-
-    mean: typing.Any  # [N, C, h, w], as the denoiser takes them
-    std: typing.Any  # [N, C, h, w], likewise
-    sizes: typing.Any  # [N, 6]: original height and width, top and left of the crop, target height and width
-    prompt: typing.Any  # [N], index into `prompts`
-    prompts: list
-    photos: list  # for each subject the rows of its photos
-    class_images: list  # for each subject the rows of its class images; empty without prior preservation
-    mask: typing.Any = None  # [N, 1, h, w]: what each place counts; None: all the same
-
-    @property
-    def shelves(self):
-        """The caches of the several shapes: this one."""
-        return [self]
-
-
-@dataclass(frozen=True)
-class ShapedCache:
-    """Pictures of several shapes: for each a LatentCache, of the same subjects and prompts; subjects may have no rows in one."""
-
-    shelves: list
-
-    @property
-    def prompts(self):
-        return self.shelves[0].prompts
-
-    @property
-    def class_images(self):
-        """Whether there are any, as a list."""
-        return [pool for shelf in self.shelves for pool in shelf.class_images if pool]
-
-
-def cache_latents(models, photos, class_images, resolution, device, random_flip=False, views=None, floor=USUAL_FLOOR):
-    """Encode `photos` and `class_images`, for each subject a list of (path, caption), into a cache of one shape or several.
-
-    `views` are {path: View} of those that are not squares of `resolution` pixels from the middle; `floor` is what the rest of a
-    photo counts beside its mask. The VAE works in float32 whatever else does: SDXL's overflows in fp16. Class images are mirrored
-    as the photos are.
-    """
-    import torch
-
-    own = {picture for pool in photos for picture in pool}
-    pictures = list(dict.fromkeys(picture for pool in (*photos, *class_images) for picture in pool))
-    prompts = list(dict.fromkeys(caption for _, caption in pictures))
-    by_size, usual, variants = {}, View((resolution, resolution)), 2 if random_flip else 1
-    for picture in pictures:
-        view = (views or {}).get(picture[0], usual)
-        view = view if picture in own else dataclasses.replace(view, mask=None)  # a mask is of the subject, not of its class
-        by_size.setdefault(view.size, {})[picture] = view
-    models.vae.to(device)
-    seen, shelves = seen_pictures(by_size.values(), own), []
-    for shelf in by_size.values():
-        rows_of = {picture: range(variants * i, variants * (i + 1)) for i, picture in enumerate(shelf)}
-        pools = [[[row for picture in pool for row in rows_of.get(picture, ())] for pool in kind]
-                 for kind in (photos, class_images)]
-        tensors, mask = encode_shelf(models, shelf, seen, device, variants, floor)
-        prompt = torch.tensor([prompts.index(caption) for _, caption in shelf for _ in range(variants)])
-        shelves.append(LatentCache(*tensors, prompt, prompts, *pools, mask))
-    next(seen, None)  # which ends the bar
-    models.vae.to("cpu")
-    return shelves[0] if len(shelves) == 1 else ShapedCache(shelves)
-
-
-def seen_pictures(shelves, own):
-    """(the picture as it is trained on, its size record) of all in these {(path, caption): View}, one after the other.
-
-    Says which of a person's `own` are enlarged.
-    """
-    jobs = [(picture, view) for shelf in shelves for picture, view in shelf.items()]
-    for picture, view in progress(jobs, "encoding", "image", hidden=not is_first_process()):
-        image, size = load_image(picture[0]), view.size
-        if picture in own and (image.width < size[0] or image.height < size[1]):
-            name = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
-            say(f"Note: {picture[0]} is {image.width} x {image.height}; it is enlarged to {name}, which blurs it.")
-        yield view.seen(image)
-
-
-def encode_shelf(models, shelf, seen, device, variants, floor):
-    """((mean, std, sizes), mask or None) of {picture: View} that are seen at one size; `seen` gives the pictures."""
-    import numpy as np
-    import torch
-
-    size, sizes = next(iter(shelf.values())).size, []
-    # All at once: a row of its own for each picture, among the VAE's large tensors, would leave memory in unusable pieces.
-    mean, std = torch.empty(2, variants * len(shelf), *models.family.latents_of(models.pipeline, size))
-    mask = torch.ones(len(mean), 1, *mean.shape[2:]) if any(view.mask for view in shelf.values()) else None
-    for number, view in enumerate(shelf.values()):
-        image, record = next(seen)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, models.vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, turned in zip(range(variants * number, variants * (number + 1)), (lambda rows: rows, lambda rows: rows.flip(-1))):
-            with torch.no_grad():
-                (mean[row],), (std[row],) = models.family.moments(models.vae, turned(pixels))
-            if view.mask:
-                mask[row] = turned(view.weights(floor, tuple(mean.shape[2:])))
-            sizes.append(record)
-    return (mean, std, torch.tensor(sizes, dtype=torch.float32)), mask
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -9788,6 +9795,8 @@ def hollow_models(s, models, plan, levers):
         text_encoders=[type(part)(part.config) for part in models.text_encoders])
     for part in (hollow.denoiser, *hollow.text_encoders):
         part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
+    for part in hollow.text_encoders[len(models.family.word_encoders):] if plan.precision != "no" else ():  # that never train
+        part.to(torch.bfloat16)
     if METHODS[s.method].is_adapter:
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":

@@ -47,3 +47,12 @@ def test_a_frozen_unet_is_loaded_in_half_precision_and_shared(family, tiny_model
     assert all(pipeline.vae is not models.vae for pipeline, models in zip(drawn_with, (whole, half)))
     first, second = (next((tmp_path / number).glob("*.png")).read_bytes() for number in "01")
     assert first == second
+
+
+@pytest.mark.parametrize("family, resting", [("flux", "text_encoder_2"), ("sd3", "text_encoder_3")])
+def test_a_text_encoder_that_never_trains_comes_in_half_precision(family, resting, tiny_model):
+    models = db.load_models(str(tiny_model(family)), torch.bfloat16, freezes_denoiser=True)
+    half = {part for part, module in db.text_encoders_of(models.pipeline).items() if module.dtype == torch.bfloat16}
+    assert half == {resting} and models.denoiser.dtype == torch.bfloat16
+    whole = db.load_models(str(tiny_model(family)), torch.float32)
+    assert all(module.dtype == torch.float32 for module in whole.text_encoders)

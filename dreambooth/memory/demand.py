@@ -85,6 +85,8 @@ def hollow_models(s, models, plan, levers):
         text_encoders=[type(part)(part.config) for part in models.text_encoders])
     for part in (hollow.denoiser, *hollow.text_encoders):
         part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
+    for part in hollow.text_encoders[len(models.family.word_encoders):] if plan.precision != "no" else ():  # that never train
+        part.to(torch.bfloat16)
     if METHODS[s.method].is_adapter:
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":

@@ -14,6 +14,7 @@ from dreambooth.models.addresses import is_single_file
 from dreambooth.models.checkpoint import load_single_file
 from dreambooth.models.families.family import text_encoders_of, tokenizer_of
 from dreambooth.models.families.known import family_of
+from dreambooth.models.find import family_at
 from dreambooth.models.fits import check_fit, say_if_distilled
 from dreambooth.models.headers import read_json
 from dreambooth.models.hub import hub_folder
@@ -24,14 +25,14 @@ LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of
 FOREIGN_CODE = "its {part} is a {class_name} of code of its own, which is not run"
 
 
-def load_pipeline(name, dtype, flag="--model_name", parts=None, denoiser_dtype=None, variant=None):
+def load_pipeline(name, dtype, flag="--model_name", parts=None, dtypes=None, variant=None):
     """The diffusers pipeline in a folder, of a hub id or in a file, in `dtype`, on the CPU, without a safety checker.
 
-    `parts`, {name: module}, take the place of its own; its denoiser comes in `denoiser_dtype`, and its weights from the files of
-    `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
+    `parts`, {name: module}, take the place of its own; those in `dtypes`, {name: dtype}, come in that precision, and the weights from
+    the files of `variant`, if given. Only safetensors are read. The network is asked only for what the cache lacks. UserError for whatever is missing, in pieces or of another kind.
     """
     quiet_libraries()
-    dtypes = {"default": dtype, **dict.fromkeys(DENOISERS, default(denoiser_dtype, dtype))}
+    dtypes = {"default": dtype, **default(dtypes, {})}
     load = load_single_file if is_single_file(name) else functools.partial(load_folder, variant=variant)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of schedulers' older configs that it puts right
@@ -153,11 +154,15 @@ def check_tokenizers(pipeline, name, flag):
 def load_models(name, arithmetic, freezes_denoiser=False, variant=None):
     """Load a pipeline for training in float32 and take it apart. Raises UserError if it cannot be trained here.
 
-    A denoiser that stays as it is comes in the precision of the arithmetic: half the memory of the CPU, too.
+    A denoiser that stays as it is comes in the precision of the arithmetic, and a text encoder that never trains in bf16: half the
+    memory of the CPU, too.
     """
     import torch
 
-    pipeline = load_pipeline(name, torch.float32, denoiser_dtype=arithmetic if freezes_denoiser else torch.float32, variant=variant)
+    dtypes = dict.fromkeys(DENOISERS, arithmetic if freezes_denoiser else torch.float32)
+    if arithmetic != torch.float32:
+        dtypes |= dict.fromkeys(family_at(name, "--model_name").resting_text, torch.bfloat16)
+    pipeline = load_pipeline(name, torch.float32, dtypes=dtypes, variant=variant)
     family_of(pipeline).check_trainable(pipeline, name, "--model_name")
     say_if_distilled(pipeline, name, trains=True)
     models = dataclasses.replace(take_apart(name, pipeline), arithmetic=arithmetic, sample=sample_weights(pipeline))

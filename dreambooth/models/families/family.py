@@ -62,6 +62,7 @@ class Family:
     denoiser = "transformer"  # the pipeline's part that trains
     parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
     word_encoders = ()  # names of the text encoders that take new words, if any
+    resting_text = ()  # names of those that never train beside them
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
     exports = ("lora",)  # what is written for other programs, of "model", "lora", "dora" and "word"

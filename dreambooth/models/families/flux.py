@@ -31,7 +31,8 @@ class Flux(Family):
     pipelines = ("FluxPipeline",)
     kind = "FLUX.1 dev"
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    word_encoders = ("text_encoder",)  # CLIP; T5 spells a new word
+    word_encoders = ("text_encoder",)  # CLIP
+    resting_text = ("text_encoder_2",)  # T5, which spells a new word
     trains_text = True
     exports = ("lora", "word")
     lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}

@@ -33,6 +33,7 @@ class StableDiffusion3(Family):
     kind = "Stable Diffusion 3"
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     word_encoders = ("text_encoder", "text_encoder_2")
+    resting_text = ("text_encoder_3",)
     trains_text = True
     exports = ("lora", "word")
     lora_layers = NAMES_OF_SD3
