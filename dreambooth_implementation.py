@@ -681,17 +681,18 @@ def white_of(path, image, values, tags):
 SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
 PRIMARIES = {1: SRGB, 9: (*SRGB[:2], 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),  # H.273's numbers: BT.709, BT.2020, Display P3
              12: (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)}
-CURVES = {1: None, 2: None, 6: None, 13: None, 14: None, 15: None, 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
 BRIGHTER = {16: "PQ", 18: "HLG"}  # than any screen's white
+CURVES = {**dict.fromkeys((1, 2, 6, 13, 14, 15, *BRIGHTER)), 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
 D50 = (0.9642, 1, 0.8249)
 
 
 def profile_in_numbers(path, image):
-    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's."""
+    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's.
+
+    Of one that is BRIGHTER it is that of the picture toned down.
+    """
     chunks = short_chunks(path) if image.format == "PNG" else {}
     if codes := code_points(path, image, chunks):
-        if name := BRIGHTER.get(codes[1]):
-            say_once(f"Note: {path} is HDR ({name}), which looks dull here; save it as a usual JPEG to have its colours right.")
         known = codes[0] in PRIMARIES and codes[1] in CURVES
         return written(PRIMARIES[codes[0]], CURVES[codes[1]]) if known else None
     if "sRGB" in chunks:
@@ -699,6 +700,14 @@ def profile_in_numbers(path, image):
     places, gamma = chunks.get("cHRM", b""), int.from_bytes(chunks.get("gAMA", b""), "big") / 100000
     places = tuple(number / 100000 for number in struct.unpack(">8I", places)) if len(places) == 32 else SRGB
     return written(places, None if not gamma or abs(1 / gamma - 2.2) < 0.05 else 1 / gamma)
+
+
+def brighter_curve(path, image):
+    """"PQ" or "HLG" if an open picture is HDR, which is said; else None."""
+    codes = code_points(path, image, short_chunks(path) if image.format == "PNG" else {})
+    if name := BRIGHTER.get(codes[1]) if codes else None:
+        say_once(f"Note: {path} is HDR ({name}); what is brighter than white is toned down.")
+    return name
 
 
 def short_chunks(path):
@@ -716,7 +725,12 @@ def short_chunks(path):
 
 
 def code_points(path, image, chunks):
-    """(primaries, transfer) by H.273's numbers, where a file has them; else None."""
+    """(primaries, transfer) by H.273's numbers, where a file has them, or its ICC profile does; else None."""
+    profile = image.info.get("icc_profile") or b""
+    if found := re.search(rb"cicp\0{4}(..)", profile, re.DOTALL):
+        return tuple(found[1])
+    if found := re.search(rb"2100.?(PQ|HLG)", profile.replace(b"\0", b"")):  # ITUR_2100_PQ_FULL, as it was before PNG had cICP
+        return 9, {b"PQ": 16, b"HLG": 18}[found[1]]
     if image.format == "PNG":
         return tuple(chunks["cICP"][:2]) if len(chunks.get("cICP", b"")) == 4 else None
     if image.format == "AVIF":
@@ -769,6 +783,48 @@ def icc(primaries, gamma):
     head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x04200000, b"mntr", b"RGB ", b"XYZ ")
     head += struct.pack(">6H4s", 2024, 1, 1, 0, 0, 0, b"acsp") + b"\0" * 28 + fixed(*D50) + b"\0" * 48
     return head + table + body
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# hdr: Pictures with light brighter than white, PQ's and HLG's (ITU-R BT.2100), toned down to what an ordinary screen shows.
+
+
+WHITE = 203  # candela per square metre that a white sheet has in such pictures (ITU-R BT.2408)
+BRIGHTEST = 1000  # of the screen that HLG's light is reckoned for
+KNEE = 0.6  # of white; light up to here stays as it is, and what is above fills the rest
+LUMINANCE = (0.2627, 0.678, 0.0593)  # of BT.2020's red, green and blue
+ROWS = 256  # that are held as numbers at a time
+
+
+def light_of_pq(values):
+    """Light, 1 that of white, of PQ's values in 0 to 1 (SMPTE ST 2084)."""
+    root = values ** (32 / 2523)
+    return 10000 / WHITE * ((root - 0.8359375).clip(0) / (18.8515625 - 18.6875 * root)) ** (16384 / 2610)
+
+
+def light_of_hlg(values):
+    """The light of a scene, in 0 to 1, of HLG's values."""
+    import numpy as np
+
+    return np.where(values <= 0.5, values ** 2 / 3, (np.exp((values - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+
+
+def toned_down(image, curve):
+    """An RGB image of the curve "PQ" or "HLG" in the same primaries, with sRGB's curve."""
+    import numpy as np
+
+    light_of = {"PQ": light_of_pq, "HLG": light_of_hlg}[curve]
+    table = light_of(np.arange(256) / 255).astype(np.float32)
+    values, out = np.asarray(image.convert("RGB")), np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, ROWS):
+        light = table[values[top:top + ROWS]]
+        if curve == "HLG":
+            light *= BRIGHTEST / WHITE * (light @ np.array(LUMINANCE, np.float32))[..., None] ** np.float32(0.2)
+        most = light.max(-1, keepdims=True)
+        pressed = KNEE + (1 - KNEE) * (1 - np.exp(-(most - KNEE).clip(0) / (1 - KNEE)))
+        light *= np.where(most > KNEE, pressed / most.clip(KNEE), 1)
+        out[top:top + ROWS] = (255 * np.where(light <= 0.0031308, light * 12.92, 1.055 * light.clip(0) ** (1 / 2.4) - 0.055)).round()
+    return Image.fromarray(out)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -950,13 +1006,15 @@ def as_seen(path, image):
     if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
         say_once(f"{path} has {image.n_frames} frames; the first is used.")
     image.load()
-    turn, profile = turn_of(path, image), image.info.get("icc_profile") or profile_in_numbers(path, image)
+    turn, curve = turn_of(path, image), brighter_curve(path, image)
+    profile = (None if curve else image.info.get("icc_profile")) or profile_in_numbers(path, image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(path, image)
     if image.mode == "La":
         image = image.convert("LA")
     # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
     alpha = alpha_of(image)
+    image = toned_down(image, curve) if curve else image
     plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
     if alpha:

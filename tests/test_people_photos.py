@@ -174,9 +174,9 @@ def shown(matrix=np.eye(3), gamma=None):
     return 255 * np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
-def with_chunks(target, *chunks):
+def with_chunks(target, *chunks, grey=None):
     """A PNG with these (kind, content) before its pixels."""
-    Image.new("RGB", (4, 4), GREEN).save(target)
+    Image.new("RGB", (4, 4), GREEN if grey is None else (grey,) * 3).save(target)
     data = target.read_bytes()
     more = b"".join(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
                     for kind, content in chunks)
@@ -227,11 +227,42 @@ def test_colours_that_heic_and_avif_say_in_numbers(codes, expected, tmp_path, ca
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("curve, name", [(16, "PQ"), (18, "HLG")])
-def test_hdr_is_said(curve, name, tmp_path, capsys):
-    path = with_chunks(tmp_path / "a.png", (b"cICP", bytes([9, curve, 0, 1])))
-    assert colour(path) == GREEN
-    assert f"{path} is HDR ({name})" in capsys.readouterr().out
+# Of PQ and of HLG: a value, and what it looks like. 203 candela are white, which is pressed a little; 100 candela are half of it.
+HDR = [(16, 0, 0), (16, 130, 187), (16, 148, 237), (16, 255, 255), (18, 0, 0), (18, 128, 137), (18, 191, 237), (18, 255, 255)]
+
+
+@pytest.mark.parametrize("curve, value, expected", HDR)
+def test_hdr_is_toned_down_and_said(curve, value, expected, tmp_path, capsys):
+    path = with_chunks(tmp_path / "a.png", (b"cICP", bytes([9, curve, 0, 1])), grey=value)
+    assert np.abs(np.subtract(colour(path), expected)).max() <= 2
+    assert f"Note: {path} is HDR ({ {16: 'PQ', 18: 'HLG'}[curve]}); what is brighter than white is toned down.\n" == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("profile", [b"\0" * 128 + b"cicp\0\0\0\0\x09\x10\0\1", b"\0" * 128 + "ITUR_2100_PQ_FULL".encode("utf-16-be")])
+def test_hdr_is_told_by_a_profile(profile, tmp_path, capsys):
+    Image.new("RGB", (4, 4), (130, 130, 130)).save(tmp_path / "a.png", icc_profile=profile)
+    assert np.abs(np.subtract(colour(tmp_path / "a.png"), 187)).max() <= 2
+    assert "is HDR (PQ)" in capsys.readouterr().out
+
+
+def test_hdr_keeps_hue_and_clearness(tmp_path):
+    red = (200, 60, 60, 128)
+    Image.new("RGBA", (4, 300), red).save(tmp_path / "b.png")
+    data = (tmp_path / "b.png").read_bytes()
+    chunk = b"cICP" + bytes([12, 16, 0, 1])
+    (tmp_path / "b.png").write_bytes(data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:])
+    shown_red = colour(tmp_path / "b.png")
+    assert shown_red[0] == 255 and 120 < shown_red[1] < 136 and abs(shown_red[1] - shown_red[2]) < 8  # half of it is the white below
+    assert db.load_opacity(tmp_path / "b.png").getpixel((0, 299)) == 128
+
+
+def test_hdr_of_heic_and_avif(tmp_path, capsys):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    named = {"color_primaries": 9, "transfer_characteristics": 18, "matrix_coefficients": 9, "full_range_flag": 1}
+    Image.new("RGB", (64, 64), (191, 191, 191)).save(tmp_path / "a.heic", quality=100, save_nclx_profile=True, **named)
+    assert np.abs(np.subtract(colour(tmp_path / "a.heic"), 237)).max() <= 3
+    assert "a.heic is HDR (HLG)" in capsys.readouterr().out
 
 
 # ---- deep and dark greys
