@@ -453,6 +453,8 @@ def read_text(path, flag=""):
     return text
 
 
+UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")  # joiners, which shape letters, stay
+BLANKS = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
 LONGEST_NAME = 255  # bytes, on nearly every file system
 
 
@@ -478,14 +480,19 @@ def given_path(text, flag):
 
 
 def given_text(text, flag):
-    """A text as a person gave it. UserError if it is not UTF-8, as where a console writes something else."""
+    """A text as a person gave it, without what does not show. UserError if it is not UTF-8, as where a console writes something else."""
     try:
         text.encode()
-        return text
+        return visible(text)
     except UnicodeEncodeError:
         with contextlib.suppress(UnicodeError):
-            return os.fsencode(text).decode()  # typed in UTF-8 where the system takes ASCII
+            return visible(os.fsencode(text).decode())  # typed in UTF-8 where the system takes ASCII
         raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; type it in a terminal that is set to UTF-8") from None
+
+
+def visible(text):
+    """`text` as the eye sees it: accents composed, all blanks the usual one, and nothing between letters that pages copy along."""
+    return unicodedata.normalize("NFC", UNSEEN.sub("", BLANKS.sub(" ", text)))
 
 
 def check_room(path, flag, added):
@@ -695,17 +702,18 @@ def white_of(path, image, values, tags):
 SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
 PRIMARIES = {1: SRGB, 9: (*SRGB[:2], 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),  # H.273's numbers: BT.709, BT.2020, Display P3
              12: (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)}
-CURVES = {1: None, 2: None, 6: None, 13: None, 14: None, 15: None, 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
 BRIGHTER = {16: "PQ", 18: "HLG"}  # than any screen's white
+CURVES = {**dict.fromkeys((1, 2, 6, 13, 14, 15, *BRIGHTER)), 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
 D50 = (0.9642, 1, 0.8249)
 
 
 def profile_in_numbers(path, image):
-    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's."""
+    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's.
+
+    Of one that is BRIGHTER it is that of the picture toned down.
+    """
     chunks = short_chunks(path) if image.format == "PNG" else {}
     if codes := code_points(path, image, chunks):
-        if name := BRIGHTER.get(codes[1]):
-            say_once(f"Note: {path} is HDR ({name}), which looks dull here; save it as a usual JPEG to have its colours right.")
         known = codes[0] in PRIMARIES and codes[1] in CURVES
         return written(PRIMARIES[codes[0]], CURVES[codes[1]]) if known else None
     if "sRGB" in chunks:
@@ -713,6 +721,14 @@ def profile_in_numbers(path, image):
     places, gamma = chunks.get("cHRM", b""), int.from_bytes(chunks.get("gAMA", b""), "big") / 100000
     places = tuple(number / 100000 for number in struct.unpack(">8I", places)) if len(places) == 32 else SRGB
     return written(places, None if not gamma or abs(1 / gamma - 2.2) < 0.05 else 1 / gamma)
+
+
+def brighter_curve(path, image):
+    """"PQ" or "HLG" if an open picture is HDR, which is said; else None."""
+    codes = code_points(path, image, short_chunks(path) if image.format == "PNG" else {})
+    if name := BRIGHTER.get(codes[1]) if codes else None:
+        say_once(f"Note: {path} is HDR ({name}); what is brighter than white is toned down.")
+    return name
 
 
 def short_chunks(path):
@@ -730,7 +746,12 @@ def short_chunks(path):
 
 
 def code_points(path, image, chunks):
-    """(primaries, transfer) by H.273's numbers, where a file has them; else None."""
+    """(primaries, transfer) by H.273's numbers, where a file has them, or its ICC profile does; else None."""
+    profile = image.info.get("icc_profile") or b""
+    if found := re.search(rb"cicp\0{4}(..)", profile, re.DOTALL):
+        return tuple(found[1])
+    if found := re.search(rb"2100.?(PQ|HLG)", profile.replace(b"\0", b"")):  # ITUR_2100_PQ_FULL, as it was before PNG had cICP
+        return 9, {b"PQ": 16, b"HLG": 18}[found[1]]
     if image.format == "PNG":
         return tuple(chunks["cICP"][:2]) if len(chunks.get("cICP", b"")) == 4 else None
     if image.format == "AVIF":
@@ -783,6 +804,48 @@ def icc(primaries, gamma):
     head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x04200000, b"mntr", b"RGB ", b"XYZ ")
     head += struct.pack(">6H4s", 2024, 1, 1, 0, 0, 0, b"acsp") + b"\0" * 28 + fixed(*D50) + b"\0" * 48
     return head + table + body
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# hdr: Pictures with light brighter than white, PQ's and HLG's (ITU-R BT.2100), toned down to what an ordinary screen shows.
+
+
+WHITE = 203  # candela per square metre that a white sheet has in such pictures (ITU-R BT.2408)
+BRIGHTEST = 1000  # of the screen that HLG's light is reckoned for
+KNEE = 0.6  # of white; light up to here stays as it is, and what is above fills the rest
+LUMINANCE = (0.2627, 0.678, 0.0593)  # of BT.2020's red, green and blue
+ROWS = 256  # that are held as numbers at a time
+
+
+def light_of_pq(values):
+    """Light, 1 that of white, of PQ's values in 0 to 1 (SMPTE ST 2084)."""
+    root = values ** (32 / 2523)
+    return 10000 / WHITE * ((root - 0.8359375).clip(0) / (18.8515625 - 18.6875 * root)) ** (16384 / 2610)
+
+
+def light_of_hlg(values):
+    """The light of a scene, in 0 to 1, of HLG's values."""
+    import numpy as np
+
+    return np.where(values <= 0.5, values ** 2 / 3, (np.exp((values - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+
+
+def toned_down(image, curve):
+    """An RGB image of the curve "PQ" or "HLG" in the same primaries, with sRGB's curve."""
+    import numpy as np
+
+    light_of = {"PQ": light_of_pq, "HLG": light_of_hlg}[curve]
+    table = light_of(np.arange(256) / 255).astype(np.float32)
+    values, out = np.asarray(image.convert("RGB")), np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, ROWS):
+        light = table[values[top:top + ROWS]]
+        if curve == "HLG":
+            light *= BRIGHTEST / WHITE * (light @ np.array(LUMINANCE, np.float32))[..., None] ** np.float32(0.2)
+        most = light.max(-1, keepdims=True)
+        pressed = KNEE + (1 - KNEE) * (1 - np.exp(-(most - KNEE).clip(0) / (1 - KNEE)))
+        light *= np.where(most > KNEE, pressed / most.clip(KNEE), 1)
+        out[top:top + ROWS] = (255 * np.where(light <= 0.0031308, light * 12.92, 1.055 * light.clip(0) ** (1 / 2.4) - 0.055)).round()
+    return Image.fromarray(out)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -964,13 +1027,15 @@ def as_seen(path, image):
     if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
         say_once(f"{path} has {image.n_frames} frames; the first is used.")
     image.load()
-    turn, profile = turn_of(path, image), image.info.get("icc_profile") or profile_in_numbers(path, image)
+    turn, curve = turn_of(path, image), brighter_curve(path, image)
+    profile = (None if curve else image.info.get("icc_profile")) or profile_in_numbers(path, image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(path, image)
     if image.mode == "La":
         image = image.convert("LA")
     # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
     alpha = alpha_of(image)
+    image = toned_down(image, curve) if curve else image
     plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
     if alpha:
@@ -1321,7 +1386,7 @@ class Settings:
                                  shown="those without such a word")
     cache_dir: str | None = _field("all+export", None, "folder where models from the hub are kept",
                                    shown="the hub client's own, which HF_HOME moves")
-    resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
+    resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32, maximum=8192,
                                     shown="the model's own")
 
     # Subject and class
@@ -1699,6 +1764,8 @@ def _has_prior(s):
 # Flags that have an effect only beside others: what that takes, and whether it is there.
 _PRIOR = ("--with_prior_preservation", _has_prior)
 _SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
+_SAMPLES = ("--samples, --validation_steps or --select_best",
+            lambda s: s.samples or s.validation_steps or s.validation_epochs or s.select_best)
 EFFECTIVE = {
     **dict.fromkeys(("prior", "prior_loss_weight"), _PRIOR),
     "prior_generation_precision": ("--with_prior_preservation and --prior images", lambda s: _has_prior(s) and s.prior != "frozen"),
@@ -1716,6 +1783,7 @@ EFFECTIVE = {
     "caption_model": ("--caption auto", lambda s: s.caption == "auto"),
     **dict.fromkeys(("mask_model", "mask_dir"), ("--mask auto", lambda s: s.mask == "auto")),
     "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
+    **dict.fromkeys(("validation_prompt", "num_validation_images"), _SAMPLES),
 }
 
 
@@ -1987,111 +2055,26 @@ def out_of_bounds(value, meta):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# subjects/nouns: A class prompt taken apart: "a photo of my dog" is an opening, "a photo of ", a determiner, "my ", and a noun, "dog".
+# subjects/languages: Prompts that are not English, told without a dictionary: by their letters, and by the articles of some languages.
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a class prompt consists of; joined, they are the prompt again."""
-
-    opening: str  # "a photo of "
-    determiner: str  # "my "
-    noun: str
-    closing: str = ""
+# Those that are no English words: un chien, ein Hund, una foto, um cachorro, een hond. In capitals they would be names.
+ARTICLES = """un une mon ein eine einen einem einer mein meine meinen meinem meiner una um uma een mijn""".split()
+WITH_ARTICLE = re.compile(rf"^(.*[ '’]|)((?:{'|'.join(ARTICLES)}) )(.+)$", re.DOTALL)
 
 
-MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
-    painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
-    thumbnail polaroid mugshot still doodle caricature wallpaper""".split()
-RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
-AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
-OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
-OWNERS = "my your his her its our their".split()
-DETERMINERS = ["an?", "one", "the", *OWNERS, "some", "this", "that", "these", "those"]
-# "my sister's dog" and "Anna's dog", but not "a dog's bowl".
-POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[^\W\d_a-z])\w*)['’]s? "
-COUNTS = "two three four five six several many".split()
-WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
-                   re.IGNORECASE | re.DOTALL)
-PRONOUNS = "me myself him himself herself them us you yourself it".split()  # of whom the model knows nothing
-EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS + PRONOUNS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
-CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
-CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$", re.DOTALL)
-ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()
-PLURALS = {"people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",
-           "feet": "foot", "teeth": "tooth", "puppies": "puppy", "ponies": "pony", "babies": "baby", "bunnies": "bunny"}
-QUOTED = re.compile("[\"'“‘«「](.*)[\"'”’»」]")
+def is_latin(text):
+    """Whether the letters of a text are those of English, accents aside; no more than a third of them may be others."""
+    letters = [letter for letter in text if letter.isalpha()]
+    return 3 * sum("LATIN" not in unicodedata.name(letter, "") for letter in letters) <= len(letters)
 
 
-def tidy_class_prompt(text, flag="--class_prompt"):
-    """A class prompt without what writing adds: quotes around it, underscores, a full stop. UserError if it names nothing."""
-    text = check_words(" ".join(text.replace("_", " ").split()), flag)
-    while quoted := QUOTED.fullmatch(text):
-        text = quoted[1].strip()
-    text = text.rstrip(" .,;:!?。，；！？")
-    if not text:
-        raise UserError(f'{flag} is empty: say what kind of thing the subject is, such as "a dog"')
-    if names_nothing(text):
-        raise UserError(f'{flag} "{text}" names no thing: say what kind of thing the subject is, such as "a dog"')
-    return text
-
-
-def check_words(text, flag):
-    """`text`. UserError if it is not whole letters, as when the terminal or the file has another encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; write it in UTF-8") from None
-    return text
-
-
-def take_apart_prompt(class_prompt):
-    """The Parts of a class prompt."""
-    if CHINESE_LETTER.search(class_prompt):
-        determiner, noun, closing = CHINESE.match(class_prompt).groups(default="")
-        return Parts("", f"{determiner} " if determiner else "", noun, closing)
-    opening, determiner, number, noun = WHOLE.match(class_prompt).groups(default="")
-    return Parts(opening, determiner + number, noun)
-
-
-def noun_of(class_prompt):
-    """What a class prompt names, without article and without the kind of picture; all of it if that leaves nothing."""
-    return take_apart_prompt(class_prompt).noun or class_prompt
-
-
-def names_nothing(class_prompt):
-    return bool(EMPTY.match(take_apart_prompt(class_prompt).noun))
-
-
-def head_of(noun):
-    """The word of a noun that says what it is: "statue" of "stone statue of a lion"."""
-    return (re.split(rf"[,.]| (?:{'|'.join(RELATIONS)}) ", noun.lower())[0].split() or [noun])[-1]
-
-
-def is_plural(noun):
-    word = head_of(noun)
-    return word in PLURALS or word[-1:] == "s" and word[-2:] not in ("ss", "us", "is") and word not in ENDS_IN_S
-
-
-def determiner_of(class_prompt):
-    """What stands before the identifier: "a " whatever its sound, a number as it was given, or nothing for several things."""
-    parts = take_apart_prompt(class_prompt)
-    words = parts.determiner.lower().split() or [""]
-    if words[-1] in COUNTS or CHINESE_LETTER.search(class_prompt):
-        return f"{words[-1]} ".lstrip()
-    return "" if is_plural(parts.noun) and words[0] not in ("a", "an") else "a "
-
-
-def singular(word):
-    return PLURALS.get(word) or (word[:-1] if is_plural(word) else word)
-
-
-def article_of(class_prompt):
-    """What stands before the bare noun: "a", "an", or nothing for several things."""
-    if not determiner_of(class_prompt).startswith("a "):
-        return ""
-    given = take_apart_prompt(class_prompt).determiner.lower().strip()
-    return given if given in ("a", "an") else "an" if noun_of(class_prompt)[:1].lower() in tuple("aeiou") else "a"
+def tell_language(prompts, reads_english_alone):
+    """Say that prompts are not English, if a model's text encoder reads nothing else."""
+    strange = [prompt for prompt in dict.fromkeys(prompts) if not is_latin(prompt) or WITH_ARTICLE.match(prompt)]
+    if strange and reads_english_alone:
+        say(f'Note: "{strange[0][:60]}"{f" (and {len(strange) - 1} more)" if strange[1:] else ""} is not English, and this model learnt '
+            f"from English captions alone: it hardly knows what is meant. Say it in English, such as \"a dog\".")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2234,81 +2217,113 @@ def match_entries(entries, photos):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# subjects/words: A subject and the words for it: "a dog" makes "a [identifier] dog", and [identifier] becomes a word.
-#
-# Knows nothing of tokenizers; which word it is, is chosen in `identifier`.
-
-
-# Ways to write [identifier] that can mean nothing else; the last is the paper's.
-PLACE = re.compile(r"\[\s*identifier\s*(?::\s*([^\]]*?)\s*)?\]|\{\s*identifier\s*(?::\s*([^}]*?)\s*)?\}|\[V\d?\*?\]", re.IGNORECASE)
-CLASS_PLACE = re.compile(r"[\[{]\s*class(?:[ _](?:noun|word|name))?\s*[\]}]", re.IGNORECASE)
+# subjects/nouns: A class prompt taken apart: "a photo of my dog" is an opening, "a photo of ", a determiner, "my ", and a noun, "dog".
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A subject as dreambooth.json records it: its words are settled."""
+class Parts:
+    """What a class prompt consists of; joined, they are the prompt again."""
 
-    identifier: str
-    class_prompt: str
-    instance_prompt: str
-    name: str = ""
+    opening: str  # "a photo of "
+    determiner: str  # "my "
+    noun: str
+    closing: str = ""
 
 
-def default_instance_prompt(class_prompt, names_class=True):
-    """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]"), or else 'a [identifier]'."""
+MEDIA = """photo photograph picture pic image shot snapshot snap selfie portrait headshot close.?up depiction view scan drawing
+    painting sketch illustration render rendering rendition watercolou?r cartoon art artwork print poster screenshot
+    thumbnail polaroid mugshot still doodle caricature wallpaper""".split()
+RELATIONS = "of with in on at from by near beside under over behind holding wearing and or for to like".split()  # end a noun
+AROUND = rf"(?:(?!(?:{'|'.join(RELATIONS)})\b)[\w'’.,-]+ ){{0,5}}?"  # "a very old black and white" of a photo, but no second thing
+OPENING = rf"(?:{AROUND}(?:black and white |b&w )?(?:{'|'.join(MEDIA)})s?(?: (?:photo|shot|view))?(?: of| showing| depicting|:) )+"
+OWNERS = "my your his her its our their".split()
+DETERMINERS = ["an?", "one", "the", *OWNERS, "some", "this", "that", "these", "those"]
+# "my sister's dog" and "Anna's dog", but not "a dog's bowl".
+POSSESSIVE = rf"(?:(?:{'|'.join(OWNERS)}) (?:\w+ )?\w+|(?-i:[^\W\d_a-z])\w*)['’]s? "
+COUNTS = "two three four five six several many".split()
+WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:own )?)?((?:{'|'.join(COUNTS)}) )?(.*)$",
+                   re.IGNORECASE | re.DOTALL)
+PRONOUNS = "me myself him himself herself them us you yourself it".split()  # of whom the model knows nothing
+EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS + PRONOUNS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
+CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
+CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)([的の]?(?:照片|图片|图像|相片|画像|肖像|特写|写真))?$", re.DOTALL)
+ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()
+PLURALS = {"people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",
+           "feet": "foot", "teeth": "tooth", "puppies": "puppy", "ponies": "pony", "babies": "baby", "bunnies": "bunny"}
+QUOTED = re.compile("[\"'“‘«「](.*)[\"'”’»」]")
+
+
+def tidy_class_prompt(text, flag="--class_prompt"):
+    """A class prompt without what writing adds: quotes around it, underscores, a full stop. UserError if it names nothing."""
+    text = check_words(" ".join(text.replace("_", " ").split()), flag)
+    while quoted := QUOTED.fullmatch(text):
+        text = quoted[1].strip()
+    text = text.rstrip(" .,;:!?。，；！？")
+    if not text:
+        raise UserError(f'{flag} is empty: say what kind of thing the subject is, such as "a dog"')
+    if names_nothing(text):
+        raise UserError(f'{flag} "{text}" names no thing: say what kind of thing the subject is, such as "a dog"')
+    return text
+
+
+def check_words(text, flag):
+    """`text` without what does not show. UserError if it is not whole letters, as when the terminal or the file has another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; write it in UTF-8") from None
+    return visible(text)
+
+
+def take_apart_prompt(class_prompt):
+    """The Parts of a class prompt."""
+    if CHINESE_LETTER.search(class_prompt):
+        determiner, noun, closing = CHINESE.match(class_prompt).groups(default="")
+        return Parts("", f"{determiner} " if determiner else "", noun, closing)
+    if foreign := WITH_ARTICLE.match(class_prompt):
+        return Parts(*foreign.groups())
+    opening, determiner, number, noun = WHOLE.match(class_prompt).groups(default="")
+    return Parts(opening, determiner + number, noun)
+
+
+def noun_of(class_prompt):
+    """What a class prompt names, without article and without the kind of picture; all of it if that leaves nothing."""
+    return take_apart_prompt(class_prompt).noun or class_prompt
+
+
+def names_nothing(class_prompt):
+    return bool(EMPTY.match(take_apart_prompt(class_prompt).noun))
+
+
+def head_of(noun):
+    """The word of a noun that says what it is: "statue" of "stone statue of a lion"."""
+    return (re.split(rf"[,.]| (?:{'|'.join(RELATIONS)}) ", noun.lower())[0].split() or [noun])[-1]
+
+
+def is_plural(noun):
+    word = head_of(noun)
+    return word in PLURALS or word[-1:] == "s" and word[-2:] not in ("ss", "us", "is") and word not in ENDS_IN_S
+
+
+def determiner_of(class_prompt):
+    """What stands before the identifier: "a " whatever its sound, a number as it was given, or nothing for several things."""
     parts = take_apart_prompt(class_prompt)
-    noun = f" {parts.noun}{parts.closing}" if names_class else ""
-    return f"{parts.opening}{determiner_of(class_prompt)}[identifier]{noun}"
+    words = parts.determiner.lower().split() or [""]
+    if words[-1] in COUNTS or CHINESE_LETTER.search(class_prompt) or not is_latin(class_prompt) or WITH_ARTICLE.match(class_prompt):
+        return f"{words[-1]} ".lstrip()
+    return "" if is_plural(parts.noun) and words[0] not in ("a", "an") else "a "
 
 
-def with_places(prompt, literal=()):
-    """`prompt` with [identifier], [identifier:NAME] and [class] wherever it says so in another way, but for the words `literal`."""
-    def place(match):
-        name = match[1] or match[2]
-        return match[0] if match[0] in literal else f"[identifier:{name}]" if name else "[identifier]"
-    return CLASS_PLACE.sub("[class]", PLACE.sub(place, prompt))
+def singular(word):
+    return PLURALS.get(word) or (word[:-1] if is_plural(word) else word)
 
 
-def mentions(prompt, identifier):
-    """Whether a prompt has the identifier as a word of its own, in whatever capitals, or leaves a place for it."""
-    return bool(PLACE.search(prompt) or re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, re.IGNORECASE))
-
-
-def usual_prompts_of(subjects):
-    """What is drawn of subjects where nothing else is asked for: each, each on the moon, and its class; and "" to guide against."""
-    drawn = [prompt for x in subjects for prompt in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if prompt]
-    return [*dict.fromkeys(drawn), ""]
-
-
-def fill_identifier(prompt, subjects, source, others=()):
-    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`, [class] by its noun.
-
-    Failing that, by that of the subject in `others`. `source`, for complaints, is whose subjects they are.
-    """
-    def word(match):
-        named = ([subject for subject in subjects if match[1] in (None, subject.name)]
-                 or [subject for subject in others if match[1] in (None, subject.name)])
-        if len(named) == 1:
-            return named[0].identifier
-        if not subjects and not others:
-            raise UserError(f'"{prompt}": {source} has no dreambooth.json to tell what [identifier] stands for; write the '
-                            f"word itself or give a model made by --train")
-        names = ", ".join(f"[identifier:{subject.name}]" for subject in (*subjects, *others))
-        raise UserError(f'"{prompt}": {source} knows {names}; write one of these for {match[0]}')
-    whole = with_places(prompt, [subject.identifier for subject in (*subjects, *others)])
-    filled = re.sub(r"\[identifier(?::([^\]]*))?\]", word, whole)
-    return fill_class(filled, re.findall(r"\[identifier:([^\]]*)\]", whole), subjects or others)
-
-
-def fill_class(prompt, names, subjects):
-    """`prompt` with the noun of the one subject, or of those of `names`, for [class]. UserError if they differ in it."""
-    if "[class]" not in prompt:
-        return prompt
-    named = [subject for subject in subjects if subject.name in names] or subjects
-    nouns = {noun_of(subject.class_prompt) for subject in named if subject.class_prompt}
-    if len(nouns) != 1:
-        raise UserError(f'"{prompt}": write the noun itself for [class]')
-    return prompt.replace("[class]", nouns.pop())
+def article_of(class_prompt):
+    """What stands before the bare noun: "a", "an", or nothing for several things."""
+    if not determiner_of(class_prompt).startswith("a "):
+        return ""
+    given = take_apart_prompt(class_prompt).determiner.lower().strip()
+    return given if given in ("a", "an") else "an" if noun_of(class_prompt)[:1].lower() in tuple("aeiou") else "a"
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2415,113 +2430,81 @@ def smaller(mask):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
+# subjects/words: A subject and the words for it: "a dog" makes "a [identifier] dog", and [identifier] becomes a word.
 #
-# Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
+# Knows nothing of tokenizers; which word it is, is chosen in `identifier`.
 
 
-RARE = 0.8  # vocabularies of byte pairs and of sentencepiece list the frequent tokens first: those after this share of it are rare
-# Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
-# everybody uses, is a rifle). Then such tokens of Qwen's, beginnings of Polish, Turkish and Spanish words; the last line are such of
-# the bundled model's.
-RARE_WORDS = """
-    phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
-    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
-    yapt olmad wygl chcia pomys wypos tytu ihtiy zespo znale dotyc bezpo szko todav narz niezb rozp wybra zobac pobli zobow najb zwyk
-    yayg niekt vazge
-    zwx xqr qvk vkz wjq jxv fzw kqx"""
+# Ways to write [identifier] that can mean nothing else; the last is the paper's.
+PLACE = re.compile(r"\[\s*identifier\s*(?::\s*([^\]]*?)\s*)?\]|\{\s*identifier\s*(?::\s*([^}]*?)\s*)?\}|\[V\d?\*?\]", re.IGNORECASE)
+CLASS_PLACE = re.compile(r"[\[{]\s*class(?:[ _](?:noun|word|name))?\s*[\]}]", re.IGNORECASE)
 
 
-def rare_words(tokenizers, class_prompts):
-    """Those of RARE_WORDS that every tokenizer reads as one rare token before each class noun."""
-    def is_one(tokenizer, word):
-        tokens = [token_within(tokenizer, word, prompt) for prompt in class_prompts or [""]]
-        return all(token is not None and is_rare(tokenizer, token) for token in tokens)
-    return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
-            and not any(word in prompt for prompt in class_prompts)]
+@dataclass(frozen=True)
+class Subject:
+    """A subject as dreambooth.json records it: its words are settled."""
+
+    identifier: str
+    class_prompt: str
+    instance_prompt: str
+    name: str = ""
 
 
-def token_within(tokenizer, word, class_prompt):
-    """The id of the one token that `word` adds to "a CLASS", between its two words; None if it adds others or changes them.
+def default_instance_prompt(class_prompt, names_class=True):
+    """'a dog' makes 'a [identifier] dog' (paper section 3.1: "a [identifier] [class noun]"), or else 'a [identifier]'."""
+    parts = take_apart_prompt(class_prompt)
+    noun = f" {parts.noun}{parts.closing}" if names_class else ""
+    return f"{parts.opening}{determiner_of(class_prompt)}[identifier]{noun}"
 
-    Byte-level vocabularies have a word with and without the space before it; what counts is how it is read in a sentence.
+
+def with_places(prompt, literal=()):
+    """`prompt` with [identifier], [identifier:NAME] and [class] wherever it says so in another way, but for the words `literal`."""
+    def place(match):
+        name = match[1] or match[2]
+        return match[0] if match[0] in literal else f"[identifier:{name}]" if name else "[identifier]"
+    return CLASS_PLACE.sub("[class]", PLACE.sub(place, prompt))
+
+
+def mentions(prompt, identifier):
+    """Whether a prompt has the identifier as a word of its own, in whatever capitals, or leaves a place for it."""
+    return bool(PLACE.search(prompt) or re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, re.IGNORECASE))
+
+
+def usual_prompts_of(subjects):
+    """What is drawn of subjects where nothing else is asked for: each, each on the moon, and its class; and "" to guide against."""
+    drawn = [prompt for x in subjects for prompt in (x.instance_prompt, f"{x.instance_prompt} on the moon", x.class_prompt) if prompt]
+    return [*dict.fromkeys(drawn), ""]
+
+
+def fill_identifier(prompt, subjects, source, others=()):
+    """`prompt` with each [identifier] or [identifier:NAME] replaced by the word of the subject in `subjects`, [class] by its noun.
+
+    Failing that, by that of the subject in `others`. `source`, for complaints, is whose subjects they are.
     """
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-    with_word, without, first = ids(f"a {word} {class_prompt}".strip()), ids(f"a {class_prompt}".strip()), len(ids("a"))
-    is_one = len(with_word) == len(without) + 1 and with_word[:first] == without[:first] and with_word[first + 1:] == without[first:]
-    return with_word[first] if is_one else None
+    def word(match):
+        named = ([subject for subject in subjects if match[1] in (None, subject.name)]
+                 or [subject for subject in others if match[1] in (None, subject.name)])
+        if len(named) == 1:
+            return named[0].identifier
+        if not subjects and not others:
+            raise UserError(f'"{prompt}": {source} has no dreambooth.json to tell what [identifier] stands for; write the '
+                            f"word itself or give a model made by --train")
+        names = ", ".join(f"[identifier:{subject.name}]" for subject in (*subjects, *others))
+        raise UserError(f'"{prompt}": {source} knows {names}; write one of these for {match[0]}')
+    whole = with_places(prompt, [subject.identifier for subject in (*subjects, *others)])
+    filled = re.sub(r"\[identifier(?::([^\]]*))?\]", word, whole)
+    return fill_class(filled, re.findall(r"\[identifier:([^\]]*)\]", whole), subjects or others)
 
 
-def is_rare(tokenizer, token_id):
-    return token_id >= RARE * len(tokenizer)
-
-
-def pieces_of(tokenizer, word):
-    """The tokens, as text, that a tokenizer reads a word as within a sentence."""
-    return tokenizer.tokenize(f"a {word}")[len(tokenizer.tokenize("a")):]
-
-
-def choose_identifiers(models, concepts, seed, embed):
-    """One identifier for each concept: its own, or for "auto" a rare word that means little to the model.
-
-    `embed` maps P prompts to the text encoder's embeddings [P, channels] at their ends.
-    Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
-    seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
-    with a weak prior in both language model and diffusion model.) Of several tokenizers the first decides what is rare: beside CLIP's,
-    T5's may read the word in pieces, which mean little together.
-    """
-    import torch
-
-    tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
-    words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
-    candidates = rare_words(models.tokenizers[:1], [concept.class_prompt or "" for concept in concepts])
-    for concept in concepts:
-        if concept.identifier != "auto":
-            check_identifier(tokenizer, concept.identifier)
-            words.append(concept.identifier)
-            continue
-        free = [word for word in candidates if word not in taken]
-        if not free:
-            raise UserError(f'no rare word that this model reads as one token is left for "{concept.name}"; choose one '
-                            f"yourself with --identifier")
-        shift = embedding_shift(embed, free, concept)
-        best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
-        vectors = {word: table[tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, word))].mean(0) for word in best + taken}
-
-        def similarity(word):
-            return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
-        random.Random(f"{seed} {concept.name}").shuffle(best)
-        words.append(min(best, key=similarity))
-        taken.append(words[-1])
-        token = tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, words[-1]))[0]
-        say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
-            f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
-            f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
-    return words
-
-
-def embedding_shift(embed, words, concept):
-    """{word: 1 - cosine of the text embeddings, at the end of the text, of the prompt with the word and of the class}."""
-    import torch
-
-    bare = fill_identifier(concept.instance_prompt, [Subject("", "", "", concept.name)], "")
-    prompts = [" ".join(bare.split())]
-    prompts += [fill_identifier(concept.instance_prompt, [Subject(word, "", "", concept.name)], "") for word in words]
-    vectors = embed(prompts)
-    return dict(zip(words, (1 - torch.cosine_similarity(vectors[1:], vectors[:1])).tolist()))
-
-
-def check_identifier(tokenizer, identifier):
-    """Say so if the tokenizer does not read the identifier as one rare token."""
-    pieces = pieces_of(tokenizer, identifier)
-    if len(pieces) > 1:
-        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
-            f"mean something already; one rare token learns better. --identifier auto finds one.")
-    elif not is_rare(tokenizer, tokenizer.convert_tokens_to_ids(pieces[0])):
-        say(f'Note: the identifier "{identifier}" is a common word (token {tokenizer.convert_tokens_to_ids(pieces[0])} of '
-            f"{len(tokenizer)}): its old meaning mixes with the subject, and prompts with it will show the subject. "
-            f"--identifier auto finds a rare one.")
+def fill_class(prompt, names, subjects):
+    """`prompt` with the noun of the one subject, or of those of `names`, for [class]. UserError if they differ in it."""
+    if "[class]" not in prompt:
+        return prompt
+    named = [subject for subject in subjects if subject.name in names] or subjects
+    nouns = {noun_of(subject.class_prompt) for subject in named if subject.class_prompt}
+    if len(nouns) != 1:
+        raise UserError(f'"{prompt}": write the noun itself for [class]')
+    return prompt.replace("[class]", nouns.pop())
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2675,6 +2658,116 @@ def pixels_digest(image):
     for top in range(0, image.height, 256):
         digest.update(image.crop((0, top, image.width, min(top + 256, image.height))).tobytes())
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# subjects/identifier: The rare word that stands for a subject (paper, section 3.1 and "Rare-token identifiers").
+#
+# Knows tokenizers, but no text encoder: how a prompt's embedding is computed is passed in.
+
+
+RARE = 0.8  # vocabularies of byte pairs and of sentencepiece list the frequent tokens first: those after this share of it are rare
+# Rare tokens of CLIP's vocabulary, read one by one: no word, name, place, acronym or slur that we know of ("sks", which
+# everybody uses, is a rifle). Then such tokens of Qwen's, beginnings of Polish, Turkish and Spanish words; the last line are such of
+# the bundled model's.
+RARE_WORDS = """
+    phol mley ylde etto elot tlap enly bbly olls orum acki mmes ssin itez utto oday gion seh vak fuls rety uous etty onee
+    azzy ffes ffen cett kert trun ynna mlas inem enei peth apro iru olis cius vius bius achs atis ndi niti oti stis
+    yapt olmad wygl chcia pomys wypos tytu ihtiy zespo znale dotyc bezpo szko todav narz niezb rozp wybra zobac pobli zobow najb zwyk
+    yayg niekt vazge
+    zwx xqr qvk vkz wjq jxv fzw kqx"""
+
+
+def rare_words(tokenizers, class_prompts):
+    """Those of RARE_WORDS that every tokenizer reads as one rare token before each class noun."""
+    def is_one(tokenizer, word):
+        tokens = [token_within(tokenizer, word, prompt) for prompt in class_prompts or [""]]
+        return all(token is not None and is_rare(tokenizer, token) for token in tokens)
+    return [word for word in RARE_WORDS.split() if all(is_one(tokenizer, word) for tokenizer in tokenizers)
+            and not any(word in prompt for prompt in class_prompts)]
+
+
+def token_within(tokenizer, word, class_prompt):
+    """The id of the one token that `word` adds to "a CLASS", between its two words; None if it adds others or changes them.
+
+    Byte-level vocabularies have a word with and without the space before it; what counts is how it is read in a sentence.
+    """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    with_word, without, first = ids(f"a {word} {class_prompt}".strip()), ids(f"a {class_prompt}".strip()), len(ids("a"))
+    is_one = len(with_word) == len(without) + 1 and with_word[:first] == without[:first] and with_word[first + 1:] == without[first:]
+    return with_word[first] if is_one else None
+
+
+def is_rare(tokenizer, token_id):
+    return token_id >= RARE * len(tokenizer)
+
+
+def pieces_of(tokenizer, word):
+    """The tokens, as text, that a tokenizer reads a word as within a sentence."""
+    return tokenizer.tokenize(f"a {word}")[len(tokenizer.tokenize("a")):]
+
+
+def choose_identifiers(models, concepts, seed, embed):
+    """One identifier for each concept: its own, or for "auto" a rare word that means little to the model.
+
+    `embed` maps P prompts to the text encoder's embeddings [P, channels] at their ends.
+    Of the rare words those are kept, half of them and at most 20, that move the text embedding of the class least; the
+    seed picks one, and each further one is the least similar to those taken. (Paper, "Rare-token identifiers": a word
+    with a weak prior in both language model and diffusion model.) Of several tokenizers the first decides what is rare: beside CLIP's,
+    T5's may read the word in pieces, which mean little together.
+    """
+    import torch
+
+    tokenizer, table = models.tokenizers[0], models.text_encoders[0].get_input_embeddings().weight
+    words, taken = [], [concept.identifier for concept in concepts if concept.identifier != "auto"]
+    candidates = rare_words(models.tokenizers[:1], [concept.class_prompt or "" for concept in concepts])
+    for concept in concepts:
+        if concept.identifier != "auto":
+            check_identifier(tokenizer, concept.identifier)
+            words.append(concept.identifier)
+            continue
+        free = [word for word in candidates if word not in taken]
+        if not free:
+            raise UserError(f'no rare word that this model reads as one token is left for "{concept.name}"; choose one '
+                            f"yourself with --identifier")
+        shift = embedding_shift(embed, free, concept)
+        best = sorted(free, key=shift.get)[:min(20, -(-len(free) // 2))]
+        vectors = {word: table[tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, word))].mean(0) for word in best + taken}
+
+        def similarity(word):
+            return max([torch.cosine_similarity(vectors[word], vectors[other], dim=0).item() for other in taken], default=0)
+        random.Random(f"{seed} {concept.name}").shuffle(best)
+        words.append(min(best, key=similarity))
+        taken.append(words[-1])
+        token = tokenizer.convert_tokens_to_ids(pieces_of(tokenizer, words[-1]))[0]
+        say(f'Identifier of "{concept.name}": "{words[-1]}", token {token} of {len(tokenizer)}; it moves the embedding of '
+            f'"{concept.class_prompt}" by {shift[words[-1]]:.3f} ({len(free)} rare words move it by '
+            f"{min(shift.values()):.3f} to {max(shift.values()):.3f}).")
+    return words
+
+
+def embedding_shift(embed, words, concept):
+    """{word: 1 - cosine of the text embeddings, at the end of the text, of the prompt with the word and of the class}."""
+    import torch
+
+    bare = fill_identifier(concept.instance_prompt, [Subject("", "", "", concept.name)], "")
+    prompts = [" ".join(bare.split())]
+    prompts += [fill_identifier(concept.instance_prompt, [Subject(word, "", "", concept.name)], "") for word in words]
+    vectors = embed(prompts)
+    return dict(zip(words, (1 - torch.cosine_similarity(vectors[1:], vectors[:1])).tolist()))
+
+
+def check_identifier(tokenizer, identifier):
+    """Say so if the tokenizer does not read the identifier as one rare token."""
+    pieces = pieces_of(tokenizer, identifier)
+    if len(pieces) > 1:
+        say(f'Note: the tokenizer splits the identifier "{identifier}" into {len(pieces)} tokens ({" ".join(pieces)}), which '
+            f"mean something already; one rare token learns better. --identifier auto finds one.")
+    elif not is_rare(tokenizer, tokenizer.convert_tokens_to_ids(pieces[0])):
+        say(f'Note: the identifier "{identifier}" is a common word (token {tokenizer.convert_tokens_to_ids(pieces[0])} of '
+            f"{len(tokenizer)}): its old meaning mixes with the subject, and prompts with it will show the subject. "
+            f"--identifier auto finds a rare one.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2833,6 +2926,8 @@ def read_concept_file(path):
 def complete_concept(concept, where, needs_class, names_class, takes_captions=True):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
+    if is_path(given := concept.class_prompt or ""):
+        raise UserError(f'{flag}class_prompt "{given}" is a path; say what kind of thing the subject is, such as "a dog"')
     photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir", takes_captions)
     if class_prompt is None and (needs_class or concept.instance_prompt is None):
         reason = ("prior preservation needs it" if concept.instance_prompt else
@@ -2853,6 +2948,9 @@ def complete_concept(concept, where, needs_class, names_class, takes_captions=Tr
         identifier = identifier_in(instance_prompt, class_prompt or "", flag)
     if not mentions(instance_prompt, identifier):
         say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
+    if class_prompt and needs_class and head_of(noun_of(class_prompt)) not in instance_prompt.lower():
+        say(f'Note: the instance prompt "{instance_prompt}" does not name the class, "{class_prompt}", whose pictures are to keep it what it '
+            f"is; let both say the same.")
     photos = tuple((path, caption and settled(caption, f"the caption of {path}")) for path, caption in photos)
     if captions := [caption for _, caption in photos if caption]:
         without = sum(not mentions(caption, identifier) for caption in captions)
@@ -2863,12 +2961,19 @@ def complete_concept(concept, where, needs_class, names_class, takes_captions=Tr
                                identifier=identifier, name=name)
 
 
+def is_path(text):
+    """Whether a text that should name a thing is the way to a file or folder."""
+    return text.startswith(("/", "./", "../", "~")) or bool(re.search(r"[/\\]", text)) and os.path.exists(text)
+
+
 def check_identifier_given(identifier, class_prompt, flag):
     """UserError for an identifier that is no word, or a class prompt that has one in it."""
-    if not re.fullmatch(r"\S+", check_words(identifier, f"{flag}identifier")):
-        raise UserError(f'{flag}identifier "{identifier}": must be one word without spaces')
+    if not re.fullmatch(r"[^\s,;]+", check_words(identifier, f"{flag}identifier")):
+        raise UserError(f'{flag}identifier "{identifier}": must be one word without spaces and commas; several subjects are for --concepts')
     if PLACE.fullmatch(identifier) and "identifier" in identifier.lower():
         raise UserError(f'{flag}identifier "{identifier}": that is where the word belongs; give the word itself, or auto')
+    if CLASS_PLACE.search(class_prompt):
+        raise UserError(f'{flag}class_prompt "{class_prompt}": name the class itself, such as "a dog"')
     if PLACE.search(class_prompt):
         raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
     for word in re.findall(r"[^\s,.;:!?]+", class_prompt):
@@ -3293,6 +3398,7 @@ class Family:
     recipes = {}  # {method: Recipe}
     guidance = 1.0
     class_guidance = 1.0
+    unguided = 1.0  # the guidance that is none, and lets negative prompts have no effect
     takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
@@ -3303,6 +3409,7 @@ class Family:
     side_of_its_own = 1024  # pixels, where no config says
     scheduler_has = "scale_noise"  # which tells a scheduler of this kind of model from others
     prompt_tokens = 512  # that the text encoder reads
+    reads_english_alone = False  # whether it learnt from captions in English and nothing else
     base_of_distilled = None  # hub id of the model that those distilled for few steps were made of
 
     def fits(self, config):
@@ -3804,7 +3911,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = True
+    trains_text = bf16_throughout = reads_english_alone = True
     exports = ("model", "lora", "dora", "lokr", "word")
     other_programs = "ComfyUI, A1111 and Forge"
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
@@ -4069,7 +4176,7 @@ class ZImage(Family):
     pipelines = ("ZImagePipeline",)
     kind = "Z-Image"
     lora_prefixes = {"transformer": "diffusion_model."}  # ComfyUI finds q, k and v in its joint layer by these names
-    guidance = class_guidance = 4.0  # the pipeline adds it to 1: none is 0
+    guidance, class_guidance, unguided = 4.0, 4.0, 0.0  # the pipeline adds it to 1: none is 0
     lora_targets = {"attention": [*ATTENTION_OF_Z], "attention+ff": [*ATTENTION_OF_Z, *FEED_FORWARD_OF_Z],
                     "all": r".*\.\d+\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"}
     # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
@@ -4410,6 +4517,7 @@ class Flux(Family):
     lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
     guidance = class_guidance = 3.5
     takes_negatives = False
+    reads_english_alone = True
     lora_layers = NAMES_OF_FLUX
     lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
                     "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",
@@ -4526,6 +4634,7 @@ class StableDiffusion3(Family):
     recipes = {"lora": Recipe(500, 4e-4, 4e-4, 5e-5), "full": Recipe(500, 1e-5, 1e-5, 1e-6),
                "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 4e-4, 4e-4, 5e-5, 3e-4)}
     prompt_tokens = 256  # that T5 reads
+    reads_english_alone = True
     base_of_distilled = "stabilityai/stable-diffusion-3.5-large"
 
     def fits(self, config):
@@ -5216,13 +5325,18 @@ def check_bundled(asked):
                         f"demo from the program's repository, or give another model")
 
 
+def is_short(name):
+    """Whether a name, in whatever capitals, is short for a model, and there is no model of that name here."""
+    return name.lower() in SHORT_NAMES and not (Path(name) / "model_index.json").is_file()
+
+
 def named_model(name, flag):
     """What a short name, or the id of a model that moved, stands for; else the name itself. Says so.
 
     With it, its model_index.json if the cache was asked for that and has it, else None.
     """
-    if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
-        short, name = name, SHORT_NAMES[name]
+    if is_short(name):
+        short, name = name, SHORT_NAMES[name.lower()]
         if name == BUNDLED_MODEL:
             check_bundled(f"{flag} {short}")
             name = short_path(name)
@@ -5240,8 +5354,7 @@ def named_model(name, flag):
 def find_model(name, flag, revision=None):
     """Folder, hub id (with @REVISION) or file of a model, without importing torch. UserError if there is none of a supported
     kind."""
-    is_short = name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file()
-    name, index = named_model(name if is_short else located(name, flag), flag)
+    name, index = named_model(name if is_short(name) else located(name, flag), flag)
     refuse_pickle(name, flag)
     if revision not in (None, "main"):
         name, index = with_revision(name, revision), None
@@ -6586,11 +6699,15 @@ def split_strength(text):
     """(source, strength, or None if none is given) of PATH or PATH=STRENGTH."""
     if Path(text).exists():
         return text, None
-    if match := re.fullmatch(rf"(.+)=({STRENGTH})", text):
+    match = re.fullmatch(rf"(.+)=({STRENGTH})", text)
+    if match and Path(match[1]).exists():
         return match[1], float(match[2])
-    if match := re.fullmatch(r"(.+\.safetensors)[=: ]([^/\\]*)", text, re.IGNORECASE):
-        raise UserError(f'--adapter {text}: "{match[2]}" is no strength; write {match[1]}=0.8')
-    return text, None
+    for sign in re.finditer(r" *[=: ] *", text):  # after the path of something, or what is called as a file of weights is
+        path, rest = text[:sign.start()], text[sign.end():]
+        is_path = Path(path).exists() or path.lower().endswith(".safetensors")
+        if is_path and not re.search(r"[/\\]", rest) and not (match and match[1] == path):
+            raise UserError(f'--adapter {text}: "{rest}" is no strength; write {path}=0.8')
+    return (match[1], float(match[2])) if match else (text, None)
 
 
 def model_paths(s):
@@ -10945,6 +11062,9 @@ def infer(s):
     models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt])
     pipeline = placed(models.pipeline, plan.device)
     check_length(pipeline, prompts)
+    if s.negative_prompt and guidance_scale(s, pipeline) <= family_of(pipeline).unguided:
+        say(f"Note: --negative_prompt: no effect without guidance; give --guidance_scale above {family_of(pipeline).unguided:g}.")
+    tell_language([*prompts, s.negative_prompt], family_of(pipeline).reads_english_alone)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
     for flag in ("width", "height"):  # some pipelines would draw smaller, and not say so
@@ -11158,6 +11278,8 @@ def settle_subjects(s, models, concepts):
         words = [f"<{c.name}>" if c.identifier == "auto" else c.identifier for c in concepts]
     else:
         words = choose_identifiers(models, concepts, s.seed, functools.partial(embed_ends, models))
+    captions = [caption for concept in concepts for _, caption in concept.photos if caption]
+    tell_language([text for c in concepts for text in (c.class_prompt or "", c.instance_prompt)] + captions, models.family.reads_english_alone)
     subjects = []
     for concept, word in zip(concepts, words):
         bare = Subject(word, concept.class_prompt or "", "", concept.name)

@@ -154,6 +154,8 @@ def _has_prior(s):
 # Flags that have an effect only beside others: what that takes, and whether it is there.
 _PRIOR = ("--with_prior_preservation", _has_prior)
 _SELECTION = ("--select_best", lambda s: s.mode != "train" or s.select_best)
+_SAMPLES = ("--samples, --validation_steps or --select_best",
+            lambda s: s.samples or s.validation_steps or s.validation_epochs or s.select_best)
 EFFECTIVE = {
     **dict.fromkeys(("prior", "prior_loss_weight"), _PRIOR),
     "prior_generation_precision": ("--with_prior_preservation and --prior images", lambda s: _has_prior(s) and s.prior != "frozen"),
@@ -171,4 +173,5 @@ EFFECTIVE = {
     "caption_model": ("--caption auto", lambda s: s.caption == "auto"),
     **dict.fromkeys(("mask_model", "mask_dir"), ("--mask auto", lambda s: s.mask == "auto")),
     "hub_model_id": ("--push_to_hub", lambda s: s.push_to_hub),
+    **dict.fromkeys(("validation_prompt", "num_validation_images"), _SAMPLES),
 }

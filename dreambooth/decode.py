@@ -15,7 +15,8 @@ from PIL import Image, PngImagePlugin
 
 from dreambooth.base import UserError, say_once
 from dreambooth.colours import in_srgb, to_8_bit
-from dreambooth.profiles import profile_in_numbers
+from dreambooth.hdr import toned_down
+from dreambooth.profiles import brighter_curve, profile_in_numbers
 
 MOST_PIXELS = 2**29  # three times the largest sensors of phones; in memory 1.5 GB
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]  # Pillow hands others to other programs
@@ -190,13 +191,15 @@ def as_seen(path, image):
     if frames_of(image) > 1 and image.format != "MPO":  # its others are a preview, or what a second lens saw
         say_once(f"{path} has {image.n_frames} frames; the first is used.")
     image.load()
-    turn, profile = turn_of(path, image), image.info.get("icc_profile") or profile_in_numbers(path, image)
+    turn, curve = turn_of(path, image), brighter_curve(path, image)
+    profile = (None if curve else image.info.get("icc_profile")) or profile_in_numbers(path, image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(path, image)
     if image.mode == "La":
         image = image.convert("LA")
     # convert("RGB") alone would show whatever colour lies hidden under the transparent pixels
     alpha = alpha_of(image)
+    image = toned_down(image, curve) if curve else image
     plain = {"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     image = in_srgb(path, image if image.mode == plain else image.convert(plain), profile)
     if alpha:

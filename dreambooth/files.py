@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import time
+import unicodedata
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,6 +33,8 @@ def read_text(path, flag=""):
     return text
 
 
+UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")  # joiners, which shape letters, stay
+BLANKS = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
 LONGEST_NAME = 255  # bytes, on nearly every file system
 
 
@@ -57,14 +60,19 @@ def given_path(text, flag):
 
 
 def given_text(text, flag):
-    """A text as a person gave it. UserError if it is not UTF-8, as where a console writes something else."""
+    """A text as a person gave it, without what does not show. UserError if it is not UTF-8, as where a console writes something else."""
     try:
         text.encode()
-        return text
+        return visible(text)
     except UnicodeEncodeError:
         with contextlib.suppress(UnicodeError):
-            return os.fsencode(text).decode()  # typed in UTF-8 where the system takes ASCII
+            return visible(os.fsencode(text).decode())  # typed in UTF-8 where the system takes ASCII
         raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; type it in a terminal that is set to UTF-8") from None
+
+
+def visible(text):
+    """`text` as the eye sees it: accents composed, all blanks the usual one, and nothing between letters that pages copy along."""
+    return unicodedata.normalize("NFC", UNSEEN.sub("", BLANKS.sub(" ", text)))
 
 
 def check_room(path, flag, added):

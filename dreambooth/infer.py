@@ -13,8 +13,9 @@ from dreambooth.drawing.room import check_bits
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
-from dreambooth.models.families.known import family_of, own_size
+from dreambooth.models.families.known import family_of, guidance_scale, own_size
 from dreambooth.models.find import family_at
+from dreambooth.subjects.languages import tell_language
 from dreambooth.subjects.syntax import tell_prompts
 from dreambooth.subjects.words import fill_identifier
 
@@ -42,6 +43,9 @@ def infer(s):
     models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt])
     pipeline = placed(models.pipeline, plan.device)
     check_length(pipeline, prompts)
+    if s.negative_prompt and guidance_scale(s, pipeline) <= family_of(pipeline).unguided:
+        say(f"Note: --negative_prompt: no effect without guidance; give --guidance_scale above {family_of(pipeline).unguided:g}.")
+    tell_language([*prompts, s.negative_prompt], family_of(pipeline).reads_english_alone)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
     for flag in ("width", "height"):  # some pipelines would draw smaller, and not say so

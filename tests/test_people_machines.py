@@ -224,6 +224,7 @@ def test_commands_end_as_usual_on_any_console(encoding, mode, photos, monkeypatc
 @pytest.mark.parametrize("before", [
     "sys.stdout = sys.stderr = None",                                             # pythonw
     "os.close(1); sys.stdout = None", "os.close(2); sys.stderr = None",           # >&-, 2>&-
+    "os.close(1); os.close(2); sys.stdout = sys.stderr = None",                   # >&- 2>&-
     "os.close(0); os.close(1); os.close(2); sys.stdout = sys.stderr = None",
     "r, w = os.pipe(); os.close(r); os.dup2(w, 1)",                               # | head -1
     "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(w, 2)",

@@ -966,6 +966,16 @@ def test_strengths_are_numbers_of_any_kind(text, strength, draw, made, tiny_mode
 def test_strengths_that_are_none(text, draw, made, tmp_path, monkeypatch):
     shutil.copy(made() / db.LORA_FILE, tmp_path / "x.safetensors")
     refused(lambda: draw(f"x.safetensors{text}"), f"--adapter x.safetensors{text}", "write x.safetensors=0.8")
+    (tmp_path / "folder").mkdir()
+    refused(lambda: draw(f"folder{text}"), f"--adapter folder{text}", "write folder=0.8")
+
+
+def test_a_strength_given_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    refused(lambda: db.split_strength("lora=0.5=0.7"), '"0.5=0.7" is no strength; write lora=0.8')
+    refused(lambda: db.split_strength("lora = 0.5"), '"0.5" is no strength; write lora=0.8')
+    assert db.split_strength("owner/lora=0.5") == ("owner/lora", 0.5) and db.split_strength("owner/lora") == ("owner/lora", None)
 
 
 def test_paths_with_signs_in_them(draw, made, tmp_path, tiny_model):
@@ -1136,6 +1146,12 @@ def test_a_vae_of_the_other_kind_is_said(family, scale, whose, tiny_model, capsy
     db.family_of(pipeline).check_trainable(pipeline, "model", "--model_name")
     out = capsys.readouterr().out
     assert (f"Note: model: its VAE has the scaling_factor of {whose}, {scale}" in out) if whose else out == ""
+
+
+def test_a_negative_prompt_without_guidance_is_said(run, tiny_model):
+    drawn = ["--infer", *DRAW, "--model_path", tiny_model("sd1"), "--prompt", "a dog", "--negative_prompt", "a cat"]
+    said = "Note: --negative_prompt: no effect without guidance; give --guidance_scale above 1."
+    assert said in run(*drawn, "--guidance_scale", 1)[1] and said not in run(*drawn, "--guidance_scale", 2)[1]
 
 
 def test_an_embedding_that_no_prompt_names_is_said(run, tiny_model, tmp_path):

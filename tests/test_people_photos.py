@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import REPOSITORY, picture
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
@@ -174,9 +174,9 @@ def shown(matrix=np.eye(3), gamma=None):
     return 255 * np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
-def with_chunks(target, *chunks):
+def with_chunks(target, *chunks, grey=None):
     """A PNG with these (kind, content) before its pixels."""
-    Image.new("RGB", (4, 4), GREEN).save(target)
+    Image.new("RGB", (4, 4), GREEN if grey is None else (grey,) * 3).save(target)
     data = target.read_bytes()
     more = b"".join(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
                     for kind, content in chunks)
@@ -227,11 +227,42 @@ def test_colours_that_heic_and_avif_say_in_numbers(codes, expected, tmp_path, ca
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("curve, name", [(16, "PQ"), (18, "HLG")])
-def test_hdr_is_said(curve, name, tmp_path, capsys):
-    path = with_chunks(tmp_path / "a.png", (b"cICP", bytes([9, curve, 0, 1])))
-    assert colour(path) == GREEN
-    assert f"{path} is HDR ({name})" in capsys.readouterr().out
+# Of PQ and of HLG: a value, and what it looks like. 203 candela are white, which is pressed a little; 100 candela are half of it.
+HDR = [(16, 0, 0), (16, 130, 187), (16, 148, 237), (16, 255, 255), (18, 0, 0), (18, 128, 137), (18, 191, 237), (18, 255, 255)]
+
+
+@pytest.mark.parametrize("curve, value, expected", HDR)
+def test_hdr_is_toned_down_and_said(curve, value, expected, tmp_path, capsys):
+    path = with_chunks(tmp_path / "a.png", (b"cICP", bytes([9, curve, 0, 1])), grey=value)
+    assert np.abs(np.subtract(colour(path), expected)).max() <= 2
+    assert f"Note: {path} is HDR ({ {16: 'PQ', 18: 'HLG'}[curve]}); what is brighter than white is toned down.\n" == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("profile", [b"\0" * 128 + b"cicp\0\0\0\0\x09\x10\0\1", b"\0" * 128 + "ITUR_2100_PQ_FULL".encode("utf-16-be")])
+def test_hdr_is_told_by_a_profile(profile, tmp_path, capsys):
+    Image.new("RGB", (4, 4), (130, 130, 130)).save(tmp_path / "a.png", icc_profile=profile)
+    assert np.abs(np.subtract(colour(tmp_path / "a.png"), 187)).max() <= 2
+    assert "is HDR (PQ)" in capsys.readouterr().out
+
+
+def test_hdr_keeps_hue_and_clearness(tmp_path):
+    red = (200, 60, 60, 128)
+    Image.new("RGBA", (4, 300), red).save(tmp_path / "b.png")
+    data = (tmp_path / "b.png").read_bytes()
+    chunk = b"cICP" + bytes([12, 16, 0, 1])
+    (tmp_path / "b.png").write_bytes(data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:])
+    shown_red = colour(tmp_path / "b.png")
+    assert shown_red[0] == 255 and 120 < shown_red[1] < 136 and abs(shown_red[1] - shown_red[2]) < 8  # half of it is the white below
+    assert db.load_opacity(tmp_path / "b.png").getpixel((0, 299)) == 128
+
+
+def test_hdr_of_heic_and_avif(tmp_path, capsys):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    named = {"color_primaries": 9, "transfer_characteristics": 18, "matrix_coefficients": 9, "full_range_flag": 1}
+    Image.new("RGB", (64, 64), (191, 191, 191)).save(tmp_path / "a.heic", quality=100, save_nclx_profile=True, **named)
+    assert np.abs(np.subtract(colour(tmp_path / "a.heic"), 237)).max() <= 3
+    assert "a.heic is HDR (HLG)" in capsys.readouterr().out
 
 
 # ---- deep and dark greys
@@ -671,6 +702,13 @@ def test_captions_that_name_another_subject_are_refused_at_once(photos):
     ("a selfie of a man with a dog", "a selfie of a [identifier] man with a dog"),
     ("\u4e00\u53ea\u72d7", "\u4e00\u53ea [identifier] \u72d7"),
     ("\u4e00\u5f20\u72d7\u7684\u7167\u7247", "\u4e00\u5f20 [identifier] \u72d7\u7684\u7167\u7247"),
+    ("\u72ac\u306e\u5199\u771f", "[identifier] \u72ac\u306e\u5199\u771f"),
+    ("un chien", "un [identifier] chien"), ("une photo d'un chien", "une photo d'un [identifier] chien"),
+    ("ein Foto von einem Hund", "ein Foto von einem [identifier] Hund"), ("mein Hund", "mein [identifier] Hund"),
+    ("una foto de un perro negro", "una foto de un [identifier] perro negro"), ("um cachorro", "um [identifier] cachorro"),
+    ("UN flag", "a [identifier] UN flag"), ("a unicorn", "a [identifier] unicorn"), ("einstein", "a [identifier] einstein"),
+    ("\u0441\u043e\u0431\u0430\u043a\u0430", "[identifier] \u0441\u043e\u0431\u0430\u043a\u0430"),
+    ("a caf\u00e9 cup", "a [identifier] caf\u00e9 cup"),
     ("\U0001f415", "a [identifier] \U0001f415"), ("a teddy bear", "a [identifier] teddy bear")])
 def test_the_rare_word_stands_at_the_thing(class_prompt, expected):
     assert db.default_instance_prompt(class_prompt) == expected
@@ -678,9 +716,27 @@ def test_the_rare_word_stands_at_the_thing(class_prompt, expected):
 
 @pytest.mark.parametrize("class_prompt, noun", [
     ("photo of a dog", "dog"), ("a photo of my dog", "dog"), ("Anna's dog", "dog"), ("\u00c9va's dog", "dog"), ("close up of the dog", "dog"),
-    ("\u4e00\u5f20\u72d7\u7684\u7167\u7247", "\u72d7"), ("a statue of a lion", "statue of a lion"), ("photo", "photo")])
+    ("\u4e00\u5f20\u72d7\u7684\u7167\u7247", "\u72d7"), ("\u72ac\u306e\u5199\u771f", "\u72ac"), ("d'un chien", "chien"), ("a statue of a lion", "statue of a lion"), ("photo", "photo")])
 def test_nouns(class_prompt, noun):
     assert db.noun_of(class_prompt) == noun
+
+
+@pytest.mark.parametrize("prompts, said", [
+    (["\u4e00\u53ea\u72d7"], 'Note: "\u4e00\u53ea\u72d7" is not English, and this model learnt from English captions alone'),
+    (["a dog", "un chien", "un chien", "ein Hund"], 'Note: "un chien" (and 1 more) is not English'),
+    (["\u0441\u043e\u0431\u0430\u043a\u0430"], "is not English"), (["a \u5c0f\u9ed1 dog"], ""), (["a caf\u00e9", "\U0001f415", "a dog 3", "", "UN"], "")])
+def test_other_languages_are_said_where_a_model_reads_english_alone(prompts, said, capsys):
+    db.tell_language(prompts, False)
+    assert capsys.readouterr().out == ""
+    db.tell_language(prompts, True)
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == bool(said)
+
+
+def test_which_families_read_english_alone():
+    """CLIP's and T5's encoders do, Qwen's and Mistral's do not."""
+    reads = {family.name: family.reads_english_alone for family in db.FAMILIES}
+    assert reads["flux"] and reads["small"] and reads["stable-diffusion-3"] and not reads["z-image"] and not reads["qwen-image"]
 
 
 def test_words_of_a_record_may_be_odd():
@@ -712,8 +768,12 @@ def test_class_prompts_that_name_nothing(given, photos):
     ({"class_prompt": "a Dog", "identifier": "dog"}, '--identifier "dog": the class, "a Dog", has this word already'),
     ({"class_prompt": "a dog", "identifier": "[identifier]"}, "--identifier"),
     ({"class_prompt": "a dog", "instance_prompt": "a [identifier:rex] dog"}, "[identifier:dog]"),
+    ({"class_prompt": "./class_images"}, '--class_prompt "./class_images" is a path; say what kind of thing'),
+    ({"class_prompt": "tests/conftest.py"}, "is a path"), ({"class_prompt": "a [class]"}, "name the class itself"),
+    ({"class_prompt": "a dog", "identifier": "tok,tok2"}, "must be one word without spaces and commas; several subjects are for --concepts"),
     ({"class_prompt": "a \udcfc dog"}, "not UTF-8"), ({"class_prompt": "a dog", "identifier": "\udcfc"}, "not UTF-8")])
-def test_words_that_cannot_be_meant_are_refused(options, said, photos):
+def test_words_that_cannot_be_meant_are_refused(options, said, photos, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     assert said in refusal(db.read_concepts, db.Settings("train", instance_data_dir=str(photos), **options), True, True)
 
 
@@ -727,6 +787,26 @@ def test_instance_prompts_as_others_write_them(instance_prompt, identifier, prom
     s = db.Settings("train", instance_data_dir=str(photos), class_prompt="a dog", instance_prompt=instance_prompt)
     read, = db.read_concepts(s, True, True)
     assert (read.identifier, read.instance_prompt) == (identifier, prompt)
+
+
+@pytest.mark.parametrize("instance_prompt, is_said", [("a sks dog", True), ("a photo of a sks Cat asleep", False)])
+def test_a_class_that_the_photos_are_not_of_is_said(instance_prompt, is_said, photos, capsys):
+    s = db.Settings("train", instance_data_dir=str(photos), class_prompt="a cat", instance_prompt=instance_prompt, identifier="sks")
+    db.read_concepts(s, True, True)
+    assert (f'the instance prompt "{instance_prompt}" does not name the class, "a cat"' in capsys.readouterr().out) == is_said
+    db.read_concepts(s, False, True)
+    assert "does not name the class" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, seen", [
+    ("a sks\u200b dog", "a sks dog"), ("\ufeffa dog", "a dog"), ("a\u00a0dog", "a dog"), ("a\u3000dog", "a dog"), ("cafe\u0301", "caf\u00e9"),
+    ("soft\u00adware", "software"), ("\u202ea dog\u202c", "a dog"), ("\U0001f469\u200d\U0001f4bb", "\U0001f469\u200d\U0001f4bb")])
+def test_what_does_not_show_is_not_in_prompts(given, seen, photos):
+    """Pages and editors copy it along, and tokenizers read it as words."""
+    assert db.parse_settings(["--infer", "--prompt", given]).prompt == [seen]
+    (photos / "0.txt").write_text(given, encoding="utf-8")
+    concept, = db.read_concepts(db.Settings("train", instance_data_dir=str(photos), class_prompt="a dog"), True, True)
+    assert dict(concept.photos)[photos / "0.png"] == seen.strip()
 
 
 REX = db.Subject("phol", "a photo of a dog", "a phol dog", "rex")

@@ -11,7 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE, TARGET = REPOSITORY / "dreambooth", REPOSITORY / "dreambooth_implementation.py"
 # A module imports from lower floors or its own. A floor is a folder, or a module beside the folders.
-FLOORS = ("base", "console", "mishaps", "device", "files", "colours", "profiles", "decode", "images", "progress", "threads",
+FLOORS = ("base", "console", "mishaps", "device", "files", "colours", "profiles", "hdr", "decode", "images", "progress", "threads",
           "settings", "compatible", "arguments", "subjects", "models", "methods", "drawing",
           "data", "evaluation", "training", "memory", "output", "export", "infer", "evaluate", "train", "cli")
 NOTE = "Made from the modules in dreambooth/ by `make single`: change those, not this file. Each section is a module."

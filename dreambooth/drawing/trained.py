@@ -191,11 +191,15 @@ def split_strength(text):
     """(source, strength, or None if none is given) of PATH or PATH=STRENGTH."""
     if Path(text).exists():
         return text, None
-    if match := re.fullmatch(rf"(.+)=({STRENGTH})", text):
+    match = re.fullmatch(rf"(.+)=({STRENGTH})", text)
+    if match and Path(match[1]).exists():
         return match[1], float(match[2])
-    if match := re.fullmatch(r"(.+\.safetensors)[=: ]([^/\\]*)", text, re.IGNORECASE):
-        raise UserError(f'--adapter {text}: "{match[2]}" is no strength; write {match[1]}=0.8')
-    return text, None
+    for sign in re.finditer(r" *[=: ] *", text):  # after the path of something, or what is called as a file of weights is
+        path, rest = text[:sign.start()], text[sign.end():]
+        is_path = Path(path).exists() or path.lower().endswith(".safetensors")
+        if is_path and not re.search(r"[/\\]", rest) and not (match and match[1] == path):
+            raise UserError(f'--adapter {text}: "{rest}" is no strength; write {path}=0.8')
+    return (match[1], float(match[2])) if match else (text, None)
 
 
 def model_paths(s):

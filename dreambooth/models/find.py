@@ -44,13 +44,18 @@ def check_bundled(asked):
                         f"demo from the program's repository, or give another model")
 
 
+def is_short(name):
+    """Whether a name, in whatever capitals, is short for a model, and there is no model of that name here."""
+    return name.lower() in SHORT_NAMES and not (Path(name) / "model_index.json").is_file()
+
+
 def named_model(name, flag):
     """What a short name, or the id of a model that moved, stands for; else the name itself. Says so.
 
     With it, its model_index.json if the cache was asked for that and has it, else None.
     """
-    if name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file():
-        short, name = name, SHORT_NAMES[name]
+    if is_short(name):
+        short, name = name, SHORT_NAMES[name.lower()]
         if name == BUNDLED_MODEL:
             check_bundled(f"{flag} {short}")
             name = short_path(name)
@@ -68,8 +73,7 @@ def named_model(name, flag):
 def find_model(name, flag, revision=None):
     """Folder, hub id (with @REVISION) or file of a model, without importing torch. UserError if there is none of a supported
     kind."""
-    is_short = name in SHORT_NAMES and not (Path(name) / "model_index.json").is_file()
-    name, index = named_model(name if is_short else located(name, flag), flag)
+    name, index = named_model(name if is_short(name) else located(name, flag), flag)
     refuse_pickle(name, flag)
     if revision not in (None, "main"):
         name, index = with_revision(name, revision), None

@@ -16,10 +16,10 @@ from dreambooth.settings import CONCEPT_FLAGS, SAMPLE_PHOTOS, _value_type, given
 from dreambooth.subjects.class_folders import own_class_images
 from dreambooth.subjects.identifier import RARE_WORDS
 from dreambooth.subjects.masks import find_masks
-from dreambooth.subjects.nouns import check_words, noun_of
+from dreambooth.subjects.nouns import check_words, head_of, noun_of
 from dreambooth.subjects.photos import find_photos
 from dreambooth.subjects.syntax import foreign_words, tell_syntax
-from dreambooth.subjects.words import PLACE, Subject, default_instance_prompt, fill_identifier, mentions
+from dreambooth.subjects.words import CLASS_PLACE, PLACE, Subject, default_instance_prompt, fill_identifier, mentions
 
 FOUND = ("photos", "masks")  # of a Concept: what is found, and not given
 
@@ -114,6 +114,8 @@ def read_concept_file(path):
 def complete_concept(concept, where, needs_class, names_class, takes_captions=True):
     """`concept` with photos, class prompt, instance prompt and name; `where` begins the complaints about it."""
     flag = f"{where} " if where != "--" else where
+    if is_path(given := concept.class_prompt or ""):
+        raise UserError(f'{flag}class_prompt "{given}" is a path; say what kind of thing the subject is, such as "a dog"')
     photos, class_prompt = find_photos(concept, f"{flag}instance_data_dir", takes_captions)
     if class_prompt is None and (needs_class or concept.instance_prompt is None):
         reason = ("prior preservation needs it" if concept.instance_prompt else
@@ -134,6 +136,9 @@ def complete_concept(concept, where, needs_class, names_class, takes_captions=Tr
         identifier = identifier_in(instance_prompt, class_prompt or "", flag)
     if not mentions(instance_prompt, identifier):
         say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
+    if class_prompt and needs_class and head_of(noun_of(class_prompt)) not in instance_prompt.lower():
+        say(f'Note: the instance prompt "{instance_prompt}" does not name the class, "{class_prompt}", whose pictures are to keep it what it '
+            f"is; let both say the same.")
     photos = tuple((path, caption and settled(caption, f"the caption of {path}")) for path, caption in photos)
     if captions := [caption for _, caption in photos if caption]:
         without = sum(not mentions(caption, identifier) for caption in captions)
@@ -144,12 +149,19 @@ def complete_concept(concept, where, needs_class, names_class, takes_captions=Tr
                                identifier=identifier, name=name)
 
 
+def is_path(text):
+    """Whether a text that should name a thing is the way to a file or folder."""
+    return text.startswith(("/", "./", "../", "~")) or bool(re.search(r"[/\\]", text)) and os.path.exists(text)
+
+
 def check_identifier_given(identifier, class_prompt, flag):
     """UserError for an identifier that is no word, or a class prompt that has one in it."""
-    if not re.fullmatch(r"\S+", check_words(identifier, f"{flag}identifier")):
-        raise UserError(f'{flag}identifier "{identifier}": must be one word without spaces')
+    if not re.fullmatch(r"[^\s,;]+", check_words(identifier, f"{flag}identifier")):
+        raise UserError(f'{flag}identifier "{identifier}": must be one word without spaces and commas; several subjects are for --concepts')
     if PLACE.fullmatch(identifier) and "identifier" in identifier.lower():
         raise UserError(f'{flag}identifier "{identifier}": that is where the word belongs; give the word itself, or auto')
+    if CLASS_PLACE.search(class_prompt):
+        raise UserError(f'{flag}class_prompt "{class_prompt}": name the class itself, such as "a dog"')
     if PLACE.search(class_prompt):
         raise UserError(f'{flag}class_prompt "{class_prompt}": the class goes without the identifier, such as "a dog"')
     for word in re.findall(r"[^\s,.;:!?]+", class_prompt):

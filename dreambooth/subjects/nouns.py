@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 
 from dreambooth.base import UserError
+from dreambooth.files import visible
+from dreambooth.subjects.languages import WITH_ARTICLE, is_latin
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ WHOLE = re.compile(rf"^({OPENING})?({POSSESSIVE}|(?:{'|'.join(DETERMINERS)}) (?:
 PRONOUNS = "me myself him himself herself them us you yourself it".split()  # of whom the model knows nothing
 EMPTY = re.compile(rf"^(?:{'|'.join(DETERMINERS + PRONOUNS)}|(?:.* )?of)?[\s!-/:-@\[-`{{-~]*$", re.IGNORECASE)  # names nothing
 CHINESE_LETTER = re.compile("[\u4e00-\u9fff]")
-CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)(的?(?:照片|图片|图像|相片|画像|肖像|特写))?$", re.DOTALL)
+CHINESE = re.compile("^([一两二三四五几这那我你的]*[只条匹头个张幅件把辆朵本位名双台座]|[我你这那]的?)?(.+?)([的の]?(?:照片|图片|图像|相片|画像|肖像|特写|写真))?$", re.DOTALL)
 ENDS_IN_S = "lens bus gas canvas atlas christmas james thomas".split()
 PLURALS = {"people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",
            "feet": "foot", "teeth": "tooth", "puppies": "puppy", "ponies": "pony", "babies": "baby", "bunnies": "bunny"}
@@ -53,12 +55,12 @@ def tidy_class_prompt(text, flag="--class_prompt"):
 
 
 def check_words(text, flag):
-    """`text`. UserError if it is not whole letters, as when the terminal or the file has another encoding."""
+    """`text` without what does not show. UserError if it is not whole letters, as when the terminal or the file has another encoding."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{flag} {ascii(text)}: not UTF-8 text; write it in UTF-8") from None
-    return text
+    return visible(text)
 
 
 def take_apart_prompt(class_prompt):
@@ -66,6 +68,8 @@ def take_apart_prompt(class_prompt):
     if CHINESE_LETTER.search(class_prompt):
         determiner, noun, closing = CHINESE.match(class_prompt).groups(default="")
         return Parts("", f"{determiner} " if determiner else "", noun, closing)
+    if foreign := WITH_ARTICLE.match(class_prompt):
+        return Parts(*foreign.groups())
     opening, determiner, number, noun = WHOLE.match(class_prompt).groups(default="")
     return Parts(opening, determiner + number, noun)
 
@@ -93,7 +97,7 @@ def determiner_of(class_prompt):
     """What stands before the identifier: "a " whatever its sound, a number as it was given, or nothing for several things."""
     parts = take_apart_prompt(class_prompt)
     words = parts.determiner.lower().split() or [""]
-    if words[-1] in COUNTS or CHINESE_LETTER.search(class_prompt):
+    if words[-1] in COUNTS or CHINESE_LETTER.search(class_prompt) or not is_latin(class_prompt) or WITH_ARTICLE.match(class_prompt):
         return f"{words[-1]} ".lstrip()
     return "" if is_plural(parts.noun) and words[0] not in ("a", "an") else "a "
 

@@ -76,6 +76,7 @@ class Family:
     recipes = {}  # {method: Recipe}
     guidance = 1.0
     class_guidance = 1.0
+    unguided = 1.0  # the guidance that is none, and lets negative prompts have no effect
     takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
@@ -86,6 +87,7 @@ class Family:
     side_of_its_own = 1024  # pixels, where no config says
     scheduler_has = "scale_noise"  # which tells a scheduler of this kind of model from others
     prompt_tokens = 512  # that the text encoder reads
+    reads_english_alone = False  # whether it learnt from captions in English and nothing else
     base_of_distilled = None  # hub id of the model that those distilled for few steps were made of
 
     def fits(self, config):

@@ -38,6 +38,7 @@ class Flux(Family):
     lora_prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
     guidance = class_guidance = 3.5
     takes_negatives = False
+    reads_english_alone = True
     lora_layers = NAMES_OF_FLUX
     lora_targets = {"attention": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX})",
                     "attention+ff": rf"{BLOCKS_OF_FLUX}\.({ATTENTION_OF_FLUX}|{FEED_FORWARD_OF_FLUX})",

@@ -38,7 +38,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = True
+    trains_text = bf16_throughout = reads_english_alone = True
     exports = ("model", "lora", "dora", "lokr", "word")
     other_programs = "ComfyUI, A1111 and Forge"
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"

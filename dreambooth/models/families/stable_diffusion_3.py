@@ -46,6 +46,7 @@ class StableDiffusion3(Family):
     recipes = {"lora": Recipe(500, 4e-4, 4e-4, 5e-5), "full": Recipe(500, 1e-5, 1e-5, 1e-6),
                "textual_inversion": Recipe(3000, embedding_lr=5e-4), "pivotal": Recipe(1000, 4e-4, 4e-4, 5e-5, 3e-4)}
     prompt_tokens = 256  # that T5 reads
+    reads_english_alone = True
     base_of_distilled = "stabilityai/stable-diffusion-3.5-large"
 
     def fits(self, config):

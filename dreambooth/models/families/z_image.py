@@ -17,7 +17,7 @@ class ZImage(Family):
     pipelines = ("ZImagePipeline",)
     kind = "Z-Image"
     lora_prefixes = {"transformer": "diffusion_model."}  # ComfyUI finds q, k and v in its joint layer by these names
-    guidance = class_guidance = 4.0  # the pipeline adds it to 1: none is 0
+    guidance, class_guidance, unguided = 4.0, 4.0, 0.0  # the pipeline adds it to 1: none is 0
     lora_targets = {"attention": [*ATTENTION_OF_Z], "attention+ff": [*ATTENTION_OF_Z, *FEED_FORWARD_OF_Z],
                     "all": r".*\.\d+\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"}
     # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
