@@ -46,7 +46,8 @@ FAMILIES = {"sd15": (dict(cross_attention_dim=768, attention_head_dim=8), [CLIP_
             "sdxl": (XL_UNET, [CLIP_L, CLIP_G], "epsilon")}
 LORA = dict(rank=4, lora_alpha=2, train_text_encoder=True)
 FLAGS = {"lora": LORA, "lora-all-layers": {**LORA, "lora_target": "all"}, "dora": {"rank": 4, "use_dora": True},
-         "word-of-2-vectors": {"num_vectors": 2}, "pivotal": LORA}  # of --train, beside --method
+         "lokr": {**LORA, "lora_target": "all", "adapter_type": "lokr"}, "word-of-2-vectors": {"num_vectors": 2},
+         "pivotal": LORA}  # of --train, beside --method
 CLIENTS = ("comfyui", "sd_scripts", "sd_cpp")
 
 
@@ -96,15 +97,17 @@ def make_model(family, folder, tokenizer_folder):
     pipeline.save_pretrained(folder)
 
 
+def exported(folder, name):
+    return folder / f"{name.replace('-', '')}.safetensors"
+
+
 def make_artifact(base, name, folder):
     """What --train would leave in `folder`, with weights changed by chance, and what --export makes of it."""
     import torch
 
     import dreambooth_implementation as db
 
-    target = folder / f"{name.replace('-', '')}.safetensors"
-    if target.exists():
-        return
+    target = exported(folder, name)
     method, options = METHODS[name], FLAGS.get(name, {})
     if method is None:
         source = str(base)
@@ -126,7 +129,8 @@ def make_artifact(base, name, folder):
         for save in db.METHODS[method].saves:
             save(Path(source), models, subjects, notes)
         (Path(source) / "dreambooth.json").write_text(json.dumps(
-            {"method": method, "base_model": str(base), "subjects": [dataclasses.asdict(subject) for subject in subjects]}))
+            {"method": method, "base_model": str(base), "settings": {"adapter_type": s.adapter_type},
+             "subjects": [dataclasses.asdict(subject) for subject in subjects]}))
         del models, groups
     if db.main(["--export", str(target), "--model_path", source]) != 0:
         sys.exit(f"{target}: not exported")
@@ -211,7 +215,7 @@ def table_of(family, s, clients, names, pythons, tokenizer):
     common = ["--work", s.work.resolve(), "--families", family, "--artifacts", ",".join(names), "--tokenizer", tokenizer.resolve(),
               *programs]
     steps = [] if (folder / "model" / "model_index.json").is_file() else [(sys.executable, "model", family)]
-    steps += [(sys.executable, "artifact", name) for name in names]
+    steps += [(sys.executable, "artifact", name) for name in names if not exported(folder, name).exists()]
     for python, step, what in steps:
         if child(python, *common, "--do", step, what):
             sys.exit(f"{family}: {what} failed")
