@@ -15,6 +15,7 @@ const LONG_HINTS = [
   "identifier",
   "max_vram",
 ];
+const SHAPING = ["model_name", "resolution"]; // fields that decide what is cut off
 let fields,
   suggested = null,
   touched = new Set();
@@ -51,6 +52,7 @@ export async function start() {
     const kept = values($("train_form"));
     if (!touched.has("validation_steps")) delete kept.validation_steps;
     await act("keep_fields", kept);
+    if (SHAPING.includes(event.target.name)) showDraft(await look("draft"));
   };
   $("train_form").onsubmit = train;
   $("photo_files").onchange = event => add([...event.target.files]);
@@ -149,7 +151,12 @@ function photoFigure(photo) {
     "figure",
     {},
     el("img", {src: photo.url, alt: photo.name}),
-    el("figcaption", {}, el("div", {className: "name"}, `${photo.name} · ${photo.size.join("×")}`, remove), caption),
+    el(
+      "figcaption",
+      {},
+      el("div", {className: "name"}, `${photo.name} · ${photo.size.join("×")}${photo.has_mask ? ` · ${t("mask")}` : ""}`, remove),
+      caption,
+    ),
   );
 }
 
