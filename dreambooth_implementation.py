@@ -10077,7 +10077,7 @@ CARD = "README.md"
 DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
                   "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
 ADAPTERS_ELSEWHERE = {
-    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is meant for them, but was not tried there yet",
+    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is for ComfyUI and Forge; sd-scripts without LyCORIS reads none of it",
     "oft": "they have no place for these rotations; train with --adapter_type lora or lokr for them"}
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 
@@ -10702,7 +10702,8 @@ def files_of_lora(s, trained, target):
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
     kind = merged_type(trained.lora)
-    return {target: (write, "the LoRA with the names that other programs have for its layers" if kind is None else f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names")}
+    what = f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names" if kind else "the LoRA with the names that other programs have for its layers"
+    return {target: (write, what)}
 
 
 def model_files(s, trained, target, pipeline):

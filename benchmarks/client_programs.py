@@ -6,6 +6,7 @@ Each function returns {artifact: {"answer": the UNet's, or "picture": [side, sid
 import importlib.abc
 import importlib.machinery
 import logging
+import re
 import sys
 from unittest.mock import MagicMock
 
@@ -196,6 +197,12 @@ def answers_of_sd_scripts(program, folder, names, reference):
     return answers
 
 
+def is_miss(text):
+    """Whether a line of stable-diffusion.cpp tells of tensors that it did not take, and not that it took all."""
+    counts = re.search(r"\((\d+) / (\d+)\) LoRA tensors", text)
+    return counts[1] != counts[2] if counts else "applied, taking" not in text
+
+
 def answers_of_sd_cpp(program, folder, names, reference):
     """Pictures. It has a folder of embeddings, but cyllama gives no access to it: words are left out."""
     import torch
@@ -219,7 +226,7 @@ def answers_of_sd_cpp(program, folder, names, reference):
         if lora:
             options.set_loras([{"path": str(lora), "multiplier": 1.0}])
         picture = context.generate_with_params(options)[0]
-        answers[name] = {"picture": torch.from_numpy(picture.to_numpy().copy()).float(), "missed": said[:]}
+        answers[name] = {"picture": torch.from_numpy(picture.to_numpy().copy()).float(), "missed": [text for text in said if is_miss(text)]}
         said.clear()
         del context
     return answers

@@ -46,6 +46,7 @@ export async function start() {
       ["demo", "sd15", "sd21", "sdxl"].map(value => el("option", {value})),
     ),
   );
+  $("train_form").oninput = event => touched.add(event.target.name); // at once: refill() may be under way
   $("train_form").onchange = async event => {
     touched.add(event.target.name);
     await refill();
