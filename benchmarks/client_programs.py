@@ -6,13 +6,14 @@ Each function returns {artifact: {"answer": the UNet's, or "picture": [side, sid
 import importlib.abc
 import importlib.machinery
 import logging
+import re
 import sys
 from unittest.mock import MagicMock
 
 TIME, SIDE, PROMPT = 500, 16, "a photo of a {} at night"  # the latent is SIDE x SIDE
 SEED, PICTURE_SIDE, LAST_TIME = 7, 64, 999  # of stable-diffusion.cpp's picture
 # artifact: the --method that makes it; the whole model has none
-METHODS = {"whole": None, "lora": "lora", "lora-all-layers": "lora", "dora": "lora", "word": "textual_inversion",
+METHODS = {"whole": None, "lora": "lora", "lora-all-layers": "lora", "dora": "lora", "lokr": "lora", "word": "textual_inversion",
            "word-of-2-vectors": "textual_inversion", "pivotal": "pivotal"}
 # Imported by these programs, and needed for nothing that is done here.
 STAND_INS = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "comfy_aimdo", "comfy_kitchen", "torchsde", "blake3",
@@ -51,17 +52,21 @@ def latent():
 
 def answers_of_diffusers(folder, names):
     """Plain diffusers' answers, its token ids, and the pictures that stable-diffusion.cpp should draw."""
+    import peft
     import torch
 
     import dreambooth_implementation as db
 
     pipe = db.load_pipeline(str(folder / "model"), torch.float32)
     is_xl, answers = "text_encoder_2" in pipe.components, {}
-    for name in sorted(names, key=lambda name: METHODS[name] in ("textual_inversion", "pivotal")):  # words stay there
+    for name in sorted(names, key=lambda name: (name == "lokr", METHODS[name] in ("textual_inversion", "pivotal"))):  # these stay
         trained = None if name == "whole" else db.find_trained(str(folder / name), "--model_path")
         if trained:
             db.add_words(pipe, trained, "--model_path")
-        if trained and trained.lora:
+        if name == "lokr":  # which diffusers does not load; so PEFT's own code
+            for file in folder.glob("lokr/*/adapter_model.safetensors"):
+                peft.PeftModel.from_pretrained(getattr(pipe, file.parent.name), str(file.parent))
+        elif trained and trained.lora:
             pipe.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name)
         prompt = PROMPT.format(next(iter(trained.words), "dog") if trained else "dog")
         with torch.no_grad():
@@ -76,7 +81,7 @@ def answers_of_diffusers(folder, names):
                 answers[name]["ids_2"] = pipe.tokenizer_2(prompt, padding="max_length", return_tensors="pt").input_ids
                 sizes["time_ids"] = torch.tensor([[float(PICTURE_SIDE)] * 2 + [0, 0] + [float(PICTURE_SIDE)] * 2])
             answers[name]["picture"] = picture_of_one_step(pipe, unet)
-        if trained and trained.lora:
+        if trained and trained.lora and name != "lokr":
             pipe.unload_lora_weights()
     return answers
 
@@ -192,6 +197,12 @@ def answers_of_sd_scripts(program, folder, names, reference):
     return answers
 
 
+def is_miss(text):
+    """Whether a line of stable-diffusion.cpp tells of tensors that it did not take, and not that it took all."""
+    counts = re.search(r"\((\d+) / (\d+)\) LoRA tensors", text)
+    return counts[1] != counts[2] if counts else "applied, taking" not in text
+
+
 def answers_of_sd_cpp(program, folder, names, reference):
     """Pictures. It has a folder of embeddings, but cyllama gives no access to it: words are left out."""
     import torch
@@ -215,7 +226,7 @@ def answers_of_sd_cpp(program, folder, names, reference):
         if lora:
             options.set_loras([{"path": str(lora), "multiplier": 1.0}])
         picture = context.generate_with_params(options)[0]
-        answers[name] = {"picture": torch.from_numpy(picture.to_numpy().copy()).float(), "missed": said[:]}
+        answers[name] = {"picture": torch.from_numpy(picture.to_numpy().copy()).float(), "missed": [text for text in said if is_miss(text)]}
         said.clear()
         del context
     return answers

@@ -12,6 +12,7 @@ diffusers'. stable-diffusion.cpp gives out pictures alone; they are of one step,
     --tokenizer FOLDER  CLIP's vocab.json and merges.txt; otherwise those in ComfyUI's folder
     --families, --artifacts   some of them, with commas between
     --work FOLDER       where models and answers are made, and kept for the next time (default: clients)
+    --results FILE      where the figures are kept (default: benchmarks/results/clients.json)
 
 Memory: a model in float32 at a time, 5 GB for SD 1.5, 14 GB for SDXL. LoRAs of families that draw by flow: comfyui_loras.py.
 """
@@ -46,7 +47,8 @@ FAMILIES = {"sd15": (dict(cross_attention_dim=768, attention_head_dim=8), [CLIP_
             "sdxl": (XL_UNET, [CLIP_L, CLIP_G], "epsilon")}
 LORA = dict(rank=4, lora_alpha=2, train_text_encoder=True)
 FLAGS = {"lora": LORA, "lora-all-layers": {**LORA, "lora_target": "all"}, "dora": {"rank": 4, "use_dora": True},
-         "word-of-2-vectors": {"num_vectors": 2}, "pivotal": LORA}  # of --train, beside --method
+         "lokr": {**LORA, "lora_target": "all", "adapter_type": "lokr"}, "word-of-2-vectors": {"num_vectors": 2},
+         "pivotal": LORA}  # of --train, beside --method
 CLIENTS = ("comfyui", "sd_scripts", "sd_cpp")
 
 
@@ -65,21 +67,15 @@ def make_model(family, folder, tokenizer_folder):
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
     unet_config, texts, prediction = FAMILIES[family]
-    unet = UNet2DConditionModel(**unet_config)
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2,
-                        up_block_types=["UpDecoderBlock2D"] * 4, scaling_factor=0.13025 if len(texts) > 1 else 0.18215)
     ends = dict(vocab_size=49408, bos_token_id=49406, eos_token_id=2)  # as the hub's configs have it
-    encoders = [(CLIPTextModelWithProjection if number else CLIPTextModel)(CLIPTextConfig(**text, **ends))
-                for number, text in enumerate(texts)]
-    torch.set_default_dtype(torch.float32)
-    for module in (unet, vae, *encoders):
-        for name, parameter in module.half().named_parameters():
-            if name.endswith("bias"):  # by a wide one in this place ComfyUI knows an SD 2.x that predicts velocity
-                wide = name.startswith("up_blocks.3.attentions.2.transformer_blocks.0.norm1") and prediction == "v_prediction"
-                parameter.data = (torch.randn(parameter.shape) * (0.2 if wide else 0.02)).half()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**unet_config)
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2,
+                            up_block_types=["UpDecoderBlock2D"] * 4, scaling_factor=0.13025 if len(texts) > 1 else 0.18215)
+        encoders = [(CLIPTextModelWithProjection if number else CLIPTextModel)(CLIPTextConfig(**text, **ends))
+                    for number, text in enumerate(texts)]
+    unet, vae, *encoders = (fill(module, prediction) for module in (unet, vae, *encoders))
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                                        prediction_type=prediction)
 
@@ -96,15 +92,38 @@ def make_model(family, folder, tokenizer_folder):
     pipeline.save_pretrained(folder)
 
 
+def fill(module, prediction):
+    """A module of shapes alone, with random numbers in half precision; a few millions again and again, which takes seconds."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1 << 23, generator=generator)
+    module = module.half().to_empty(device="cpu")
+    for name, buffer in module.named_buffers():  # CLIP's position_ids
+        buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))
+    for name, parameter in module.named_parameters():
+        # By a wide bias in this place ComfyUI and Forge know an SD 2.x that predicts velocity.
+        wide = name == "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias" and prediction == "v_prediction"
+        scale = (0.2 if wide else 0.02) if parameter.dim() == 1 or "embedding.weight" in name else (3 * parameter[0].numel()) ** -0.5
+        for piece in parameter.data.view(-1).split(1 << 22):
+            start = int(torch.randint(1 << 22, (1,), generator=generator))
+            piece.copy_(numbers[start:start + len(piece)] * scale)
+        if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
+            parameter.data += 1
+    return module
+
+
+def exported(folder, name):
+    return folder / f"{name.replace('-', '')}.safetensors"
+
+
 def make_artifact(base, name, folder):
     """What --train would leave in `folder`, with weights changed by chance, and what --export makes of it."""
     import torch
 
     import dreambooth_implementation as db
 
-    target = folder / f"{name.replace('-', '')}.safetensors"
-    if target.exists():
-        return
+    target = exported(folder, name)
     method, options = METHODS[name], FLAGS.get(name, {})
     if method is None:
         source = str(base)
@@ -126,7 +145,8 @@ def make_artifact(base, name, folder):
         for save in db.METHODS[method].saves:
             save(Path(source), models, subjects, notes)
         (Path(source) / "dreambooth.json").write_text(json.dumps(
-            {"method": method, "base_model": str(base), "subjects": [dataclasses.asdict(subject) for subject in subjects]}))
+            {"method": method, "base_model": str(base), "settings": {"adapter_type": s.adapter_type},
+             "subjects": [dataclasses.asdict(subject) for subject in subjects]}))
         del models, groups
     if db.main(["--export", str(target), "--model_path", source]) != 0:
         sys.exit(f"{target}: not exported")
@@ -151,19 +171,37 @@ def answer(client, program, folder, names):
     torch.save(answers, folder / f"{client}.pt")
 
 
-def cell(theirs, ours, without):
-    """What the table says of an artifact: how far a program's answer is from diffusers', and what it left out."""
-    if theirs is None:
+def figures(theirs, ours, without):
+    """How far a program's answer to an artifact is from diffusers', and the answer without the artifact; what it left out."""
+    picture = "picture" in theirs
+
+    def difference(one):
+        if picture:
+            return (one["picture"] - ours["picture"]).abs().mean().item()  # of 255
+        return ((one["answer"] - ours["answer"]).norm() / ours["answer"].norm()).item()
+    return {"of": "255" if picture else "1", "difference": difference(theirs), "without": difference(without) if ours is not without else None,
+            "missed": theirs["missed"], "predicts": theirs.get("predicts", ours["predicts"])}
+
+
+def cell(found, predicts):
+    """What the table says of figures(); "-" where the program was not asked."""
+    if found is None:
         return "-"
-    if "picture" in theirs:
-        text = f"{(theirs['picture'] - ours['picture']).abs().mean():.1f} of 255"
-        text += f" ({(ours['picture'] - without['picture']).abs().mean():.0f} without)" * (ours is not without)
-    else:
-        text = f"{(theirs['answer'] - ours['answer']).norm() / ours['answer'].norm():.0e}"
-        text += f" ({(ours['answer'] - without['answer']).norm() / ours['answer'].norm():.2f} without)" * (ours is not without)
-    if theirs.get("predicts", ours["predicts"]) != ours["predicts"]:
-        text += f", **taken for {theirs['predicts']}**"
-    return text + (f", {len(theirs['missed'])} missed" if theirs["missed"] else "")
+    is_picture = found["of"] == "255"
+    text = f"{found['difference']:.1f} of 255" if is_picture else f"{found['difference']:.0e}"
+    if found["without"] is not None:
+        text += f" ({found['without']:.{0 if is_picture else 2}f} without)"
+    if found["predicts"] != predicts:
+        text += f", **taken for {found['predicts']}**"
+    return text + (f", {len(found['missed'])} lines of keys missed" if found["missed"] else "")
+
+
+def keep(path, family, rows):
+    """Put a family's figures into the file of all."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for name, row in rows.items():
+        known.setdefault(family, {}).setdefault(name, {}).update(row)
+    path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def child(python, *words):
@@ -181,6 +219,7 @@ def main():
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--artifacts", default=",".join(METHODS))
     parser.add_argument("--work", type=Path, default=Path("clients"))
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "clients.json")
     parser.add_argument("--do", nargs=2, help=argparse.SUPPRESS)  # a step, in a process of its own: its name, and of what
     s = parser.parse_args()
     tokenizer = s.tokenizer or s.comfyui and s.comfyui / "comfy" / "sd1_tokenizer"
@@ -211,7 +250,7 @@ def table_of(family, s, clients, names, pythons, tokenizer):
     common = ["--work", s.work.resolve(), "--families", family, "--artifacts", ",".join(names), "--tokenizer", tokenizer.resolve(),
               *programs]
     steps = [] if (folder / "model" / "model_index.json").is_file() else [(sys.executable, "model", family)]
-    steps += [(sys.executable, "artifact", name) for name in names]
+    steps += [(sys.executable, "artifact", name) for name in names if not exported(folder, name).exists()]
     for python, step, what in steps:
         if child(python, *common, "--do", step, what):
             sys.exit(f"{family}: {what} failed")
@@ -223,14 +262,17 @@ def table_of(family, s, clients, names, pythons, tokenizer):
             child(pythons.get(client, sys.executable), *common, "--do", "answers", client)
     found = {client: torch.load(folder / f"{client}.pt", weights_only=True) if (folder / f"{client}.pt").exists() else {}
              for client in ("diffusers", *clients)}
-    ours = found["diffusers"]
+    ours, rows = found["diffusers"], {}
     for name in names:
-        cells = [cell(found[client].get(name), ours[name], ours["whole"]) for client in clients]
+        rows[name] = {client: figures(found[client][name], ours[name], ours["whole"]) for client in clients if name in found[client]}
+        cells = [cell(rows[name].get(client), ours[name]["predicts"]) for client in clients]
         print(f"| {family} | {name} | {' | '.join(cells)} |", flush=True)
-    for client in clients:
-        for name in names:
-            for line in found[client].get(name, {}).get("missed", [])[:3]:
+    for name, row in rows.items():
+        for client, said in row.items():
+            for line in said["missed"][:3]:
                 print(f"    {client}, {name}: {line[:300]}", file=sys.stderr)
+            said["missed"] = [line[:200] for line in said["missed"][:3]] + [f"{len(said['missed'])} in all"] * (len(said["missed"]) > 3)
+    keep(s.results, family, rows)
 
 
 if __name__ == "__main__":

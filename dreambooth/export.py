@@ -87,7 +87,8 @@ def files_of_lora(s, trained, target):
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
     kind = merged_type(trained.lora)
-    return {target: (write, "the LoRA with the names that other programs have for its layers" if kind is None else f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names")}
+    what = f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names" if kind else "the LoRA with the names that other programs have for its layers"
+    return {target: (write, what)}
 
 
 def model_files(s, trained, target, pipeline):

@@ -1,5 +1,6 @@
 """How far the work is: a bar on a terminal, few lines elsewhere."""
 
+import io
 import re
 import sys
 
@@ -69,6 +70,46 @@ def test_a_batch_counts_when_it_is_there_and_as_much_as_it_holds(capsys, monkeyp
     monkeypatch.setenv("DREAMBOOTH_PROGRESS", "bar")
     bar = db.progress(iter([[1, 2], [3]]), "drawing", "image", 3, weigh=len)
     assert list(bar) == [[1, 2], [3]] and bar.n == 3
+
+
+def steps_with_samples(items, bar, clock):
+    """Steps of a second each; after every 200 of them samples of two minutes and a checkpoint of ten seconds."""
+    for step in items:
+        yield step + 1
+        clock.now += 1
+        if (step + 1) % 200 == 0:
+            with bar.aside("samples", db.times(200, step + 1, 1000) + (step + 1 < 1000)):
+                clock.now += 120
+            with bar.aside("checkpoint", db.times(200, step + 1, 1000)):
+                clock.now += 10
+
+
+@pytest.mark.parametrize("done", [0, 198])
+def test_samples_count_to_the_time_left_and_not_to_the_pace(done, capsys):
+    clock, said = Clock(), io.StringIO()
+    bar = db.Bar(range(done, 1000), desc="training", unit="step", total=1000, initial=done, file=said, bar_format=db.BAR_LAYOUT)
+    bar._time, bar.start_t, bar.last_print_t = clock, 0, 0
+    left = {step: bar.format_dict.get("remaining") for step in steps_with_samples(bar, bar, clock)}
+    assert left[done + 1] is None and left[200] == "13:21"  # no sample is known yet
+    assert left[201] == "21:50"  # 800 steps, 4 times samples, 3 checkpoints
+    assert left[401] == "16:20" and left[1000] == "02:01"  # 600 steps, 3 times samples and 2 checkpoints
+    assert "1000/1000 [" in said.getvalue() and "<00:00,  1.00step/s]" in said.getvalue().splitlines()[-1]
+    lines = db.Lines(range(done, 1000), "training", "step", 1000, done, clock)
+    assert sum(1 for _ in steps_with_samples(lines, lines, clock)) == 1000 - done
+    said = capsys.readouterr().err
+    assert "training: 200 of 1000 steps; 21:50 left" in said and "training: 500 of 1000 steps; 14:40 left" in said
+
+
+def test_a_bar_that_is_hidden_has_no_clock():
+    bar = db.progress(range(2), "training", "step", hidden=True)
+    for _ in bar:
+        with bar.aside("samples", 1):
+            pass
+    assert bar.asides.left == 0
+
+
+def test_what_is_still_to_come_is_between_now_and_the_last_step():
+    assert [db.times(4, done, 10) for done in (0, 4, 5, 8, 10)] == [2, 1, 1, 0, 0] and db.times(None, 3, 10) == 0
 
 
 def test_the_iterable_passes_through_unchanged(capsys):

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 from conftest import REPOSITORY, picture
+from PIL import Image
 
 import dreambooth_implementation as db
 from webui.jobs import ENDED, Job
@@ -92,7 +93,7 @@ def test_photos_are_shown_as_the_program_sees_them(page, photo_bytes, library):
     assert [(photo["name"], photo["caption"], photo["size"]) for photo in seen["photos"]] == [
         ("a.png", None, [48, 40]), ("b.png", "a sks dog in the snow", [48, 40]), ("strip.png", None, [400, 40])]
     assert [line.split(";")[0] for line in seen["remarks"]] == [
-        "Note: b.png is the same picture as a.png", "Note: strip.png is 400 x 40"]
+        "Note: b.png is the same picture as a.png", "Note: strip.png is 400 x 40", "Shapes: 2 of 72 x 56, 1 of 96 x 40 pixels"]
     status, headers, body = page.request("GET", seen["photos"][2]["url"])
     assert status == 200 and headers["Content-Type"] == "image/jpeg"
     (library.root / "shown.jpg").write_bytes(body)
@@ -106,6 +107,34 @@ def test_photos_are_shown_as_the_program_sees_them(page, photo_bytes, library):
     assert [path.name for path in sorted((library.draft / "photos").iterdir())] == ["a.png", "strip.png"]  # its caption went, too
     page.act("clear_draft")
     assert page.get("/api/draft")["seen"]["photos"] == []
+
+
+def test_a_photo_is_cut_as_the_model_will_have_it_and_tinted_by_its_mask(page, library, tmp_path):
+    def seen(**fields):
+        page.act("keep_fields", **fields)
+        answer = page.get("/api/draft")["seen"]
+        (tmp_path / "shown.jpg").write_bytes(page.request("GET", answer["photos"][0]["url"])[2])
+        return answer, db.load_image(tmp_path / "shown.jpg")
+
+    image = Image.new("RGB", (320, 192), (0, 200, 0))
+    image.paste((0, 0, 200), (200, 30, 320, 160))  # the subject stands to the right
+    image.save(tmp_path / "wide.png")
+    page.put("photo", "wide.png", (tmp_path / "wide.png").read_bytes())
+    _, demo = seen(model_name="demo")
+    assert [demo.getpixel((x, 80))[0] < 60 for x in (20, 110, 145, 310)] == [False, False, True, True]  # the square to the right
+    answer, whole = seen(model_name="sd15")
+    assert "Shapes: 1 of 640 x 384 pixels; class images likewise." in answer["remarks"]
+    assert whole.getpixel((3, 80))[0] < 60 and not answer["photos"][0]["has_mask"]  # all of it
+
+    mask = Image.new("L", image.size)
+    mask.paste(255, (200, 30, 320, 160))
+    mask.save(tmp_path / "mask.png")
+    page.put("photo", "wide.mask.png", (tmp_path / "mask.png").read_bytes())
+    answer, tinted = seen()
+    assert [photo["name"] for photo in answer["photos"]] == ["wide.png"] and answer["photos"][0]["has_mask"]
+    assert tinted.getpixel((20, 80))[0] > 100 and tinted.getpixel((260, 80))[0] < 60
+    page.act("remove_photo", name="wide.png")
+    assert list((library.draft / "photos").iterdir()) == []  # the mask went with it
 
 
 def test_what_cannot_be_read_is_told_in_the_programs_words(page):

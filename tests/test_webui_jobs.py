@@ -251,18 +251,18 @@ def test_progress_and_losses_are_read_on(tmp_path):
         write("Machine: CPU\nmodel.safetensors:  42%|####2     | 1.4G/3.44G [00:10<00:14, 140MB/s]\r")
         assert logs.report(log).bar == {"title": "model.safetensors", "done": 42, "total": 100, "left": None}
         write("\rencoding:  50%|5 | 1/2 [00:00<00:01, 1.0image/s]")
-        assert logs.report(log).bar == {"title": "encoding", "done": 1, "total": 2, "left": None}
+        assert logs.report(log).bar == {"title": "encoding", "done": 1, "total": 2, "left": 1}
         half = BAR.format(done=20, loss="0.05")
         write("\r".join(["", BAR.format(done=10, loss="0.0822"), BAR.format(done=11, loss="0.0822"), half[:70]]))
         report = logs.report(log)
-        assert report.training == {"title": "training", "done": 11, "total": 40, "left": 116}  # 4 seconds a step
+        assert report.training == {"title": "training", "done": 11, "total": 40, "left": 12}
         assert report.losses == [[10, 0.0822, 0.0877]]
         write(half[70:] + "\nsamples of step 20:   8%|7 | 1/12 [00:34<06:16, 34.20s/image]\x1b[A\n\u4e00")
         report = logs.report(log)
         assert report.losses[-1] == [20, 0.05, 0.0877] and report.bar["title"] == "samples of step 20"
         write("\u4e01\nerror: no room\n")
         assert (logs.report(log).error, logs.report(log).lines) == ("no room", ["Machine: CPU", "\u4e00\u4e01", "error: no room"])
-        write(f"{AGAIN}\n" + BAR.format(done=15, loss="0.06") + "\n")
+        write(f"{AGAIN}\n" + BAR.format(done=15, loss="0.06").replace("00:12", "?") + "\n")
         report = logs.report(log)
         assert report.error == "" and report.losses == [[10, 0.0822, 0.0877], [15, 0.06, 0.0877]]
         assert report.training["left"] is None  # the steps of the run before have no pace

@@ -17,7 +17,7 @@ def train(page, values):
     """Put a training of the draft in the line."""
     library, draft = page.library, page.draft
     fields = {name: value for name, value in values.get("fields", {}).items() if name in FIELDS}
-    seen = draft.look()
+    seen = draft.look(page.has_gpu)
     if seen["error"] or not seen["photos"]:
         raise Refusal("no_photos_yet") if not seen["error"] else Refusal("program", said=seen["error"])
     class_prompt = fields.get("class_prompt") or seen["class_prompt"] or ""

@@ -9,11 +9,12 @@ from pathlib import Path
 import dreambooth_implementation as db
 from webui.guard import Refusal
 from webui.library import how_to_go_on, read_json, record_of, title_of
-from webui.program import FIELDS
+from webui.program import FIELDS, recipe
 from webui.seen import looked_at
 
 LARGEST_PHOTO = 200 << 20  # bytes
 CAPTIONS = (".txt", ".caption", ".jsonl", ".csv")  # that may lie beside photos
+USUAL_SIDE = 512  # pixels that a model trains at of which nothing is known
 
 
 class Draft:
@@ -58,11 +59,11 @@ class Draft:
             return {}
 
     def remove(self, name):
-        """Take a photo, and its caption, out again."""
+        """Take a photo, its caption and its mask out again."""
         files = self.files()
         if name not in files:
             raise Refusal("gone", 404)
-        for path in [files[name], *caption_files_of(files[name])]:
+        for path in [files[name], *caption_files_of(files[name]), *mask_files_of(files[name])]:
             path.unlink(missing_ok=True)
 
     def caption(self, name, text):
@@ -88,20 +89,26 @@ class Draft:
         (self.folder / "from.json").unlink(missing_ok=True)
         self.keep("fields.json", {name: value for name, value in self.fields().items() if name != "title"})
 
-    def look(self):
-        """What the program sees, as look() has it; looked at again only when a file has changed."""
+    def look(self, has_gpu):
+        """What the program sees, as look() has it; looked at again only when a file has changed, or the pixels to train at."""
         with self.lock:
-            return self.look_if_changed()
+            return self.look_if_changed(self.resolution(has_gpu))
 
-    def look_if_changed(self):
-        key = [[name, path.stat().st_mtime_ns, path.stat().st_size] for name, path in sorted(self.files().items())]
-        if not key:
+    def resolution(self, has_gpu):
+        """Pixels of a training with the fields as they are."""
+        fields = self.fields()
+        given = str(fields.get("resolution") or "")
+        return int(given) if given.isdecimal() and 64 <= int(given) <= 4096 else recipe(fields, has_gpu).get("resolution") or USUAL_SIDE
+
+    def look_if_changed(self, resolution):
+        key = [[resolution], *([name, path.stat().st_mtime_ns, path.stat().st_size] for name, path in sorted(self.files().items()))]
+        if not key[1:]:
             return {"photos": [], "remarks": [], "class_prompt": None, "error": None}
         known = read_json(self.folder / "seen.json")
         if known.get("key") != key:
-            known = {"key": key, **looked_at(self.photos, self.seen)}
+            known = {"key": key, **looked_at(self.photos, self.seen, resolution)}
             self.keep("seen.json", known)
-        photos = [photo | {"url": self.library.url(self.seen / f"{photo['name']}.jpg")} for photo in known["photos"]]
+        photos = [photo | {"url": self.library.url(self.seen / photo["shown"])} for photo in known["photos"]]
         return {name: value for name, value in known.items() if name != "key"} | {"photos": photos}
 
     def take_over(self, item, goes_on):
@@ -136,6 +143,12 @@ def caption_files_of(photo):
     stems = (photo.stem.casefold(), photo.name.casefold())
     return [path for path in photo.parent.iterdir()
             if path.suffix.lower() in db.CAPTION_SUFFIXES and path.stem.casefold() in stems and path != photo]
+
+
+def mask_files_of(photo):
+    """The files beside a photo that are its mask, by their names."""
+    return [path for path in photo.parent.iterdir()
+            if db.is_mask_name(path) and path != photo and db.masked_stem(path) in (db.folded(photo.stem), db.folded(photo.name))]
 
 
 def safe_name(name):

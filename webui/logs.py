@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 LINES = 300  # of a log that are kept
 BAR = re.compile(  # as tqdm writes it
-    r"^(?P<title>\w[^|]*?): +\d+%\|.*?\| (?P<done>\d+)/(?P<total>\d+) \[(?P<spent>[\d:]+)<[\d:?]+(?P<values>[^\]]*)\]")
+    r"^(?P<title>\w[^|]*?): +\d+%\|.*?\| (?P<done>\d+)/(?P<total>\d+) \[[\d:]+<(?P<left>[\d:?]+)(?P<values>[^\]]*)\]")
 OTHER_BAR = re.compile(r"^(?P<title>[^|]*?): *(?P<percent>\d+)%\|")  # of a download, in megabytes
 AGAIN = "---- once more ----"  # between two runs of a job
 LOSS = re.compile(r"(instance|prior)=([\d.e+-]+)")
@@ -20,7 +20,6 @@ class Report:
     error: str = ""  # the program's last complaint
     bar: dict = field(default_factory=dict)  # of the work under way: title, done, total, left (seconds, None: not known)
     training: dict = field(default_factory=dict)  # the bar of the training itself
-    began: dict = field(default_factory=dict)  # {title of a bar: what was done before}, which is more than 0 after --resume
     losses: list = field(default_factory=list)  # [step, instance, prior or None]: each the mean of the steps before
 
     def take(self, line, is_whole=True):
@@ -38,10 +37,7 @@ class Report:
 
     def take_bar(self, found):
         done, total = int(found["done"]), int(found["total"])
-        new = done - self.began.setdefault(found["title"], done)
-        # By the mean pace: the bar's own guess, by the pace of late, is off by hours after samples were drawn.
-        left = round(seconds_of(found["spent"]) / new * (total - done)) if new else None
-        self.bar = {"title": found["title"], "done": done, "total": total, "left": left}
+        self.bar = {"title": found["title"], "done": done, "total": total, "left": seconds_of(found["left"])}
         if found["title"] != "training":
             return
         self.training, values = self.bar, dict(LOSS.findall(found["values"]))
@@ -54,12 +50,12 @@ class Report:
 
     def begin(self):
         """Another run of the same job follows: its errors and bars are its own."""
-        self.error, self.bar, self.training, self.began = "", {}, {}, {}
+        self.error, self.bar, self.training = "", {}, {}
 
 
 def seconds_of(text):
-    """Seconds of "04:10" or "1:04:10"."""
-    return sum(int(part) * 60 ** place for place, part in enumerate(reversed(text.split(":"))) if part)
+    """Seconds of "04:10" or "1:04:10"; None of "?"."""
+    return None if "?" in text else sum(int(part) * 60 ** place for place, part in enumerate(reversed(text.split(":"))) if part)
 
 
 class Logs:

@@ -30,6 +30,10 @@ class Page:
         self.library, self.draft, self.logs, self.machine = library, Draft(library), Logs(), {}
         self.line = Line(library)
 
+    @property
+    def has_gpu(self):
+        return self.machine.get("has_gpu", False)
+
     def begin(self):
         """Let the jobs that wait begin, and find out what machine this is."""
         self.line.thread.start()
@@ -101,8 +105,7 @@ def helper(words):
     if words[0] == "machine":
         print(json.dumps(machine()))
         return 0
-    class_prompt = words[3].removeprefix("--class_prompt=")
-    print(json.dumps(look(Path(words[1]), Path(words[2]), class_prompt)))
+    print(json.dumps(look(Path(words[1]), Path(words[2]), int(words[3]))))
     return 0
 
 

@@ -69,7 +69,7 @@ def sheet_of(folder, model_path):
 def draft(page, query):
     """The next training: photos as the program sees them, and the fields as they were left."""
     goes_on, _ = page.draft.begins_with()
-    return {"seen": page.draft.look(), "fields": page.draft.fields(), "goes_on": goes_on,
+    return {"seen": page.draft.look(page.has_gpu), "fields": page.draft.fields(), "goes_on": goes_on,
             "used": (page.draft.folder / "used").exists()}
 
 
@@ -83,7 +83,7 @@ def gallery(page, query):
 def defaults(page, query):
     """What the program takes where a field is left empty, and the fields."""
     values = {name: value for name, value in query.items()}
-    return {"recipe": recipe(values, page.machine.get("has_gpu", False)), "fields": field_kinds()}
+    return {"recipe": recipe(values, page.has_gpu), "fields": field_kinds()}
 
 
 LOOKS = {"state": everything, "job": one_job, "draft": draft, "pictures": gallery, "defaults": defaults}

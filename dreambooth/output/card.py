@@ -23,7 +23,7 @@ CARD = "README.md"
 DORA_ELSEWHERE = ("a DoRA: ComfyUI and Forge draw it otherwise, since they divide by the norm of the weights without what was "
                   "learnt, and stable-diffusion.cpp and sd-scripts leave its magnitudes out; train without --use_dora for them")
 ADAPTERS_ELSEWHERE = {
-    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is meant for them, but was not tried there yet",
+    "lokr": f"{KOHYA_FILE}, a LoKr in LyCORIS's names, is for ComfyUI and Forge; sd-scripts without LyCORIS reads none of it",
     "oft": "they have no place for these rotations; train with --adapter_type lora or lokr for them"}
 STEPS_DRAWN = Settings.num_inference_steps  # of a picture, where nobody says how many
 

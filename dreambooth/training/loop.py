@@ -44,9 +44,11 @@ def optimize(run, folder, viewer):
                 report_losses(run, folder, unread, bar, writer)
                 unread = []
             if views:
-                view(run, folder, viewer, writer)
+                with bar.aside("samples", times(viewer.every, done, steps) + (done < steps)):
+                    view(run, folder, viewer, writer)
             if saves:
-                write_checkpoint(run, folder)
+                with bar.aside("checkpoint", times(s.checkpointing_steps, done, steps)):
+                    write_checkpoint(run, folder)
             if stop and done < steps:
                 raise Interrupted(f"interrupted after step {done} of {steps}; go on with the same command and --resume", stop)
     check_finite(run.groups)
@@ -55,6 +57,11 @@ def optimize(run, folder, viewer):
     if run.scores:
         keep_best(run, folder)
     unwrap(run)
+
+
+def times(every, done, steps):
+    """How many multiples of `every`, if that is anything, lie between steps `done` and `steps`."""
+    return len(range(done - done % every + every, steps, every)) if every else 0
 
 
 def train_step(run, step):

@@ -24,6 +24,12 @@ function fraction(job) {
   return bar.total ? bar.done / bar.total : undefined;
 }
 
+// What the program said last; of a training that was stopped its step alone, as the remedy is the button beside it.
+function lastWords(job) {
+  const at = job.state === "stopped" && job.said.match(/step (\d+) of (\d+)/);
+  return at ? t("training_step", {done: at[1], total: at[2]}) : job.said;
+}
+
 function buttons(job) {
   return el(
     "span",
@@ -57,7 +63,7 @@ export function jobRow(job) {
       ? el("div", {className: "hint", textContent: t("waits")})
       : null,
     isAtWork(job) ? [progress, text] : null,
-    job.said && !isAtWork(job) ? el("div", {className: job.state === "failed" ? "bad" : "hint", textContent: job.said}) : null,
+    job.said && !isAtWork(job) ? el("div", {className: job.state === "failed" ? "bad" : "hint", textContent: lastWords(job)}) : null,
   );
   node.update = entry => {
     if (fraction(entry) === undefined) progress.removeAttribute("value");

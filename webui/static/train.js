@@ -15,6 +15,7 @@ const LONG_HINTS = [
   "identifier",
   "max_vram",
 ];
+const SHAPING = ["model_name", "resolution"]; // fields that decide what is cut off
 let fields,
   suggested = null,
   touched = new Set();
@@ -45,12 +46,14 @@ export async function start() {
       ["demo", "sd15", "sd21", "sdxl"].map(value => el("option", {value})),
     ),
   );
+  $("train_form").oninput = event => touched.add(event.target.name); // at once: refill() may be under way
   $("train_form").onchange = async event => {
     touched.add(event.target.name);
     await refill();
     const kept = values($("train_form"));
     if (!touched.has("validation_steps")) delete kept.validation_steps;
     await act("keep_fields", kept);
+    if (SHAPING.includes(event.target.name)) showDraft(await look("draft"));
   };
   $("train_form").onsubmit = train;
   $("photo_files").onchange = event => add([...event.target.files]);
@@ -149,7 +152,12 @@ function photoFigure(photo) {
     "figure",
     {},
     el("img", {src: photo.url, alt: photo.name}),
-    el("figcaption", {}, el("div", {className: "name"}, `${photo.name} · ${photo.size.join("×")}`, remove), caption),
+    el(
+      "figcaption",
+      {},
+      el("div", {className: "name"}, `${photo.name} · ${photo.size.join("×")}${photo.has_mask ? ` · ${t("mask")}` : ""}`, remove),
+      caption,
+    ),
   );
 }
 
