@@ -68,8 +68,14 @@ def forget_repository():
 
 
 @contextlib.contextmanager
-def as_two():
-    """[{variable: value}] for two processes that are to train together, as torch's launcher sets them; the port is free."""
+def as_many(number):
+    """[{variable: value}] for processes that are to train together, as torch's launcher sets them; the port is free."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(2)]
+    yield [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(number)]
+
+
+def together(number, folder, task, *arguments):
+    """(exit status of each, what they said) of so many processes that do `task` together."""
+    with as_many(number) as environments:
+        return finish([begin(folder, task, *arguments, **each) for each in environments], folder)

@@ -28,8 +28,7 @@ def launched(*flags, **options):
 
 def together(folder, task, *arguments):
     """What two processes say that do `task` together; both succeed."""
-    with forked.as_two() as environments:
-        statuses, said = forked.finish([forked.begin(folder, task, *arguments, **each) for each in environments], folder)
+    statuses, said = forked.together(2, folder, task, *arguments)
     assert statuses == [0, 0], said
     return said
 
@@ -150,7 +149,7 @@ def assert_ended_whole(folder):
 def test_when_one_is_killed_the_other_does_not_wait_for_it(flags, tmp_path):
     """It ends with an error and no output; the checkpoint before it stays."""
     options = flags("full", "sd1", "--steps", 100000, "--checkpointing_steps", 2)
-    with forked.as_two() as environments:
+    with forked.as_many(2) as environments:
         first, second = (forked.start(tmp_path, *options, **each) for each in environments)
         until_a_checkpoint(tmp_path, first.is_alive)
         second.kill()
