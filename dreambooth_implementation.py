@@ -1455,8 +1455,8 @@ class Settings:
                                         choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
                                             "--fused_backward and takes time", shown="as --max_vram needs")
-    shard: bool | None = _field("train", None, "split the denoiser, its gradients and what the optimizer remembers over the processes, "
-                                "block by block (FSDP2)", shown="as --max_vram needs, and as accelerate's configuration says")
+    shard: bool | None = _field("train", None, "split the denoiser, its gradients and what the optimizer remembers over all "
+                                "processes, block by block (FSDP2)", shown="as --max_vram needs, or accelerate's configuration says")
     compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
     channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")
@@ -3725,7 +3725,7 @@ class StableDiffusion(Family):
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
     guidance = class_guidance = 7.5
-    blocks = ("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel", "Downsample2D", "Upsample2D")  # which leave hardly anything
+    blocks = ("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel", "Downsample2D", "Upsample2D")  # these leave little
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
     # do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
     class_steps = 15, 10
@@ -7978,17 +7978,17 @@ def with_configuration(s):
     """
     for kind, name in OTHER_SPLITTING.items():
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise UserError(f"accelerate's configuration says {name}; here FSDP2 splits a model: give --shard, and start with `accelerate "
-                            f"launch --multi_gpu --num_processes {max(2, processes())}`, or answer FSDP 2 in `accelerate config`")
+            raise UserError(f"accelerate's configuration says {name}; here FSDP2 splits a model: give --shard, and start with "
+                            f"`accelerate launch --multi_gpu --num_processes {max(2, processes())}`, or configure FSDP 2")
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" and s.shard is None:
         s = dataclasses.replace(s, shard=True)
         if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true" and s.gradient_checkpointing is None:
             s = dataclasses.replace(s, gradient_checkpointing=True)
         in_vain = [f"{name}={value}" for name, value in IN_VAIN.items() if os.environ.get(name, "").lower() == value]
-        say("accelerate's configuration says FSDP: the model is split by FSDP2, as with --shard, into the blocks that its family names."
+        say("accelerate's configuration says FSDP: the model is split by FSDP2, as with --shard, into blocks that its family names."
             + (f" {', '.join(in_vain)}: not followed." if in_vain else ""))
     if s.shard and processes() == 1:
-        say("Note: --shard: this is one process alone, which trains the whole model; `accelerate launch --num_processes N` starts N.")
+        say("Note: --shard: this is one process alone, which trains the whole model; `accelerate launch --num_processes 2` starts two.")
         return dataclasses.replace(s, shard=None)
     return s
 
@@ -8018,8 +8018,8 @@ def check_shared(folder, accelerator):
 
     without = [rank for rank, sees in enumerate(gather_object([Path(folder).is_dir()])) if not sees]
     if without:
-        raise UserError(f"--output_dir: {folder} is not there for process {without[0]} of {accelerator.num_processes}, and each writes its "
-                        f"share of a checkpoint; give a folder on a disk that all machines see")
+        raise UserError(f"--output_dir: {folder} is not there for process {without[0]} of {accelerator.num_processes}, and each writes "
+                        f"its share of a checkpoint; give a folder on a disk that all machines see")
 
 
 @contextlib.contextmanager
@@ -8253,7 +8253,7 @@ def is_as_weights_are(s, family, levers, precision):
 
 
 def compute_as_weights_are(denoiser, dtype=None):
-    """Have a denoiser whose weights are bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
+    """Have a denoiser with weights in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
 
     What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
     """
@@ -8349,10 +8349,10 @@ def rounded_by_chance(values):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/shards: A denoiser split over processes block by block: each holds a share of every tensor, of its gradient and of what the optimizer keeps.
+# training/shards: A denoiser split over processes block by block: each has a share of every tensor, of its gradient and of what the optimizer keeps.
 #
-# It is torch's fully_shard, which accelerate calls FSDP2 (Rajbhandari et al., arXiv 1910.02054; Zhao et al., arXiv 2304.11277). A block
-# is whole while it computes, and no longer. What trains is float32 in the shares, and reduced in float32.
+# It is torch's fully_shard, which accelerate calls FSDP2 (Rajbhandari et al., arXiv 1910.02054; Zhao et al., arXiv 2304.11277). A
+# block is whole while it computes, and no longer. What trains is float32 in the shares, and its gradients are sent in float32.
 
 
 def blocks_of(family, denoiser):
@@ -8382,8 +8382,8 @@ def gathered_bytes(family, denoiser, trained):
 def split(s, family, denoiser, groups, precision, device):
     """Split `denoiser` over all processes where it is, and bring its shares to the device one block after the other.
 
-    In bf16 it computes on copies that are gathered in bf16, its last layers in float32 if its family has that; beside an adapter the
-    frozen weights are in bf16 and all else in float32, as they are. The `groups` have the shares as their parameters from here.
+    In bf16 it computes on copies that are gathered in bf16, its last layers in float32 if its family has that; beside an adapter
+    the frozen weights are in bf16 and all else in float32, as they are. The `groups` have the shares as their parameters from here.
     Returns a hollow copy of the denoiser, to gather() the result in.
     """
     import torch
@@ -8400,7 +8400,7 @@ def split(s, family, denoiser, groups, precision, device):
         fully_shard(module, mp_policy=inner, **options)
     shares = dict(denoiser.named_parameters())
     for group in groups:
-        group.parameters[:] = [shares[names[id(parameter)]] if id(parameter) in names else parameter for parameter in group.parameters]
+        group.parameters[:] = [shares[names[id(parameter)]] for parameter in group.parameters]
     return hollow
 
 
@@ -8408,8 +8408,9 @@ def hollow_copy(module):
     """A copy of a module whose weights have no memory yet."""
     import torch
 
-    memo = {id(weight): torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False) for weight in module.parameters()}
-    return copy.deepcopy(module, memo)
+    def hollow(weight):
+        return torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    return copy.deepcopy(module, {id(weight): hollow(weight) for weight in module.parameters()})
 
 
 def is_share(tensor):
@@ -8438,7 +8439,7 @@ def on_device(module, device):
 
 
 def gather(denoiser, hollow, keeps):
-    """Give a hollow_copy() the weights of a split denoiser in the process that `keeps` them: in the CPU's memory, tensor by tensor."""
+    """Give a hollow_copy() the weights of a split denoiser, tensor by tensor, in the CPU's memory of the process that `keeps` them."""
     import torch
 
     for name, parameter in denoiser.named_parameters():
@@ -8881,7 +8882,7 @@ def read_state(path):
 
 
 def tensors_digest(folder):
-    """sha256 of the one file of a checkpoint's tensors, or, where each process wrote its shares, of the digests of all such files."""
+    """sha256 of the one file of a checkpoint's tensors; where each process wrote its shares, of the digests of all these files."""
     digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -8942,8 +8943,9 @@ def write_checkpoint(run, folder):
             save_tensors(tensors, new / TENSORS_FILE)
         if is_main:
             scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-            state = {"origin": run.origin, "history": run.history, "scores": run.scores, "processes": run.accelerator.num_processes,
-                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler, "sha256": tensors_digest(new)}
+            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
+                     "processes": run.accelerator.num_processes, "sha256": tensors_digest(new)}
             # torchao keeps its learning rate in a tensor
             text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
             (new / STATE_FILE).write_text(text, encoding="utf-8")
@@ -8954,7 +8956,7 @@ def write_checkpoint(run, folder):
 
 
 def tensors_of(run, optimizer):
-    """({name: tensor}, {name: number}) of all that a checkpoint holds of the weights, their averages and an optimizer's state_dict()."""
+    """({name: tensor}, {name: number}) of what a checkpoint holds: weights, their averages, and an optimizer's state_dict()."""
     parameters = trained_parameters(run.groups)
     moments, numbers = flatten_state(optimizer["state"])
     averages = {f"average.{i}": share_like(*pair) for i, pair in enumerate(zip(run.averages, parameters.values()))}
@@ -8997,8 +8999,8 @@ def tell_processes(run, path, before):
     """Say where a checkpoint was written by another number of processes than go on from it."""
     now, each = run.accelerator.num_processes, run.s.train_batch_size * run.s.gradient_accumulation_steps
     if before not in (None, now):
-        say(f"Note: {short_path(path)} is of {before} processes, and there are {now} now: from here a step sees {now * each} photos "
-            f"instead of {before * each}, and other noise.")
+        say(f"Note: {short_path(path)} is of {before} processes, and there are {now} now: from here a step sees {now * each} "
+            f"photos instead of {before * each}, and other noise.")
 
 
 def read_tensors(run, path):
@@ -9632,7 +9634,8 @@ def estimate(demand, levers, number=None):
     states = state_sizes(demand.trained, levers)
     sizes = [math.prod(shape) for shape in demand.trained]
     buffered = number > 1 and not levers.fused_backward and sharing == 1  # processes exchange gradients in buffers of their own
-    parts = {"weights": per_weight * sum(sizes) / sharing, "optimizer": max(states) if levers.offload_optimizer else sum(states) / sharing,
+    parts = {"weights": per_weight * sum(sizes) / sharing,
+             "optimizer": max(states) if levers.offload_optimizer else sum(states) / sharing,
              "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers, sharing),
              "frozen": demand.frozen / sharing, "gathered": demand.gathered}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
@@ -9651,11 +9654,12 @@ def objection(s, family, levers, precision):
         (split and precision == "fp16", "--shard: fp16 gradients are checked all together; give --mixed_precision bf16 or no"),
         (split and fused, "--shard: gradients are split, not freed one by one; leave out --fused_backward"),
         (split and levers.optimizer != "adamw",
-         f"--shard: --optimizer {levers.optimizer} would not see a tensor whole; leave it out: each process keeps its share of AdamW's alone"),
+         f"--shard: --optimizer {levers.optimizer} would not see a tensor whole; leave it out, AdamW's is split, too"),
         (split and is_quantized,
-         f"--shard: weights of --base_precision {levers.base_precision} cannot be split; leave it out, each process keeps its share alone"),
+         f"--shard: weights of --base_precision {levers.base_precision} cannot be split; leave one out"),
         (split and s.train_text_encoder, "--shard: the denoiser alone is split; leave out --train_text_encoder"),
-        (split and METHODS[s.method].adds_words, f"--shard: the denoiser alone is split; --method {s.method} trains new words, leave one out"),
+        (split and METHODS[s.method].adds_words,
+         f"--shard: the denoiser alone is split, and --method {s.method} trains new words; leave one out"),
         (split and s.prior == "frozen" and not METHODS[s.method].is_adapter,
          "--shard: --prior frozen would keep a whole copy of the model in each process; leave one out, or train a LoRA"),
         (split and s.select_best, "--shard: --select_best keeps whole weights; leave one out"),
@@ -9755,8 +9759,8 @@ PLANS = (  # from the fastest to the most frugal
 def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")
-            and (processes() > 1 or not row.shard)]
+    return [row for row in rows if not objection(s, family, row, plan.precision) and (processes() > 1 or not row.shard)
+            and (row.base_precision != "nf4" or plan.device.type == "cuda")]
 
 
 AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then
@@ -9865,8 +9869,8 @@ def hollow_models(s, models, plan, levers):
     if METHODS[s.method].is_adapter or levers.shard:  # as it is gathered
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, levers, plan.precision)
-        under_autocast = [] if without else [hollow.denoiser]
+        how = s, models.family, levers, plan.precision
+        under_autocast = [] if is_bf16_throughout(*how) or is_as_weights_are(*how) else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 
@@ -9964,7 +9968,8 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         limit = min(gather_object([limit]))
     told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard, is_bf16_throughout(s, models.family, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard,
+                   is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
@@ -10734,7 +10739,7 @@ def is_complete(s, given):
     record = read_record(s.output_dir)
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
-           if key not in ("resume", "overwrite", "shard", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
+           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir", "shard",
                           "push_to_hub", "hub_model_id", "samples", "export_precision")):
         return False
     if not isinstance(record.get("given"), dict):

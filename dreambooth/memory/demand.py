@@ -96,8 +96,8 @@ def hollow_models(s, models, plan, levers):
     if METHODS[s.method].is_adapter or levers.shard:  # as it is gathered
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, levers, plan.precision)
-        under_autocast = [] if without else [hollow.denoiser]
+        how = s, models.family, levers, plan.precision
+        under_autocast = [] if is_bf16_throughout(*how) or is_as_weights_are(*how) else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 

@@ -57,7 +57,8 @@ def estimate(demand, levers, number=None):
     states = state_sizes(demand.trained, levers)
     sizes = [math.prod(shape) for shape in demand.trained]
     buffered = number > 1 and not levers.fused_backward and sharing == 1  # processes exchange gradients in buffers of their own
-    parts = {"weights": per_weight * sum(sizes) / sharing, "optimizer": max(states) if levers.offload_optimizer else sum(states) / sharing,
+    parts = {"weights": per_weight * sum(sizes) / sharing,
+             "optimizer": max(states) if levers.offload_optimizer else sum(states) / sharing,
              "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers, sharing),
              "frozen": demand.frozen / sharing, "gathered": demand.gathered}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}

@@ -22,11 +22,12 @@ def objection(s, family, levers, precision):
         (split and precision == "fp16", "--shard: fp16 gradients are checked all together; give --mixed_precision bf16 or no"),
         (split and fused, "--shard: gradients are split, not freed one by one; leave out --fused_backward"),
         (split and levers.optimizer != "adamw",
-         f"--shard: --optimizer {levers.optimizer} would not see a tensor whole; leave it out: each process keeps its share of AdamW's alone"),
+         f"--shard: --optimizer {levers.optimizer} would not see a tensor whole; leave it out, AdamW's is split, too"),
         (split and is_quantized,
-         f"--shard: weights of --base_precision {levers.base_precision} cannot be split; leave it out, each process keeps its share alone"),
+         f"--shard: weights of --base_precision {levers.base_precision} cannot be split; leave one out"),
         (split and s.train_text_encoder, "--shard: the denoiser alone is split; leave out --train_text_encoder"),
-        (split and METHODS[s.method].adds_words, f"--shard: the denoiser alone is split; --method {s.method} trains new words, leave one out"),
+        (split and METHODS[s.method].adds_words,
+         f"--shard: the denoiser alone is split, and --method {s.method} trains new words; leave one out"),
         (split and s.prior == "frozen" and not METHODS[s.method].is_adapter,
          "--shard: --prior frozen would keep a whole copy of the model in each process; leave one out, or train a LoRA"),
         (split and s.select_best, "--shard: --select_best keeps whole weights; leave one out"),
@@ -126,8 +127,8 @@ PLANS = (  # from the fastest to the most frugal
 def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")
-            and (processes() > 1 or not row.shard)]
+    return [row for row in rows if not objection(s, family, row, plan.precision) and (processes() > 1 or not row.shard)
+            and (row.base_precision != "nf4" or plan.device.type == "cuda")]
 
 
 AUTO = 0.97  # of what is free: CUDA hands memory out in large pieces, and a desktop wants a little more now and then

@@ -49,7 +49,7 @@ def read_state(path):
 
 
 def tensors_digest(folder):
-    """sha256 of the one file of a checkpoint's tensors, or, where each process wrote its shares, of the digests of all such files."""
+    """sha256 of the one file of a checkpoint's tensors; where each process wrote its shares, of the digests of all these files."""
     digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -110,8 +110,9 @@ def write_checkpoint(run, folder):
             save_tensors(tensors, new / TENSORS_FILE)
         if is_main:
             scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-            state = {"origin": run.origin, "history": run.history, "scores": run.scores, "processes": run.accelerator.num_processes,
-                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler, "sha256": tensors_digest(new)}
+            state = {"origin": run.origin, "history": run.history, "scores": run.scores,
+                     "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
+                     "processes": run.accelerator.num_processes, "sha256": tensors_digest(new)}
             # torchao keeps its learning rate in a tensor
             text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
             (new / STATE_FILE).write_text(text, encoding="utf-8")
@@ -122,7 +123,7 @@ def write_checkpoint(run, folder):
 
 
 def tensors_of(run, optimizer):
-    """({name: tensor}, {name: number}) of all that a checkpoint holds of the weights, their averages and an optimizer's state_dict()."""
+    """({name: tensor}, {name: number}) of what a checkpoint holds: weights, their averages, and an optimizer's state_dict()."""
     parameters = trained_parameters(run.groups)
     moments, numbers = flatten_state(optimizer["state"])
     averages = {f"average.{i}": share_like(*pair) for i, pair in enumerate(zip(run.averages, parameters.values()))}
@@ -165,8 +166,8 @@ def tell_processes(run, path, before):
     """Say where a checkpoint was written by another number of processes than go on from it."""
     now, each = run.accelerator.num_processes, run.s.train_batch_size * run.s.gradient_accumulation_steps
     if before not in (None, now):
-        say(f"Note: {short_path(path)} is of {before} processes, and there are {now} now: from here a step sees {now * each} photos "
-            f"instead of {before * each}, and other noise.")
+        say(f"Note: {short_path(path)} is of {before} processes, and there are {now} now: from here a step sees {now * each} "
+            f"photos instead of {before * each}, and other noise.")
 
 
 def read_tensors(run, path):

@@ -30,7 +30,7 @@ def is_as_weights_are(s, family, levers, precision):
 
 
 def compute_as_weights_are(denoiser, dtype=None):
-    """Have a denoiser whose weights are bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
+    """Have a denoiser with weights in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
 
     What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
     """

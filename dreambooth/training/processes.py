@@ -45,17 +45,17 @@ def with_configuration(s):
     """
     for kind, name in OTHER_SPLITTING.items():
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise UserError(f"accelerate's configuration says {name}; here FSDP2 splits a model: give --shard, and start with `accelerate "
-                            f"launch --multi_gpu --num_processes {max(2, processes())}`, or answer FSDP 2 in `accelerate config`")
+            raise UserError(f"accelerate's configuration says {name}; here FSDP2 splits a model: give --shard, and start with "
+                            f"`accelerate launch --multi_gpu --num_processes {max(2, processes())}`, or configure FSDP 2")
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" and s.shard is None:
         s = dataclasses.replace(s, shard=True)
         if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true" and s.gradient_checkpointing is None:
             s = dataclasses.replace(s, gradient_checkpointing=True)
         in_vain = [f"{name}={value}" for name, value in IN_VAIN.items() if os.environ.get(name, "").lower() == value]
-        say("accelerate's configuration says FSDP: the model is split by FSDP2, as with --shard, into the blocks that its family names."
+        say("accelerate's configuration says FSDP: the model is split by FSDP2, as with --shard, into blocks that its family names."
             + (f" {', '.join(in_vain)}: not followed." if in_vain else ""))
     if s.shard and processes() == 1:
-        say("Note: --shard: this is one process alone, which trains the whole model; `accelerate launch --num_processes N` starts N.")
+        say("Note: --shard: this is one process alone, which trains the whole model; `accelerate launch --num_processes 2` starts two.")
         return dataclasses.replace(s, shard=None)
     return s
 
@@ -85,8 +85,8 @@ def check_shared(folder, accelerator):
 
     without = [rank for rank, sees in enumerate(gather_object([Path(folder).is_dir()])) if not sees]
     if without:
-        raise UserError(f"--output_dir: {folder} is not there for process {without[0]} of {accelerator.num_processes}, and each writes its "
-                        f"share of a checkpoint; give a folder on a disk that all machines see")
+        raise UserError(f"--output_dir: {folder} is not there for process {without[0]} of {accelerator.num_processes}, and each writes "
+                        f"its share of a checkpoint; give a folder on a disk that all machines see")
 
 
 @contextlib.contextmanager

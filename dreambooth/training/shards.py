@@ -1,7 +1,7 @@
-"""A denoiser split over processes block by block: each holds a share of every tensor, of its gradient and of what the optimizer keeps.
+"""A denoiser split over processes block by block: each has a share of every tensor, of its gradient and of what the optimizer keeps.
 
-It is torch's fully_shard, which accelerate calls FSDP2 (Rajbhandari et al., arXiv 1910.02054; Zhao et al., arXiv 2304.11277). A block
-is whole while it computes, and no longer. What trains is float32 in the shares, and reduced in float32.
+It is torch's fully_shard, which accelerate calls FSDP2 (Rajbhandari et al., arXiv 1910.02054; Zhao et al., arXiv 2304.11277). A
+block is whole while it computes, and no longer. What trains is float32 in the shares, and its gradients are sent in float32.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def gathered_bytes(family, denoiser, trained):
 def split(s, family, denoiser, groups, precision, device):
     """Split `denoiser` over all processes where it is, and bring its shares to the device one block after the other.
 
-    In bf16 it computes on copies that are gathered in bf16, its last layers in float32 if its family has that; beside an adapter the
-    frozen weights are in bf16 and all else in float32, as they are. The `groups` have the shares as their parameters from here.
+    In bf16 it computes on copies that are gathered in bf16, its last layers in float32 if its family has that; beside an adapter
+    the frozen weights are in bf16 and all else in float32, as they are. The `groups` have the shares as their parameters from here.
     Returns a hollow copy of the denoiser, to gather() the result in.
     """
     import torch
@@ -56,7 +56,7 @@ def split(s, family, denoiser, groups, precision, device):
         fully_shard(module, mp_policy=inner, **options)
     shares = dict(denoiser.named_parameters())
     for group in groups:
-        group.parameters[:] = [shares[names[id(parameter)]] if id(parameter) in names else parameter for parameter in group.parameters]
+        group.parameters[:] = [shares[names[id(parameter)]] for parameter in group.parameters]
     return hollow
 
 
@@ -64,8 +64,9 @@ def hollow_copy(module):
     """A copy of a module whose weights have no memory yet."""
     import torch
 
-    memo = {id(weight): torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False) for weight in module.parameters()}
-    return copy.deepcopy(module, memo)
+    def hollow(weight):
+        return torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    return copy.deepcopy(module, {id(weight): hollow(weight) for weight in module.parameters()})
 
 
 def is_share(tensor):
@@ -94,7 +95,7 @@ def on_device(module, device):
 
 
 def gather(denoiser, hollow, keeps):
-    """Give a hollow_copy() the weights of a split denoiser in the process that `keeps` them: in the CPU's memory, tensor by tensor."""
+    """Give a hollow_copy() the weights of a split denoiser, tensor by tensor, in the CPU's memory of the process that `keeps` them."""
     import torch
 
     for name, parameter in denoiser.named_parameters():
