@@ -248,6 +248,9 @@ SIGNS = {  # what an exception of any library says -> what to tell
     "out of memory": MEMORY, "can't allocate memory": MEMORY, "not enough memory": MEMORY,
     "CUDA error": f"the GPU failed ({{reason}}); {AGAIN}", "CUDA driver": "the GPU cannot be used ({reason}); update its driver, "
     "or set CUDA_VISIBLE_DEVICES= in the environment to compute on the CPU"}
+# What the others of several processes find when one is gone, of gloo and of NCCL.
+LOSSES_OF_OTHERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "ncclRemoteError",
+                    "NCCL communicator was aborted")
 NUMBERS = {  # what the system says, by number -> what to tell
     "ENOSPC": f"the disk is full; make room and {AGAIN}",
     "EDQUOT": f"your share of the disk is full (quota); make room and {AGAIN}",
@@ -267,6 +270,8 @@ def mishap(problem):
     if isinstance(problem, MemoryError):
         return MEMORY
     causes = causes_of(problem)
+    if processes() > 1 and any(sign in str(cause) for cause in causes for sign in LOSSES_OF_OTHERS):
+        return f"another of the {processes()} processes that train together is gone, and what it said tells why; {AGAIN}"
     for cause in causes:
         reason = " ".join(str(cause).split("\n")[0].split())[:200]
         for sign, line in SIGNS.items():
@@ -541,10 +546,15 @@ def share(place):
                 path.chmod(0o666 & ~mask)
 
 
+def hidden_name(path):
+    """What a folder is called until it is complete."""
+    return path.with_name(f".{path.name}.new")
+
+
 @contextlib.contextmanager
 def renamed_when_complete(path):
     """A folder to write files into that takes the name `path` once they are safely on the disk."""
-    new = path.with_name(f".{path.name}.new")
+    new = hidden_name(path)
     for leftover in (new, path):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
@@ -1571,6 +1581,8 @@ class Settings:
                                         choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
                                             "--fused_backward and takes time", shown="as --max_vram needs")
+    shard: bool | None = _field("train", None, "split the denoiser, its gradients and what the optimizer remembers over all "
+                                "processes, block by block (FSDP2)", shown="as --max_vram needs, or accelerate's configuration says")
     compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
     channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")
@@ -3455,6 +3467,7 @@ class Family:
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
+    blocks = ()  # classes of what is split over processes block by block, if not those that diffusers splits by
     lora_targets = {}  # {--lora_target: how the names of layers end, or a pattern of whole names}
     room_to_draw = 2.2 * GIB  # beside the denoiser's weights, for a picture of 1024 px in bf16; mostly the autoencoder's
     side_of_its_own = 1024  # pixels, where no config says
@@ -3811,6 +3824,7 @@ class Flux2Klein(Family):
     guidance = class_guidance = 4.0
     takes_negatives = False
     lora_layers = NAMES_OF_FLUX2
+    blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock", "Flux2Modulation")
     lora_targets = {"attention": ATTENTION_OF_FLUX2, "attention+ff": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}",
                     "all": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}|{SHARED_OF_FLUX2}"}
     # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
@@ -3968,6 +3982,7 @@ class StableDiffusion(Family):
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
     comes_late = False
     guidance = class_guidance = 7.5
+    blocks = ("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel", "Downsample2D", "Upsample2D")  # these leave little
     # The usual "leading" spacing spends no step on the noisiest timestep, and needs 25 to come as near to the picture of 80 as 15
     # do here. Pictures without guidance follow a straighter path: 10 steps come nearer still.
     class_steps = 15, 10
@@ -5976,9 +5991,19 @@ class ParameterGroup:
     finish: typing.Callable = lambda: None  # what to do once training is over
 
 
+def trained_parameters(groups):
+    """{name: parameter} of everything that trains."""
+    return {f"{group.name}.{i}": parameter for group in groups for i, parameter in enumerate(group.parameters)}
+
+
 def trained_tensors(groups):
-    """{name: tensor} of everything that trains."""
-    return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
+    """{name: tensor} of everything that trains; of what is split over processes this one's share."""
+    return {name: own_share(parameter.data) for name, parameter in trained_parameters(groups).items()}
+
+
+def own_share(tensor):
+    """What this process has of a tensor: all of it, but where the model is split over processes."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def check_sound(groups, model):
@@ -8239,6 +8264,7 @@ class Levers:
     fused_backward: bool = False
     offload_optimizer: bool = False
     base_precision: str = "bf16"
+    shard: bool = False
 
 
 def levers_by_hand(s):
@@ -8302,73 +8328,16 @@ def loss_means(history):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# training/state: An optimizer's state as plain tensors and numbers, and back, whatever the optimizer.
-
-
-def flatten_state(state):
-    """({name: tensor}, {name: number}) of the states {parameter: {key: tensor or number}} of any optimizer.
-
-    A quantized tensor becomes the plain ones it is made of.
-    """
-    tensors, numbers = {}, {}
-    named = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
-    for name, value in named.items():
-        if not hasattr(value, "shape"):
-            numbers[name] = value
-        elif hasattr(value, "__tensor_flatten__"):
-            tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
-        else:
-            tensors[name] = value
-    return tensors, numbers
-
-
-def restore_state(tensors, numbers):
-    """What flatten_state() was given."""
-    state = {}
-    for name, value in {**tensors, **numbers}.items():
-        _, i, key, *part = name.split(".")
-        values = state.setdefault(int(i), {})
-        if part:
-            values.setdefault(key, {})[part[0]] = value
-        else:
-            values[key] = value
-    for values in state.values():
-        for key, value in values.items():
-            if isinstance(value, dict):
-                from torchao.optim.subclass_8bit import OptimState8bit
-
-                values[key] = OptimState8bit(**value, signed=bool(value["qmap"].min() < 0), dtype=value["scale"].dtype)
-    return state
-
-
-def give_state(optimizer, state, stays_on_cpu):
-    """Give an optimizer the states {number of the parameter: {key: value}}, each tensor laid out as its parameter.
-
-    Its own load_state_dict() would bring them into the parameters' precision and onto their device.
-    """
-    import torch
-
-    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
-    for number, values in state.items():
-        parameter, group = parameters[number]
-        for key, value in values.items():
-            if type(value) is torch.Tensor and value.shape == parameter.shape:
-                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-            if torch.is_tensor(value) and (group.get("fused") if key == "step" else not stays_on_cpu):
-                value = value.to(parameter.device)  # torch counts steps on the CPU unless its kernel is fused
-            optimizer.state[parameter][key] = value
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # training/processes: Several processes that train together, and half precision: what accelerate does for us.
 #
-# Each trains the whole model; their gradients are averaged.
+# Each trains the whole model, or its share of it (see shards.py); their gradients are averaged.
 
 
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all of which several processes need to meet
 ASKING = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
           "MV2_COMM_WORLD_SIZE": "1"}  # what one process alone would have there
-SPLITTING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+OTHER_SPLITTING = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}  # accelerate's name: what people call it
+IN_VAIN = {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}
 OVERRIDING = ("GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "TORCH_DEVICE", "USE_CPU", "USE_PARALLELISM_CONFIG", "DEBUG_MODE",
               "USE_SAGEMAKER")  # of accelerate's, where the flags or the machine decide here
 MEETING_PATIENCE = 20  # seconds
@@ -8385,13 +8354,31 @@ def clear_environment():
                 f"`accelerate launch` sets all that several need.")
         for name in (*MEETING, *ASKING, "FORK_LAUNCHED"):
             os.environ.pop(name, None)
-    for kind in SPLITTING:
-        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            say(f"accelerate's configuration says {kind}, which splits the model; here each GPU trains it whole, with gradients "
-                f"averaged, as a plain multi-GPU configuration has it.")
     overriding = tuple(f"ACCELERATE_{name}" for name in OVERRIDING)
     for name in [name for name in os.environ if name in overriding or name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
+
+
+def with_configuration(s):
+    """Settings with what accelerate's configuration says of splitting the model; what of it is not followed is said.
+
+    UserError where that is left to something else than FSDP. One process alone has nothing to split.
+    """
+    for kind, name in OTHER_SPLITTING.items():
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise UserError(f"accelerate's configuration says {name}; here FSDP2 splits a model: give --shard, and start with "
+                            f"`accelerate launch --multi_gpu --num_processes {max(2, processes())}`, or configure FSDP 2")
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" and s.shard is None:
+        s = dataclasses.replace(s, shard=True)
+        if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true" and s.gradient_checkpointing is None:
+            s = dataclasses.replace(s, gradient_checkpointing=True)
+        in_vain = [f"{name}={value}" for name, value in IN_VAIN.items() if os.environ.get(name, "").lower() == value]
+        say("accelerate's configuration says FSDP: the model is split by FSDP2, as with --shard, into blocks that its family names."
+            + (f" {', '.join(in_vain)}: not followed." if in_vain else ""))
+    if s.shard and processes() == 1:
+        say("Note: --shard: this is one process alone, which trains the whole model; `accelerate launch --num_processes 2` starts two.")
+        return dataclasses.replace(s, shard=None)
+    return s
 
 
 def make_accelerator(s, plan):
@@ -8411,6 +8398,16 @@ def make_accelerator(s, plan):
         return Accelerator(mixed_precision=plan.precision, cpu=plan.device.type == "cpu",
                            gradient_accumulation_steps=s.gradient_accumulation_steps,
                            kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+
+
+def check_shared(folder, accelerator):
+    """UserError unless all processes see a folder of the first one's, in which each will write."""
+    from accelerate.utils import gather_object
+
+    without = [rank for rank, sees in enumerate(gather_object([Path(folder).is_dir()])) if not sees]
+    if without:
+        raise UserError(f"--output_dir: {folder} is not there for process {without[0]} of {accelerator.num_processes}, and each writes "
+                        f"its share of a checkpoint; give a folder on a disk that all machines see")
 
 
 @contextlib.contextmanager
@@ -8623,9 +8620,10 @@ def is_bf16_throughout(s, family, levers, precision):
     """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
 
     Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
-    together that are to be freed one by one. DoRA's magnitudes need float32.
+    together that are to be freed one by one, nor where a split denoiser's are gathered as bf16 (see shards.py). DoRA's magnitudes
+    need float32.
     """
-    is_frugal = levers.gradient_checkpointing or levers.fused_backward
+    is_frugal = levers.gradient_checkpointing or levers.fused_backward or levers.shard
     return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
 
 
@@ -8633,17 +8631,17 @@ def compute_as_precision_says(s, family, levers, precision, denoiser):
     """Have a denoiser compute in bf16 from end to end where it may; elsewhere autocast sees to each operation."""
     if is_bf16_throughout(s, family, levers, precision):
         compute_in_bf16(denoiser, family.last_layers(denoiser))
-    elif is_as_weights_are(s, family, precision):
+    elif is_as_weights_are(s, family, levers, precision):
         compute_as_weights_are(denoiser)
 
 
-def is_as_weights_are(s, family, precision):
+def is_as_weights_are(s, family, levers, precision):
     """Whether the denoiser computes as compute_as_weights_are() has it."""
-    return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
+    return precision == "bf16" and (levers.shard or family.comes_late and METHODS[s.method].is_adapter)
 
 
 def compute_as_weights_are(denoiser, dtype=None):
-    """Have a frozen denoiser in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
+    """Have a denoiser with weights in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
 
     What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
     """
@@ -8739,6 +8737,149 @@ def rounded_by_chance(values):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# training/shards: A denoiser split over processes block by block: each has a share of every tensor, of its gradient and of what the optimizer keeps.
+#
+# It is torch's fully_shard, which accelerate calls FSDP2 (Rajbhandari et al., arXiv 1910.02054; Zhao et al., arXiv 2304.11277). A
+# block is whole while it computes, and no longer. What trains is float32 in the shares, and its gradients are sent in float32.
+
+
+def blocks_of(family, denoiser):
+    """The modules that are split by themselves, innermost first, and then the denoiser, which has what is left."""
+    names = family.blocks or denoiser._no_split_modules
+    return [module for module in reversed(list(denoiser.modules())) if type(module).__name__ in names] + [denoiser]
+
+
+def parameters_together(family, denoiser):
+    """Lists of parameters that are gathered together, the last for as long as the denoiser computes."""
+    taken, together = set(), []
+    for module in blocks_of(family, denoiser):
+        together.append([parameter for parameter in module.parameters() if parameter not in taken])
+        taken.update(together[-1])
+    return together
+
+
+def gathered_bytes(family, denoiser, trained):
+    """Bytes of what a process has at most beside its shares: what is gathered all along, two blocks, since the next one is fetched
+    early, and the gradients of one as they are computed and as they are sent, in float32."""
+    together = parameters_together(family, denoiser)
+    sizes = [sum(parameter.nbytes for parameter in some) for some in together]
+    gradients = [sum(p.nbytes + 4 * p.numel() for p in some if p in trained) for some in together]
+    return sizes[-1] + 2 * max(sizes[:-1], default=0) + max(gradients)
+
+
+def split(s, family, denoiser, groups, precision, device):
+    """Split `denoiser` over all processes where it is, and bring its shares to the device one block after the other.
+
+    In bf16 it computes on copies that are gathered in bf16, its last layers in float32 if its family has that; beside an adapter
+    the frozen weights are in bf16 and all else in float32, as they are. The `groups` have the shares as their parameters from here.
+    Returns a hollow copy of the denoiser, to gather() the result in.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    hollow, names = hollow_copy(denoiser), {id(parameter): name for name, parameter in denoiser.named_parameters()}
+    copies = torch.bfloat16 if precision == "bf16" and not METHODS[s.method].is_adapter else None
+    inner = MixedPrecisionPolicy(copies, torch.float32 if copies else None, cast_forward_inputs=False)
+    options = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)), "reshard_after_forward": True}
+    if precision == "bf16" and family.bf16_throughout:
+        fully_shard(family.last_layers(denoiser), mp_policy=MixedPrecisionPolicy(torch.float32), **options)
+    for module in blocks_of(family, denoiser):
+        fully_shard(module, mp_policy=inner, **options)
+    shares = dict(denoiser.named_parameters())
+    for group in groups:
+        group.parameters[:] = [shares[names[id(parameter)]] for parameter in group.parameters]
+    return hollow
+
+
+def hollow_copy(module):
+    """A copy of a module whose weights have no memory yet."""
+    import torch
+
+    def hollow(weight):
+        return torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    return copy.deepcopy(module, {id(weight): hollow(weight) for weight in module.parameters()})
+
+
+def is_share(tensor):
+    """Whether a tensor is one of which each process has a share."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """A tensor with the shares of all processes, which all have to ask for it."""
+    return tensor.full_tensor() if is_share(tensor) else tensor
+
+
+def share_like(tensor, parameter):
+    """This process's share `tensor` as one that belongs to all, laid out as `parameter` is; as it is if that is not split."""
+    from torch.distributed.tensor import DTensor
+
+    if not is_share(parameter):
+        return tensor
+    return DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+                              stride=parameter.stride())
+
+
+def on_device(module, device):
+    """A module on the device. A split one is there already, and must not be moved."""
+    return module if any(map(is_share, module.parameters())) else module.to(device)
+
+
+def gather(denoiser, hollow, keeps):
+    """Give a hollow_copy() the weights of a split denoiser, tensor by tensor, in the CPU's memory of the process that `keeps` them."""
+    import torch
+
+    for name, parameter in denoiser.named_parameters():
+        tensor = whole(parameter.detach())
+        if keeps:
+            owner, _, own_name = name.rpartition(".")
+            hollow.get_submodule(owner)._parameters[own_name] = torch.nn.Parameter(tensor.cpu(), requires_grad=False)
+
+
+# ---- checkpoints, by torch.distributed.checkpoint: a .safetensors file of each process
+
+
+def save_shares(tensors, folder):
+    """Write {name: tensor}, the same names in all processes, each its shares."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    with own_failures():
+        checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+@contextlib.contextmanager
+def own_failures():
+    """What fails in any process within the block, such as for a full disk, is raised as it was there."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as problem:
+        raise next(iter(problem.failures.values()))[0] from None
+
+
+def load_shares(folder, parameter_of):
+    """{name: tensor} of the .safetensors files in a folder, whoever wrote them: as shares if they are of the size of a split
+    parameter_of(name), else whole."""
+    import torch
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    def room_for(name, entry):
+        parameter = parameter_of(name)
+        if is_share(parameter) and parameter.shape == entry.size:
+            return torch.empty_like(parameter.data, dtype=entry.properties.dtype)
+        return torch.empty(entry.size, dtype=entry.properties.dtype)
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors = {name: room_for(name, entry) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    with own_failures(), warnings.catch_warnings(action="ignore"):  # of one process, that it is alone
+        checkpoint.load(tensors, storage_reader=reader, no_dist=not any(map(is_share, tensors.values())))
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/unused: What a training leaves unused of what a person gave it is said.
 
 
@@ -8778,7 +8919,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
-              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
+              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "compile", "channels_last",
               "lr_scheduler", "use_ema", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
@@ -8786,6 +8927,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
 WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
+ANY = "any"  # number of processes: what was split goes on in any
 COUNTED = {"photos": "photos, their captions or masks", "class images": "class images"}
 
 
@@ -8798,7 +8940,7 @@ def shaping_flags(s):
 def origin_of(s, course, groups, fingerprint, pictures, processes):
     """{what: value} that a resumed training must have in common with the one it goes on from."""
     origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
-              "the number of processes": processes}
+              "the number of processes": ANY if course.levers.shard else processes}
     decided = decisions(course, groups)
     origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
     if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
@@ -8847,6 +8989,8 @@ def differences(made, ours):
 def check_origin(path, state, origin):
     """Raises UserError, naming every difference, unless what was trained so far came about as `origin` says."""
     now = json.loads(json.dumps(origin))
+    if ANY in (now.get("the number of processes"), state["origin"].get("the number of processes")):
+        now.pop("the number of processes", None)
     if differences := [f"{key} ({state['origin'].get(key)}, now {value})" if len(str(value)) < 40 else key
                        for key, value in now.items() if state["origin"].get(key) != value]:
         raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "
@@ -8976,6 +9120,64 @@ def make_untouched(models, conditioning, twin):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# training/state: An optimizer's state as plain tensors and numbers, and back, whatever the optimizer.
+
+
+def flatten_state(state):
+    """({name: tensor}, {name: number}) of the states {parameter: {key: tensor or number}} of any optimizer.
+
+    A quantized tensor becomes the plain ones it is made of; a split one stays as it is.
+    """
+    tensors, numbers = {}, {}
+    named = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+    for name, value in named.items():
+        if not hasattr(value, "shape"):
+            numbers[name] = value
+        elif hasattr(value, "__tensor_flatten__") and not is_share(value):
+            tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        else:
+            tensors[name] = value
+    return tensors, numbers
+
+
+def restore_state(tensors, numbers):
+    """What flatten_state() was given."""
+    state = {}
+    for name, value in {**tensors, **numbers}.items():
+        _, i, key, *part = name.split(".")
+        values = state.setdefault(int(i), {})
+        if part:
+            values.setdefault(key, {})[part[0]] = value
+        else:
+            values[key] = value
+    for values in state.values():
+        for key, value in values.items():
+            if isinstance(value, dict):
+                from torchao.optim.subclass_8bit import OptimState8bit
+
+                values[key] = OptimState8bit(**value, signed=bool(value["qmap"].min() < 0), dtype=value["scale"].dtype)
+    return state
+
+
+def give_state(optimizer, state, stays_on_cpu):
+    """Give an optimizer the states {number of the parameter: {key: value}}, each tensor laid out as its parameter.
+
+    Its own load_state_dict() would bring them into the parameters' precision and onto their device.
+    """
+    import torch
+
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state.items():
+        parameter, group = parameters[number]
+        for key, value in values.items():
+            if type(value) is torch.Tensor and value.shape == parameter.shape:
+                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+            if torch.is_tensor(value) and (group.get("fused") if key == "step" else not stays_on_cpu):
+                value = value.to(parameter.device)  # torch counts steps on the CPU unless its kernel is fused
+            optimizer.state[parameter][key] = value
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # training/run: A training under way: everything that its loop needs, in one place.
 
 
@@ -8999,6 +9201,7 @@ class Run:
     origin: dict  # what a resumed training must have in common with this one
     averages: list  # of each tensor that trains, in their order; empty without --use_ema
     untouched: typing.Any = None  # the model as it was, whose predictions are the class's targets; None with class images
+    hollow: typing.Any = None  # of a denoiser that is split, what it is gathered in when it is trained
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 
@@ -9057,13 +9260,19 @@ def read_state(path):
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         own = state.pop("state_sha256", None)
-        whole = own in (None, state_digest(state)) and state["sha256"] == file_digest(path / TENSORS_FILE) and is_whole_state(state)
+        whole = own in (None, state_digest(state)) and state["sha256"] == tensors_digest(path) and is_whole_state(state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
                         f"--resume")
     return state
+
+
+def tensors_digest(folder):
+    """sha256 of the one file of a checkpoint's tensors; where each process wrote its shares, of the digests of all these files."""
+    digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def state_digest(state):
@@ -9111,23 +9320,35 @@ def find_checkpoint(s, folder):
 def write_checkpoint(run, folder):
     """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
     check_finite(run.groups)
-    if run.accelerator.is_main_process:
+    path, is_main = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}", run.accelerator.is_main_process
+    with renamed_when_complete(path) if is_main else contextlib.nullcontext(hidden_name(path)) as new:
+        run.accelerator.wait_for_everyone()  # the folder is there
         optimizer = run.optimizer.state_dict()
-        moments, numbers = flatten_state(optimizer["state"])
-        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
-        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
-        with renamed_when_complete(path) as new:
+        tensors, numbers = tensors_of(run, optimizer)
+        if run.hollow:
+            save_shares(tensors, new)
+        elif is_main:
             save_tensors(tensors, new / TENSORS_FILE)
+        if is_main:
             scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
             state = {"origin": run.origin, "history": run.history, "scores": run.scores,
                      "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
-                     "sha256": file_digest(new / TENSORS_FILE)}
+                     "processes": run.accelerator.num_processes, "sha256": tensors_digest(new)}
             # torchao keeps its learning rate in a tensor
             text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
             (new / STATE_FILE).write_text(text, encoding="utf-8")
+    if is_main:
         for old in (*checkpoints_in(folder)[:-run.s.checkpoints_total_limit], *path.parent.glob(".step-*")):
             discard(old)
     run.accelerator.wait_for_everyone()
+
+
+def tensors_of(run, optimizer):
+    """({name: tensor}, {name: number}) of what a checkpoint holds: weights, their averages, and an optimizer's state_dict()."""
+    parameters = trained_parameters(run.groups)
+    moments, numbers = flatten_state(optimizer["state"])
+    averages = {f"average.{i}": share_like(*pair) for i, pair in enumerate(zip(run.averages, parameters.values()))}
+    return {name: parameter.data for name, parameter in parameters.items()} | moments | averages, numbers
 
 
 def discard(checkpoint):
@@ -9140,20 +9361,19 @@ def discard(checkpoint):
 
 def load_checkpoint(run, path):
     """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
-    from safetensors.torch import load_file
-
     state = read_state(path)
     check_origin(path, state, run.origin)
     done = len(state["history"])
     if done > run.course.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
     try:
-        restore(run, load_file(path / TENSORS_FILE), state)
+        restore(run, read_tensors(run, path), state)
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         if "out of memory" in str(problem):
             raise
         raise UserError(f"--resume {short_path(path)}: this checkpoint is damaged, or of another version of this program "
                         f"({' '.join(str(problem).split())[:200]}); start without --resume") from None
+    tell_processes(run, path, state.get("processes"))
     run.lr_scheduler.last_epoch = done
     run.history.extend(state["history"])
     if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
@@ -9163,13 +9383,32 @@ def load_checkpoint(run, path):
     say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
+def tell_processes(run, path, before):
+    """Say where a checkpoint was written by another number of processes than go on from it."""
+    now, each = run.accelerator.num_processes, run.s.train_batch_size * run.s.gradient_accumulation_steps
+    if before not in (None, now):
+        say(f"Note: {short_path(path)} is of {before} processes, and there are {now} now: from here a step sees {now * each} "
+            f"photos instead of {before * each}, and other noise.")
+
+
+def read_tensors(run, path):
+    """{name: tensor} of a checkpoint, whoever wrote it; of what is split in this run its shares."""
+    from safetensors.torch import load_file
+
+    if not run.hollow and (path / TENSORS_FILE).is_file():
+        return load_file(path / TENSORS_FILE)
+    named = trained_parameters(run.groups)
+    numbered = list(named.values())
+    return load_shares(path, lambda name: named[name] if name in named else numbered[int(name.split(".")[1])])
+
+
 def restore(run, saved, state):
     """Put the tensors and the optimizer's state of a checkpoint into `run`."""
     import torch
 
     averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
     for name, tensor in {**trained_tensors(run.groups), **averages}.items():
-        tensor.copy_(saved.pop(name))
+        tensor.copy_(own_share(saved.pop(name)))
     param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
                     for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
     run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})
@@ -9190,7 +9429,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     trains_text = any(t in training for t in models.text_encoders)
     from_the_model = bool(cache.class_images) and not has_class_images(s)  # what the class is to be
     encoded = None if trains_text and not from_the_model else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
-    bring(s, models, groups, levers, device)
+    hollow = bring(s, models, groups, course, device)
     copied = from_the_model and not METHODS[s.method].is_adapter
     twin = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
     compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
@@ -9209,27 +9448,30 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     noise = models.family.noise(s, models.pipeline, course.resolution)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
     return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
-               origin, averages, untouched or None)
+               origin, averages, untouched or None, hollow)
 
 
-def bring(s, models, groups, levers, device):
+def bring(s, models, groups, course, device):
     """Have what trains in its precision, on the device: no larger than it will be, and before there is an optimizer, which looks at
-    where the parameters are."""
+    where the parameters are. Returns what split() does if the denoiser is to be split, else None."""
     import torch
 
+    levers = course.levers
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.requires_grad_(True)
         parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    hollow = split(s, models.family, models.denoiser, groups, course.precision, device) if levers.shard else None
     for module in (module for group in groups for module in group.modules):
-        module.to(device).train()
+        on_device(module, device).train()
     if s.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
+    return hollow
 
 
 def wrapped(models, training, levers, accelerator):
     """(Models whose parts are ready for precision and processes, those of them that train). Text encoders at rest stay as they are."""
-    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
-        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
+    def prepared(module):  # what does not train only passes gradients on; a fused step, or a split model, averages them by itself
+        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or levers.shard or module not in training)
     trains_text = any(part in training for part in models.text_encoders)
     parts = [models.denoiser, *models.text_encoders]
     ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
@@ -9314,13 +9556,16 @@ def set_checkpointing(models, groups):
 
 
 def unwrap(run):
-    """Make ordinary modules of what trained, and forget what training alone needs.
+    """Make ordinary modules of what trained, and forget what training alone needs. What was split the first process has whole.
 
     accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
     """
     import torch
 
     pipeline = run.models.pipeline
+    if run.hollow:
+        gather(run.models.denoiser, run.hollow, run.accelerator.is_main_process)
+        pipeline.register_modules(**{run.models.family.denoiser: run.hollow})
     for module in (run.models.family.denoiser_of(pipeline), *text_encoders_of(pipeline).values()):
         module.eval()
         for name in ("forward", "_original_forward"):
@@ -9582,7 +9827,10 @@ def ready_to_draw(run):
     before = [(part, part.device, part.training) for part in parts]
     for part in parts:
         part.eval()
-    if run.course.levers == Levers():
+    if run.course.levers.shard:
+        for part in parts:
+            on_device(part, device)
+    elif run.course.levers == Levers():
         placed(pipeline, device)
     else:
         say_once("Samples: the parts of the model take turns, as memory is to be saved.")
@@ -9593,12 +9841,13 @@ def ready_to_draw(run):
     finally:
         pipeline.remove_all_hooks()
         for part, place, training in before:
-            part.to(place).train(training)
+            on_device(part, place).train(training)
 
 
 def view(run, folder, viewer, writer):
-    """Have the first process draw samples of the weights, or of their running average; the others wait."""
-    if run.accelerator.is_main_process:
+    """Have the first process draw samples of the weights, or of their running average; the others wait, or draw the same if each
+    has but a share of the weights."""
+    if run.accelerator.is_main_process or run.course.levers.shard:
         with averaged(run):
             draw_view(run, folder, viewer, writer)
     run.accelerator.wait_for_everyone()
@@ -9612,6 +9861,8 @@ def draw_view(run, folder, viewer, writer):
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size,
                              title=f"samples of step {done}", models=run.models))
+    if not run.accelerator.is_main_process:
+        return
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):
@@ -9728,7 +9979,7 @@ def clip_gradients(run):
 
     run.accelerator.unscale_gradients(run.optimizer)
     limit = run.s.max_grad_norm or math.inf
-    norms = run.spent or [torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]
+    norms = run.spent or [whole(torch.nn.utils.clip_grad_norm_(group.parameters, limit)) for group in run.groups]
     norm = torch.stack(norms).norm()
     run.spent.clear()
     return norm
@@ -9738,15 +9989,16 @@ def clip_gradients(run):
 # memory/estimate: How many bytes a training takes at its peak, from its Demand.
 
 
-def peak_of(demand, levers):
+def peak_of(demand, levers, sharing=1):
     """{"gradients", "step", "activations": bytes} where their sum is largest in the last backward pass of a step.
 
-    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
+    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor. Of the weights'
+    gradients each of those `sharing` them keeps its share.
     """
     fused = levers.fused_backward
     kept = sum(size for what, size, stretch in demand.events
                if what == "kept" and (stretch is None or not levers.gradient_checkpointing))
-    total = sum(size for what, size, _ in demand.events if what != "kept")
+    total = sum(size for what, size, _ in demand.events if what != "kept") / sharing
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
     copies = step_copies(levers) * BYTES["fp32"] / BYTES[levers.weights] if fused else 0  # of a gradient's bytes
     gradients = total if demand.passes > 1 else 0  # those of the passes before
@@ -9756,7 +10008,7 @@ def peak_of(demand, levers):
             kept += size
             continue
         if what == "gradient in bf16" or (what == "gradient" and demand.passes == 1):
-            gradients += size
+            gradients += size / sharing
         peak = max(peak, (gradients, copies * size if what == "gradient" else 0, kept + in_hand), key=sum)
         if what == "kept":
             kept -= size
@@ -9778,14 +10030,18 @@ RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
 SLACK = 0.03  # of all else: what lies unused between tensors
 
 
-def estimate(demand, levers):
-    """{part: bytes} that a training takes at its peak."""
+def estimate(demand, levers, number=None):
+    """{part: bytes} that a training takes at its peak, in each of a `number` of processes; None: of as many as there are."""
+    number = number or processes()
+    sharing = number if levers.shard else 1
     per_weight = BYTES[levers.weights]
     states = state_sizes(demand.trained, levers)
     sizes = [math.prod(shape) for shape in demand.trained]
-    buffered = processes() > 1 and not levers.fused_backward  # processes exchange gradients in buffers of their own
-    parts = {"weights": per_weight * sum(sizes), "optimizer": max(states) if levers.offload_optimizer else sum(states),
-             "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers), "frozen": demand.frozen}
+    buffered = number > 1 and not levers.fused_backward and sharing == 1  # processes exchange gradients in buffers of their own
+    parts = {"weights": per_weight * sum(sizes) / sharing,
+             "optimizer": max(states) if levers.offload_optimizer else sum(states) / sharing,
+             "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers, sharing),
+             "frozen": demand.frozen / sharing, "gathered": demand.gathered}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}
 
 
@@ -9795,10 +10051,24 @@ def estimate(demand, levers):
 
 def objection(s, family, levers, precision):
     """Why these levers cannot be used together, or None."""
-    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    optimizer, fused, half, split = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16", levers.shard
     is_quantized = levers.base_precision != "bf16"
     means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
+        (split and precision == "fp16", "--shard: fp16 gradients are checked all together; give --mixed_precision bf16 or no"),
+        (split and fused, "--shard: gradients are split, not freed one by one; leave out --fused_backward"),
+        (split and levers.optimizer != "adamw",
+         f"--shard: --optimizer {levers.optimizer} would not see a tensor whole; leave it out, AdamW's is split, too"),
+        (split and is_quantized,
+         f"--shard: weights of --base_precision {levers.base_precision} cannot be split; leave one out"),
+        (split and s.train_text_encoder, "--shard: the denoiser alone is split; leave out --train_text_encoder"),
+        (split and METHODS[s.method].adds_words,
+         f"--shard: the denoiser alone is split, and --method {s.method} trains new words; leave one out"),
+        (split and s.prior == "frozen" and not METHODS[s.method].is_adapter,
+         "--shard: --prior frozen would keep a whole copy of the model in each process; leave one out, or train a LoRA"),
+        (split and s.select_best, "--shard: --select_best keeps whole weights; leave one out"),
+        (split and s.compile, "--shard: not tried with --compile; leave one out"),
+        (split and s.channels_last, "--shard: shares have no --channels_last; leave one out"),
         (fused and s.gradient_accumulation_steps > 1,
          "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
         (fused and levers.split_batch,
@@ -9876,6 +10146,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers(split_batch=True),
     Levers(gradient_checkpointing=True),
     Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, shard=True),  # where several processes train
+    Levers(gradient_checkpointing=True, split_batch=True, shard=True),
     Levers(gradient_checkpointing=True, split_batch=True, base_precision="int8"),
     Levers(gradient_checkpointing=True, split_batch=True, base_precision="nf4"),
     Levers(gradient_checkpointing=True, fused_backward=True),
@@ -9891,7 +10163,8 @@ PLANS = (  # from the fastest to the most frugal
 def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")]
+    return [row for row in rows if not objection(s, family, row, plan.precision) and (processes() > 1 or not row.shard)
+            and (row.base_precision != "nf4" or plan.device.type == "cuda")]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -9911,6 +10184,7 @@ class Demand:
     frozen: int  # bytes of what lies beside them
     passes: int  # backward passes whose gradients add up to one step
     events: tuple
+    gathered: int = 0  # bytes of what a process has at most beside its shares, where the denoiser is split
 
 
 def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
@@ -9952,10 +10226,15 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
     frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
-        frozen += sum(p.nbytes for p in trained)
+        frozen += sum(p.numel() for p in trained) * BYTES[levers.weights]
     if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
         frozen += sum(p.numel() for p in hollow.denoiser.parameters()) * plan.dtype.itemsize
-    return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
+    shapes = tuple(tuple(p.shape) for p in trained)
+    if not levers.shard:
+        return Demand(shapes, frozen, passes, tuple(events))
+    wider = BYTES["fp32"] / trained[0].itemsize  # shares of gradients are float32, whatever they were computed in
+    events = tuple((what, size * wider if what == "gradient" else size, stretch) for what, size, stretch in events)
+    return Demand(shapes, frozen, passes, events, gathered_bytes(models.family, hollow.denoiser, set(trained)))
 
 
 def hollow_models(s, models, plan, levers):
@@ -9972,11 +10251,11 @@ def hollow_models(s, models, plan, levers):
         part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
     for part in hollow.text_encoders[len(models.family.word_encoders):] if plan.precision != "no" else ():  # that never train
         part.to(torch.bfloat16)
-    if METHODS[s.method].is_adapter:
+    if METHODS[s.method].is_adapter or levers.shard:  # as it is gathered
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, plan.precision)
-        under_autocast = [] if without else [hollow.denoiser]
+        how = s, models.family, levers, plan.precision
+        under_autocast = [] if is_bf16_throughout(*how) or is_as_weights_are(*how) else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 
@@ -10065,6 +10344,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
     Those that need a library which is not installed are passed over, and that is said.
     """
     limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
+    as_whole = math.inf  # the least of those before that split nothing
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
@@ -10073,7 +10353,8 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         limit = min(gather_object([limit]))
     told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, levers.base_precision, is_bf16_throughout(s, models.family, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard,
+                   is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
@@ -10084,18 +10365,41 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
             return rows[0]
         parts = estimate(demands[passing], levers)
         needed = sum(parts.values())
-        least = min(least, needed)
+        least, as_whole = min(least, needed), as_whole if levers.shard else min(as_whole, needed)
         if needed > limit:
             continue
         if not missing_package(levers):
             say_plan(levers, parts, limit, uninstalled)
+            say_division(levers, as_whole)
             return levers
         uninstalled = uninstalled or levers
     if uninstalled:
         check_package(uninstalled)
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
                     f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
-                    "flags that rule plans out")
+                    f"flags that rule plans out{more_gpus(s, models, subjects, recipe, resolution, plan, limit)}")
+
+
+SPLIT = Levers(gradient_checkpointing=True, split_batch=True, shard=True)  # the most frugal of the plans that split
+
+
+def more_gpus(s, models, subjects, recipe, resolution, plan, limit):
+    """The end of a sentence: over how many such GPUs the model could be split; "" if over none."""
+    levers = dataclasses.replace(SPLIT, **levers_by_hand(s), shard=True)
+    if s.shard is False or objection(s, models.family, levers, plan.precision):
+        return ""
+    told = frozen_conditioning(models, subjects, plan.device)
+    demand = survey(s, models, subjects, recipe, resolution, plan, levers, told)
+    fits = [number for number in (2, 4, 8, 16) if number > processes() and sum(estimate(demand, levers, number).values()) <= limit]
+    return f", or split it over {fits[0]} such GPUs (`accelerate launch --num_processes {fits[0]}`)" if fits else ""
+
+
+def say_division(levers, as_whole):
+    """Say whether several processes each train the whole model, or a share of it, and why: it would take `as_whole` bytes."""
+    why = "as asked" if as_whole == math.inf else f"whole it would take {as_whole / GIB:.2f} GiB"
+    if processes() > 1:
+        say(f"{processes()} processes: " + (f"the model is split over them (FSDP2), {why}." if levers.shard else
+                                            "each trains the whole model (DDP), which fits."))
 
 
 def frozen_conditioning(models, subjects, device):
@@ -10820,7 +11124,7 @@ def is_complete(s, given):
     record = read_record(s.output_dir)
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
-           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
+           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir", "shard",
                           "push_to_hub", "hub_model_id", "samples", "export_precision")):
         return False
     if not isinstance(record.get("given"), dict):
@@ -11210,6 +11514,7 @@ def evaluate(s):
 
 def train(s):
     """Fine-tune a model on a subject and write it to --output_dir."""
+    s = with_configuration(s)
     concepts, name, metric_names, plan = settle_beforehand(s)
     clear_environment()
     accelerator = make_accelerator(s, plan)
@@ -11229,6 +11534,8 @@ def train(s):
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
         subjects, views, run = prepare(s, name, concepts, plan, accelerator)
+        if run.hollow:
+            check_shared(folder, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names)

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dreambooth.models.parts import take_apart
 
 TOKENS = 64  # of a prompt, with its template
+SD35_LARGE = dict(sample_size=128, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
+                  qk_norm="rms_norm")
 KLEIN = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False)
 
 
@@ -44,6 +46,11 @@ FLOWS = {
     "flux1": Arch("FluxPipeline", ("FluxTransformer2DModel", dict(guidance_embeds=True)), kl(16),
                   lambda: {"hidden": torch.randn(1, 512, 4096), "pooled": torch.randn(1, 768)},
                   (*TEXT, "text_encoder_2", "tokenizer_2")),
+    "flux2-dev": Arch("Flux2Pipeline", ("Flux2Transformer2DModel", {}), ("AutoencoderKLFlux2", {}),
+                      lambda: {"hidden": torch.randn(1, 512, 15360)}, TEXT),
+    "sd35": Arch("StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD35_LARGE), kl(16),
+                 lambda: {"hidden": torch.randn(1, 333, 4096), "pooled": torch.randn(1, 2048)},
+                 (*TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")),
 }
 
 
@@ -74,13 +81,14 @@ class MadeUpBook:
                 torch.cat([there(one[name]) for one in kept]) for name, value in kept[0].items()}
 
 
-def flow_models(name, device="cpu"):
-    """Late Models of a full-size architecture, made on `device`."""
+def flow_models(name, device="cpu", **layers):
+    """Late Models of a full-size architecture, made on `device`, with other numbers of `layers` than it has."""
     import diffusers
 
     arch = FLOWS[name]
     with torch.device(device):
-        transformer, vae = (getattr(diffusers, kind)(**config) for kind, config in (arch.transformer, arch.vae))
+        transformer, vae = (getattr(diffusers, kind)(**config) for kind, config in
+                            ((arch.transformer[0], arch.transformer[1] | layers), arch.vae))
     with _disable_current_modes():  # its tables are real where all else is pretended
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipeline = getattr(diffusers, arch.pipeline)(

@@ -121,10 +121,15 @@ def share(place):
                 path.chmod(0o666 & ~mask)
 
 
+def hidden_name(path):
+    """What a folder is called until it is complete."""
+    return path.with_name(f".{path.name}.new")
+
+
 @contextlib.contextmanager
 def renamed_when_complete(path):
     """A folder to write files into that takes the name `path` once they are safely on the disk."""
-    new = path.with_name(f".{path.name}.new")
+    new = hidden_name(path)
     for leftover in (new, path):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)

@@ -10,7 +10,7 @@ import os
 import re
 import traceback
 
-from dreambooth.base import HERE, UserError
+from dreambooth.base import HERE, UserError, processes
 
 KEPT = "what was complete is still there"
 AGAIN = f"give the same command again (with --resume after training steps); {KEPT}"
@@ -22,6 +22,9 @@ SIGNS = {  # what an exception of any library says -> what to tell
     "out of memory": MEMORY, "can't allocate memory": MEMORY, "not enough memory": MEMORY,
     "CUDA error": f"the GPU failed ({{reason}}); {AGAIN}", "CUDA driver": "the GPU cannot be used ({reason}); update its driver, "
     "or set CUDA_VISIBLE_DEVICES= in the environment to compute on the CPU"}
+# What the others of several processes find when one is gone, of gloo and of NCCL.
+LOSSES_OF_OTHERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "ncclRemoteError",
+                    "NCCL communicator was aborted")
 NUMBERS = {  # what the system says, by number -> what to tell
     "ENOSPC": f"the disk is full; make room and {AGAIN}",
     "EDQUOT": f"your share of the disk is full (quota); make room and {AGAIN}",
@@ -41,6 +44,8 @@ def mishap(problem):
     if isinstance(problem, MemoryError):
         return MEMORY
     causes = causes_of(problem)
+    if processes() > 1 and any(sign in str(cause) for cause in causes for sign in LOSSES_OF_OTHERS):
+        return f"another of the {processes()} processes that train together is gone, and what it said tells why; {AGAIN}"
     for cause in causes:
         reason = " ".join(str(cause).split("\n")[0].split())[:200]
         for sign, line in SIGNS.items():

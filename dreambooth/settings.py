@@ -184,6 +184,8 @@ class Settings:
                                         choices=["auto", "bf16", "int8", "fp8", "nf4"], shown="as --max_vram needs")
     offload_optimizer: bool | None = _field("train", None, "keep what the optimizer remembers in the CPU's memory; needs "
                                             "--fused_backward and takes time", shown="as --max_vram needs")
+    shard: bool | None = _field("train", None, "split the denoiser, its gradients and what the optimizer remembers over all "
+                                "processes, block by block (FSDP2)", shown="as --max_vram needs, or accelerate's configuration says")
     compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
     channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")

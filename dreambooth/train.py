@@ -57,13 +57,14 @@ from dreambooth.training.loop import optimize
 from dreambooth.training.loss import loss_means
 from dreambooth.training.origin import origin_of, pictures_digest, what_was_given
 from dreambooth.training.prepare import prepare_training
-from dreambooth.training.processes import clear_environment, make_accelerator
+from dreambooth.training.processes import check_shared, clear_environment, make_accelerator, with_configuration
 from dreambooth.training.samples import make_viewer
 from dreambooth.training.unused import tell_unseen, tell_unused
 
 
 def train(s):
     """Fine-tune a model on a subject and write it to --output_dir."""
+    s = with_configuration(s)
     concepts, name, metric_names, plan = settle_beforehand(s)
     clear_environment()
     accelerator = make_accelerator(s, plan)
@@ -83,6 +84,8 @@ def train(s):
     accelerator.wait_for_everyone()  # all have looked for checkpoints before the first tidies up
     with new_output(s) if accelerator.is_main_process else contextlib.nullcontext(workplace(s)) as folder:
         subjects, views, run = prepare(s, name, concepts, plan, accelerator)
+        if run.hollow:
+            check_shared(folder, accelerator)
         if checkpoint:
             load_checkpoint(run, checkpoint)
         viewer = make_viewer(run, concepts, subjects, metric_names)

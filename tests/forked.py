@@ -2,7 +2,9 @@
 all that is slow."""
 
 import contextlib
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def work(folder, environment, task, arguments):
     """In the new process: words go to log.txt in `folder`."""
     os.chdir(folder)
+    os.environ.pop("PYTHONPATH", None)
     os.environ |= environment
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -26,11 +29,25 @@ def work(folder, environment, task, arguments):
     sys.exit(task(*arguments))
 
 
+@functools.cache
+def loaded():
+    """The context of a server that has imported this module, and forks from there. It passes over what it does not find, in silence, and
+    looks for it where PYTHONPATH says alone."""
+    context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    context.set_forkserver_preload(["forked"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ.update({"PYTHONPATH": before} if before else {})
+    return context
+
+
 def begin(folder, task, *arguments, **environment):
     """Start `task`, a function of some module; returns its multiprocessing.Process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked"])
-    process = context.Process(target=work, args=(str(folder), environment, task, arguments))
+    given = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    process = loaded().Process(target=work, args=(str(folder), given | environment, task, arguments))
     process.start()
     return process
 
@@ -68,8 +85,14 @@ def forget_repository():
 
 
 @contextlib.contextmanager
-def as_two():
-    """[{variable: value}] for two processes that are to train together, as torch's launcher sets them; the port is free."""
+def as_many(number):
+    """[{variable: value}] for processes that are to train together, as torch's launcher sets them; the port is free."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(2)]
+    yield [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(number)]
+
+
+def together(number, folder, task, *arguments):
+    """(exit status of each, what they said) of so many processes that do `task` together."""
+    with as_many(number) as environments:
+        return finish([begin(folder, task, *arguments, **each) for each in environments], folder)

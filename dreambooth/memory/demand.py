@@ -10,7 +10,9 @@ from dreambooth.methods.table import METHODS, has_class_images, parameter_groups
 from dreambooth.models.encoding import rows_of
 from dreambooth.models.quantized import BASES, in_fewer_bits
 from dreambooth.training.course import check_rates
+from dreambooth.training.levers import BYTES
 from dreambooth.training.precision import compute_as_precision_says, is_as_weights_are, is_bf16_throughout
+from dreambooth.training.shards import gathered_bytes
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Demand:
     frozen: int  # bytes of what lies beside them
     passes: int  # backward passes whose gradients add up to one step
     events: tuple
+    gathered: int = 0  # bytes of what a process has at most beside its shares, where the denoiser is split
 
 
 def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
@@ -67,10 +70,15 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
     frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
     if recipe.use_ema:
-        frozen += sum(p.nbytes for p in trained)
+        frozen += sum(p.numel() for p in trained) * BYTES[levers.weights]
     if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
         frozen += sum(p.numel() for p in hollow.denoiser.parameters()) * plan.dtype.itemsize
-    return Demand(tuple(tuple(p.shape) for p in trained), frozen, passes, tuple(events))
+    shapes = tuple(tuple(p.shape) for p in trained)
+    if not levers.shard:
+        return Demand(shapes, frozen, passes, tuple(events))
+    wider = BYTES["fp32"] / trained[0].itemsize  # shares of gradients are float32, whatever they were computed in
+    events = tuple((what, size * wider if what == "gradient" else size, stretch) for what, size, stretch in events)
+    return Demand(shapes, frozen, passes, events, gathered_bytes(models.family, hollow.denoiser, set(trained)))
 
 
 def hollow_models(s, models, plan, levers):
@@ -87,11 +95,11 @@ def hollow_models(s, models, plan, levers):
         part.to(torch.bfloat16 if levers.weights == "bf16" else torch.float32)
     for part in hollow.text_encoders[len(models.family.word_encoders):] if plan.precision != "no" else ():  # that never train
         part.to(torch.bfloat16)
-    if METHODS[s.method].is_adapter:
+    if METHODS[s.method].is_adapter or levers.shard:  # as it is gathered
         hollow.denoiser.to(plan.dtype)
     if plan.device.type == "cuda" and plan.precision != "no":
-        without = is_bf16_throughout(s, models.family, levers, plan.precision) or is_as_weights_are(s, models.family, plan.precision)
-        under_autocast = [] if without else [hollow.denoiser]
+        how = s, models.family, levers, plan.precision
+        under_autocast = [] if is_bf16_throughout(*how) or is_as_weights_are(*how) else [hollow.denoiser]
         normalize_in_float32([*under_autocast, *hollow.text_encoders])
     return hollow
 

@@ -8,15 +8,16 @@ from dreambooth.training.levers import BYTES
 from dreambooth.training.optimizers import state_sizes, step_copies
 
 
-def peak_of(demand, levers):
+def peak_of(demand, levers, sharing=1):
     """{"gradients", "step", "activations": bytes} where their sum is largest in the last backward pass of a step.
 
-    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor.
+    A layer going backward has the gradients of what it gave and took in hand, and works on a third such tensor. Of the weights'
+    gradients each of those `sharing` them keeps its share.
     """
     fused = levers.fused_backward
     kept = sum(size for what, size, stretch in demand.events
                if what == "kept" and (stretch is None or not levers.gradient_checkpointing))
-    total = sum(size for what, size, _ in demand.events if what != "kept")
+    total = sum(size for what, size, _ in demand.events if what != "kept") / sharing
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
     copies = step_copies(levers) * BYTES["fp32"] / BYTES[levers.weights] if fused else 0  # of a gradient's bytes
     gradients = total if demand.passes > 1 else 0  # those of the passes before
@@ -26,7 +27,7 @@ def peak_of(demand, levers):
             kept += size
             continue
         if what == "gradient in bf16" or (what == "gradient" and demand.passes == 1):
-            gradients += size
+            gradients += size / sharing
         peak = max(peak, (gradients, copies * size if what == "gradient" else 0, kept + in_hand), key=sum)
         if what == "kept":
             kept -= size
@@ -48,12 +49,16 @@ RESERVE = 0.3 * GIB  # workspaces of cuBLAS and cuDNN
 SLACK = 0.03  # of all else: what lies unused between tensors
 
 
-def estimate(demand, levers):
-    """{part: bytes} that a training takes at its peak."""
+def estimate(demand, levers, number=None):
+    """{part: bytes} that a training takes at its peak, in each of a `number` of processes; None: of as many as there are."""
+    number = number or processes()
+    sharing = number if levers.shard else 1
     per_weight = BYTES[levers.weights]
     states = state_sizes(demand.trained, levers)
     sizes = [math.prod(shape) for shape in demand.trained]
-    buffered = processes() > 1 and not levers.fused_backward  # processes exchange gradients in buffers of their own
-    parts = {"weights": per_weight * sum(sizes), "optimizer": max(states) if levers.offload_optimizer else sum(states),
-             "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers), "frozen": demand.frozen}
+    buffered = number > 1 and not levers.fused_backward and sharing == 1  # processes exchange gradients in buffers of their own
+    parts = {"weights": per_weight * sum(sizes) / sharing,
+             "optimizer": max(states) if levers.offload_optimizer else sum(states) / sharing,
+             "exchange": per_weight * sum(sizes) if buffered else 0, **peak_of(demand, levers, sharing),
+             "frozen": demand.frozen / sharing, "gathered": demand.gathered}
     return parts | {"reserve": RESERVE + SLACK * sum(parts.values())}

@@ -1,16 +1,17 @@
 """The memory plan: the first of the plans that fits."""
 
 import contextlib
+import dataclasses
 import math
 
 from dreambooth.base import GIB, UserError, default, processes, say, short_path
 from dreambooth.device import memory_limit, peak_memory
 from dreambooth.memory.demand import survey
 from dreambooth.memory.estimate import estimate
-from dreambooth.memory.plans import check_package, missing_package, plans
+from dreambooth.memory.plans import check_package, missing_package, objection, plans
 from dreambooth.training.checkpoints import checkpoints_in
 from dreambooth.training.course import Course
-from dreambooth.training.levers import flags_of
+from dreambooth.training.levers import Levers, flags_of, levers_by_hand
 from dreambooth.training.precision import is_bf16_throughout
 
 
@@ -20,6 +21,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
     Those that need a library which is not installed are passed over, and that is said.
     """
     limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
+    as_whole = math.inf  # the least of those before that split nothing
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
@@ -28,7 +30,8 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         limit = min(gather_object([limit]))
     told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, levers.base_precision, is_bf16_throughout(s, models.family, levers, plan.precision))
+        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard,
+                   is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as problem:  # a layer that has no stand-in
@@ -39,18 +42,41 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
             return rows[0]
         parts = estimate(demands[passing], levers)
         needed = sum(parts.values())
-        least = min(least, needed)
+        least, as_whole = min(least, needed), as_whole if levers.shard else min(as_whole, needed)
         if needed > limit:
             continue
         if not missing_package(levers):
             say_plan(levers, parts, limit, uninstalled)
+            say_division(levers, as_whole)
             return levers
         uninstalled = uninstalled or levers
     if uninstalled:
         check_package(uninstalled)
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
                     f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
-                    "flags that rule plans out")
+                    f"flags that rule plans out{more_gpus(s, models, subjects, recipe, resolution, plan, limit)}")
+
+
+SPLIT = Levers(gradient_checkpointing=True, split_batch=True, shard=True)  # the most frugal of the plans that split
+
+
+def more_gpus(s, models, subjects, recipe, resolution, plan, limit):
+    """The end of a sentence: over how many such GPUs the model could be split; "" if over none."""
+    levers = dataclasses.replace(SPLIT, **levers_by_hand(s), shard=True)
+    if s.shard is False or objection(s, models.family, levers, plan.precision):
+        return ""
+    told = frozen_conditioning(models, subjects, plan.device)
+    demand = survey(s, models, subjects, recipe, resolution, plan, levers, told)
+    fits = [number for number in (2, 4, 8, 16) if number > processes() and sum(estimate(demand, levers, number).values()) <= limit]
+    return f", or split it over {fits[0]} such GPUs (`accelerate launch --num_processes {fits[0]}`)" if fits else ""
+
+
+def say_division(levers, as_whole):
+    """Say whether several processes each train the whole model, or a share of it, and why: it would take `as_whole` bytes."""
+    why = "as asked" if as_whole == math.inf else f"whole it would take {as_whole / GIB:.2f} GiB"
+    if processes() > 1:
+        say(f"{processes()} processes: " + (f"the model is split over them (FSDP2), {why}." if levers.shard else
+                                            "each trains the whole model (DDP), which fits."))
 
 
 def frozen_conditioning(models, subjects, device):

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 
-from dreambooth.base import UserError
+from dreambooth.base import UserError, processes
 from dreambooth.device import memory_limit, missing_compiler
 from dreambooth.methods.table import METHODS
 from dreambooth.mishaps import check_import
@@ -14,10 +14,24 @@ from dreambooth.training.optimizers import OPTIMIZERS
 
 def objection(s, family, levers, precision):
     """Why these levers cannot be used together, or None."""
-    optimizer, fused, half = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16"
+    optimizer, fused, half, split = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16", levers.shard
     is_quantized = levers.base_precision != "bf16"
     means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
+        (split and precision == "fp16", "--shard: fp16 gradients are checked all together; give --mixed_precision bf16 or no"),
+        (split and fused, "--shard: gradients are split, not freed one by one; leave out --fused_backward"),
+        (split and levers.optimizer != "adamw",
+         f"--shard: --optimizer {levers.optimizer} would not see a tensor whole; leave it out, AdamW's is split, too"),
+        (split and is_quantized,
+         f"--shard: weights of --base_precision {levers.base_precision} cannot be split; leave one out"),
+        (split and s.train_text_encoder, "--shard: the denoiser alone is split; leave out --train_text_encoder"),
+        (split and METHODS[s.method].adds_words,
+         f"--shard: the denoiser alone is split, and --method {s.method} trains new words; leave one out"),
+        (split and s.prior == "frozen" and not METHODS[s.method].is_adapter,
+         "--shard: --prior frozen would keep a whole copy of the model in each process; leave one out, or train a LoRA"),
+        (split and s.select_best, "--shard: --select_best keeps whole weights; leave one out"),
+        (split and s.compile, "--shard: not tried with --compile; leave one out"),
+        (split and s.channels_last, "--shard: shares have no --channels_last; leave one out"),
         (fused and s.gradient_accumulation_steps > 1,
          "--fused_backward: it steps and frees gradients at once, none accumulate; leave out --gradient_accumulation_steps"),
         (fused and levers.split_batch,
@@ -95,6 +109,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers(split_batch=True),
     Levers(gradient_checkpointing=True),
     Levers(gradient_checkpointing=True, split_batch=True),
+    Levers(gradient_checkpointing=True, shard=True),  # where several processes train
+    Levers(gradient_checkpointing=True, split_batch=True, shard=True),
     Levers(gradient_checkpointing=True, split_batch=True, base_precision="int8"),
     Levers(gradient_checkpointing=True, split_batch=True, base_precision="nf4"),
     Levers(gradient_checkpointing=True, fused_backward=True),
@@ -110,4 +126,5 @@ PLANS = (  # from the fastest to the most frugal
 def plans(s, family, plan):
     """Those of PLANS that can be had, with what was set by hand as it was set."""
     rows = dict.fromkeys(dataclasses.replace(row, **levers_by_hand(s)) for row in PLANS)
-    return [row for row in rows if not objection(s, family, row, plan.precision) and (row.base_precision != "nf4" or plan.device.type == "cuda")]
+    return [row for row in rows if not objection(s, family, row, plan.precision) and (processes() > 1 or not row.shard)
+            and (row.base_precision != "nf4" or plan.device.type == "cuda")]

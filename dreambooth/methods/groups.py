@@ -18,9 +18,19 @@ class ParameterGroup:
     finish: typing.Callable = lambda: None  # what to do once training is over
 
 
+def trained_parameters(groups):
+    """{name: parameter} of everything that trains."""
+    return {f"{group.name}.{i}": parameter for group in groups for i, parameter in enumerate(group.parameters)}
+
+
 def trained_tensors(groups):
-    """{name: tensor} of everything that trains."""
-    return {f"{group.name}.{i}": parameter.data for group in groups for i, parameter in enumerate(group.parameters)}
+    """{name: tensor} of everything that trains; of what is split over processes this one's share."""
+    return {name: own_share(parameter.data) for name, parameter in trained_parameters(groups).items()}
+
+
+def own_share(tensor):
+    """What this process has of a tensor: all of it, but where the model is split over processes."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def check_sound(groups, model):

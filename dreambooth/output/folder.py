@@ -174,7 +174,7 @@ def is_complete(s, given):
     record = read_record(s.output_dir)
     made, ours = record.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(s)))
     if any(made.get(key) != value for key, value in ours.items()
-           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir",
+           if key not in ("resume", "overwrite", "checkpointing_steps", "checkpoints_total_limit", "cache_dir", "logging_dir", "shard",
                           "push_to_hub", "hub_model_id", "samples", "export_precision")):
         return False
     if not isinstance(record.get("given"), dict):

@@ -10,10 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dreambooth.base import UserError, say, short_path
-from dreambooth.files import file_digest, renamed_when_complete, save_tensors
-from dreambooth.methods.groups import check_finite, trained_tensors
+from dreambooth.files import file_digest, hidden_name, renamed_when_complete, save_tensors
+from dreambooth.methods.groups import check_finite, own_share, trained_parameters, trained_tensors
 from dreambooth.training.origin import check_origin, shaping_flags
 from dreambooth.training.run import best_of
+from dreambooth.training.shards import load_shares, save_shares, share_like
 from dreambooth.training.state import flatten_state, give_state, restore_state
 
 TENSORS_FILE, STATE_FILE = "training.safetensors", "state.json"
@@ -38,13 +39,19 @@ def read_state(path):
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         own = state.pop("state_sha256", None)
-        whole = own in (None, state_digest(state)) and state["sha256"] == file_digest(path / TENSORS_FILE) and is_whole_state(state)
+        whole = own in (None, state_digest(state)) and state["sha256"] == tensors_digest(path) and is_whole_state(state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"--resume {short_path(path)}: this checkpoint is missing or damaged; give another, or start without "
                         f"--resume")
     return state
+
+
+def tensors_digest(folder):
+    """sha256 of the one file of a checkpoint's tensors; where each process wrote its shares, of the digests of all these files."""
+    digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def state_digest(state):
@@ -92,23 +99,35 @@ def find_checkpoint(s, folder):
 def write_checkpoint(run, folder):
     """Write folder/checkpoints/step-N, whole or not at all, and delete those beyond --checkpoints_total_limit."""
     check_finite(run.groups)
-    if run.accelerator.is_main_process:
+    path, is_main = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}", run.accelerator.is_main_process
+    with renamed_when_complete(path) if is_main else contextlib.nullcontext(hidden_name(path)) as new:
+        run.accelerator.wait_for_everyone()  # the folder is there
         optimizer = run.optimizer.state_dict()
-        moments, numbers = flatten_state(optimizer["state"])
-        tensors = trained_tensors(run.groups) | moments | {f"average.{i}": average for i, average in enumerate(run.averages)}
-        path = Path(folder) / "checkpoints" / f"step-{len(run.history):06d}"
-        with renamed_when_complete(path) as new:
+        tensors, numbers = tensors_of(run, optimizer)
+        if run.hollow:
+            save_shares(tensors, new)
+        elif is_main:
             save_tensors(tensors, new / TENSORS_FILE)
+        if is_main:
             scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
             state = {"origin": run.origin, "history": run.history, "scores": run.scores,
                      "optimizer": optimizer["param_groups"], "optimizer_numbers": numbers, "scaler": scaler,
-                     "sha256": file_digest(new / TENSORS_FILE)}
+                     "processes": run.accelerator.num_processes, "sha256": tensors_digest(new)}
             # torchao keeps its learning rate in a tensor
             text = json.dumps(state | {"state_sha256": state_digest(state)}, default=float)
             (new / STATE_FILE).write_text(text, encoding="utf-8")
+    if is_main:
         for old in (*checkpoints_in(folder)[:-run.s.checkpoints_total_limit], *path.parent.glob(".step-*")):
             discard(old)
     run.accelerator.wait_for_everyone()
+
+
+def tensors_of(run, optimizer):
+    """({name: tensor}, {name: number}) of what a checkpoint holds: weights, their averages, and an optimizer's state_dict()."""
+    parameters = trained_parameters(run.groups)
+    moments, numbers = flatten_state(optimizer["state"])
+    averages = {f"average.{i}": share_like(*pair) for i, pair in enumerate(zip(run.averages, parameters.values()))}
+    return {name: parameter.data for name, parameter in parameters.items()} | moments | averages, numbers
 
 
 def discard(checkpoint):
@@ -121,20 +140,19 @@ def discard(checkpoint):
 
 def load_checkpoint(run, path):
     """Put weights, optimizer, schedule and history of a checkpoint into `run`. UserError if they came about otherwise."""
-    from safetensors.torch import load_file
-
     state = read_state(path)
     check_origin(path, state, run.origin)
     done = len(state["history"])
     if done > run.course.steps:
         raise UserError(f"--resume {short_path(path)}: it has {done} steps already; give --steps of at least that")
     try:
-        restore(run, load_file(path / TENSORS_FILE), state)
+        restore(run, read_tensors(run, path), state)
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         if "out of memory" in str(problem):
             raise
         raise UserError(f"--resume {short_path(path)}: this checkpoint is damaged, or of another version of this program "
                         f"({' '.join(str(problem).split())[:200]}); start without --resume") from None
+    tell_processes(run, path, state.get("processes"))
     run.lr_scheduler.last_epoch = done
     run.history.extend(state["history"])
     if state["scores"] and best_file(path.parent.parent, best_of(state["scores"])["step"]).is_file():
@@ -144,13 +162,32 @@ def load_checkpoint(run, path):
     say(f"Going on after step {done} of {run.course.steps}, from {short_path(path)}.")
 
 
+def tell_processes(run, path, before):
+    """Say where a checkpoint was written by another number of processes than go on from it."""
+    now, each = run.accelerator.num_processes, run.s.train_batch_size * run.s.gradient_accumulation_steps
+    if before not in (None, now):
+        say(f"Note: {short_path(path)} is of {before} processes, and there are {now} now: from here a step sees {now * each} "
+            f"photos instead of {before * each}, and other noise.")
+
+
+def read_tensors(run, path):
+    """{name: tensor} of a checkpoint, whoever wrote it; of what is split in this run its shares."""
+    from safetensors.torch import load_file
+
+    if not run.hollow and (path / TENSORS_FILE).is_file():
+        return load_file(path / TENSORS_FILE)
+    named = trained_parameters(run.groups)
+    numbered = list(named.values())
+    return load_shares(path, lambda name: named[name] if name in named else numbered[int(name.split(".")[1])])
+
+
 def restore(run, saved, state):
     """Put the tensors and the optimizer's state of a checkpoint into `run`."""
     import torch
 
     averages = {f"average.{i}": average for i, average in enumerate(run.averages)}
     for name, tensor in {**trained_tensors(run.groups), **averages}.items():
-        tensor.copy_(saved.pop(name))
+        tensor.copy_(own_share(saved.pop(name)))
     param_groups = [{key: torch.tensor(value) if torch.is_tensor(group.get(key)) else value for key, value in old.items()}
                     for group, old in zip(run.optimizer.param_groups, state["optimizer"])]
     run.optimizer.load_state_dict({"state": {}, "param_groups": param_groups})

@@ -17,6 +17,7 @@ class Levers:
     fused_backward: bool = False
     offload_optimizer: bool = False
     base_precision: str = "bf16"
+    shard: bool = False
 
 
 def levers_by_hand(s):

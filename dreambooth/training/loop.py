@@ -19,6 +19,7 @@ from dreambooth.training.reports import REPORT_EVERY, loss_writer, report_losses
 from dreambooth.training.run import ema_decay
 from dreambooth.training.samples import view
 from dreambooth.training.selection import keep_best
+from dreambooth.training.shards import whole
 from dreambooth.training.signals import deferred_stop, stop_agreed
 
 COUNTED_ON_CPU = ("prompt", "is_class")  # of a batch: what is counted there does not wait for the GPU
@@ -100,7 +101,7 @@ def clip_gradients(run):
 
     run.accelerator.unscale_gradients(run.optimizer)
     limit = run.s.max_grad_norm or math.inf
-    norms = run.spent or [torch.nn.utils.clip_grad_norm_(group.parameters, limit) for group in run.groups]
+    norms = run.spent or [whole(torch.nn.utils.clip_grad_norm_(group.parameters, limit)) for group in run.groups]
     norm = torch.stack(norms).norm()
     run.spent.clear()
     return norm

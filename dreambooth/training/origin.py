@@ -18,7 +18,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
-              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "compile", "channels_last",
+              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "compile", "channels_last",
               "lr_scheduler", "use_ema", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
@@ -26,6 +26,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
                      "fused_backward")
 WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
+ANY = "any"  # number of processes: what was split goes on in any
 COUNTED = {"photos": "photos, their captions or masks", "class images": "class images"}
 
 
@@ -38,7 +39,7 @@ def shaping_flags(s):
 def origin_of(s, course, groups, fingerprint, pictures, processes):
     """{what: value} that a resumed training must have in common with the one it goes on from."""
     origin = {"the base model": fingerprint, "the photos or class images": pictures, **shaping_flags(s),
-              "the number of processes": processes}
+              "the number of processes": ANY if course.levers.shard else processes}
     decided = decisions(course, groups)
     origin |= {f"the {key.replace('_', ' ')}": decided[key] for key in SHAPING_DECISIONS}
     if not course.lr_scheduler.startswith("constant") or any(group.until < 1 for group in groups):
@@ -87,6 +88,8 @@ def differences(made, ours):
 def check_origin(path, state, origin):
     """Raises UserError, naming every difference, unless what was trained so far came about as `origin` says."""
     now = json.loads(json.dumps(origin))
+    if ANY in (now.get("the number of processes"), state["origin"].get("the number of processes")):
+        now.pop("the number of processes", None)
     if differences := [f"{key} ({state['origin'].get(key)}, now {value})" if len(str(value)) < 40 else key
                        for key, value in now.items() if state["origin"].get(key) != value]:
         raise UserError(f"--resume {short_path(path)}: it was made with other settings: {', '.join(differences)}; give the same, "

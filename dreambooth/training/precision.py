@@ -9,9 +9,10 @@ def is_bf16_throughout(s, family, levers, precision):
     """Whether the denoiser computes as compute_in_bf16() has it, rather than under autocast.
 
     Not where copies of float32 weights would have to outlast the forward pass, as it is recomputed, or would hold gradients
-    together that are to be freed one by one. DoRA's magnitudes need float32.
+    together that are to be freed one by one, nor where a split denoiser's are gathered as bf16 (see shards.py). DoRA's magnitudes
+    need float32.
     """
-    is_frugal = levers.gradient_checkpointing or levers.fused_backward
+    is_frugal = levers.gradient_checkpointing or levers.fused_backward or levers.shard
     return family.bf16_throughout and precision == "bf16" and not s.use_dora and (levers.weights == "bf16" or not is_frugal)
 
 
@@ -19,17 +20,17 @@ def compute_as_precision_says(s, family, levers, precision, denoiser):
     """Have a denoiser compute in bf16 from end to end where it may; elsewhere autocast sees to each operation."""
     if is_bf16_throughout(s, family, levers, precision):
         compute_in_bf16(denoiser, family.last_layers(denoiser))
-    elif is_as_weights_are(s, family, precision):
+    elif is_as_weights_are(s, family, levers, precision):
         compute_as_weights_are(denoiser)
 
 
-def is_as_weights_are(s, family, precision):
+def is_as_weights_are(s, family, levers, precision):
     """Whether the denoiser computes as compute_as_weights_are() has it."""
-    return family.comes_late and precision == "bf16" and METHODS[s.method].is_adapter
+    return precision == "bf16" and (levers.shard or family.comes_late and METHODS[s.method].is_adapter)
 
 
 def compute_as_weights_are(denoiser, dtype=None):
-    """Have a frozen denoiser in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
+    """Have a denoiser with weights in bf16 (or `dtype`), or in fewer bits, compute as its pipeline does when it draws, without autocast.
 
     What is in float32, as a LoRA is, casts what comes and goes by itself. Times stay in float32, all else is cast on its way in.
     """

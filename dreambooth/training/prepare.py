@@ -13,6 +13,7 @@ from dreambooth.training.fused import fuse_backward
 from dreambooth.training.optimizers import OPTIMIZERS, moment_options
 from dreambooth.training.precision import compute_as_precision_says
 from dreambooth.training.run import Run
+from dreambooth.training.shards import gather, on_device, split
 from dreambooth.training.untouched import make_untouched, untouched_copy
 
 
@@ -24,7 +25,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     trains_text = any(t in training for t in models.text_encoders)
     from_the_model = bool(cache.class_images) and not has_class_images(s)  # what the class is to be
     encoded = None if trains_text and not from_the_model else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
-    bring(s, models, groups, levers, device)
+    hollow = bring(s, models, groups, course, device)
     copied = from_the_model and not METHODS[s.method].is_adapter
     twin = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
     compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
@@ -43,27 +44,30 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     noise = models.family.noise(s, models.pipeline, course.resolution)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
     return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
-               origin, averages, untouched or None)
+               origin, averages, untouched or None, hollow)
 
 
-def bring(s, models, groups, levers, device):
+def bring(s, models, groups, course, device):
     """Have what trains in its precision, on the device: no larger than it will be, and before there is an optimizer, which looks at
-    where the parameters are."""
+    where the parameters are. Returns what split() does if the denoiser is to be split, else None."""
     import torch
 
+    levers = course.levers
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.requires_grad_(True)
         parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[levers.weights])
+    hollow = split(s, models.family, models.denoiser, groups, course.precision, device) if levers.shard else None
     for module in (module for group in groups for module in group.modules):
-        module.to(device).train()
+        on_device(module, device).train()
     if s.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
+    return hollow
 
 
 def wrapped(models, training, levers, accelerator):
     """(Models whose parts are ready for precision and processes, those of them that train). Text encoders at rest stay as they are."""
-    def prepared(module):  # what does not train only passes gradients on, and a fused step averages them by itself
-        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or module not in training)
+    def prepared(module):  # what does not train only passes gradients on; a fused step, or a split model, averages them by itself
+        return accelerator.prepare_model(module, evaluation_mode=levers.fused_backward or levers.shard or module not in training)
     trains_text = any(part in training for part in models.text_encoders)
     parts = [models.denoiser, *models.text_encoders]
     ready = [prepared(part) if trains_text or part is models.denoiser else part for part in parts]
@@ -148,13 +152,16 @@ def set_checkpointing(models, groups):
 
 
 def unwrap(run):
-    """Make ordinary modules of what trained, and forget what training alone needs.
+    """Make ordinary modules of what trained, and forget what training alone needs. What was split the first process has whole.
 
     accelerate's own unwrap_model would strip transformers' wrappers of forward together with its autocast.
     """
     import torch
 
     pipeline = run.models.pipeline
+    if run.hollow:
+        gather(run.models.denoiser, run.hollow, run.accelerator.is_main_process)
+        pipeline.register_modules(**{run.models.family.denoiser: run.hollow})
     for module in (run.models.family.denoiser_of(pipeline), *text_encoders_of(pipeline).values()):
         module.eval()
         for name in ("forward", "_original_forward"):

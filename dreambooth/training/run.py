@@ -32,6 +32,7 @@ class Run:
     origin: dict  # what a resumed training must have in common with this one
     averages: list  # of each tensor that trains, in their order; empty without --use_ema
     untouched: typing.Any = None  # the model as it was, whose predictions are the class's targets; None with class images
+    hollow: typing.Any = None  # of a denoiser that is split, what it is gathered in when it is trained
     history: list = dataclasses.field(default_factory=list)  # per step (instance loss, prior loss or None, gradient norm)
     scores: list = dataclasses.field(default_factory=list)  # what --select_best found: {"step", "dino", "clip_t", "score"}
 

@@ -23,6 +23,7 @@ from dreambooth.training.course import sample_interval
 from dreambooth.training.levers import Levers
 from dreambooth.training.run import averaged
 from dreambooth.training.selection import SEEDS_SEEN, save_best, score_samples
+from dreambooth.training.shards import on_device
 
 SCORED_PROMPTS = slice(0, None, 7)  # of the 25: four, from all parts of the list
 
@@ -85,7 +86,10 @@ def ready_to_draw(run):
     before = [(part, part.device, part.training) for part in parts]
     for part in parts:
         part.eval()
-    if run.course.levers == Levers():
+    if run.course.levers.shard:
+        for part in parts:
+            on_device(part, device)
+    elif run.course.levers == Levers():
         placed(pipeline, device)
     else:
         say_once("Samples: the parts of the model take turns, as memory is to be saved.")
@@ -96,12 +100,13 @@ def ready_to_draw(run):
     finally:
         pipeline.remove_all_hooks()
         for part, place, training in before:
-            part.to(place).train(training)
+            on_device(part, place).train(training)
 
 
 def view(run, folder, viewer, writer):
-    """Have the first process draw samples of the weights, or of their running average; the others wait."""
-    if run.accelerator.is_main_process:
+    """Have the first process draw samples of the weights, or of their running average; the others wait, or draw the same if each
+    has but a share of the weights."""
+    if run.accelerator.is_main_process or run.course.levers.shard:
         with averaged(run):
             draw_view(run, folder, viewer, writer)
     run.accelerator.wait_for_everyone()
@@ -115,6 +120,8 @@ def draw_view(run, folder, viewer, writer):
         pictures = list(draw(pipeline, jobs, steps=s.num_inference_steps, height=viewer.side, width=viewer.side,
                              guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size,
                              title=f"samples of step {done}", models=run.models))
+    if not run.accelerator.is_main_process:
+        return
     place = folder / "samples" / f"step-{done:06d}"
     place.mkdir(parents=True, exist_ok=True)
     for (prompt, seed), picture in zip(jobs, pictures):

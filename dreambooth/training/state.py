@@ -1,16 +1,19 @@
 """An optimizer's state as plain tensors and numbers, and back, whatever the optimizer."""
 
+from dreambooth.training.shards import is_share
+
+
 def flatten_state(state):
     """({name: tensor}, {name: number}) of the states {parameter: {key: tensor or number}} of any optimizer.
 
-    A quantized tensor becomes the plain ones it is made of.
+    A quantized tensor becomes the plain ones it is made of; a split one stays as it is.
     """
     tensors, numbers = {}, {}
     named = {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
     for name, value in named.items():
         if not hasattr(value, "shape"):
             numbers[name] = value
-        elif hasattr(value, "__tensor_flatten__"):
+        elif hasattr(value, "__tensor_flatten__") and not is_share(value):
             tensors |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
         else:
             tensors[name] = value

@@ -82,6 +82,7 @@ class Family:
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
     class_steps = 20, 20
     class_sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
+    blocks = ()  # classes of what is split over processes block by block, if not those that diffusers splits by
     lora_targets = {}  # {--lora_target: how the names of layers end, or a pattern of whole names}
     room_to_draw = 2.2 * GIB  # beside the denoiser's weights, for a picture of 1024 px in bf16; mostly the autoencoder's
     side_of_its_own = 1024  # pixels, where no config says

@@ -34,6 +34,7 @@ class Flux2Klein(Family):
     guidance = class_guidance = 4.0
     takes_negatives = False
     lora_layers = NAMES_OF_FLUX2
+    blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock", "Flux2Modulation")
     lora_targets = {"attention": ATTENTION_OF_FLUX2, "attention+ff": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}",
                     "all": f"{ATTENTION_OF_FLUX2}|{REST_OF_FLUX2}|{SHARED_OF_FLUX2}"}
     # diffusers' example trains a LoRA of 500 steps at 1e-4; the rate of full training is other trainers'. Neither was measured here.
