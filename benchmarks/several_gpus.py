@@ -16,11 +16,11 @@ from flow_models import FLOWS, flow_models
 
 from dreambooth.arguments import parse_settings
 from dreambooth.base import GIB, default
-from dreambooth.device import Plan
+from dreambooth.device import AUTO, Plan
 from dreambooth.memory import plans as memory_plans
 from dreambooth.memory.demand import Demand, hollow_models, survey
 from dreambooth.memory.estimate import estimate
-from dreambooth.memory.plans import AUTO, plans
+from dreambooth.memory.plans import plans
 from dreambooth.methods.table import parameter_groups
 from dreambooth.models.quantized import BASES, in_fewer_bits
 from dreambooth.subjects.words import Subject
