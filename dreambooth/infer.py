@@ -9,6 +9,7 @@ from dreambooth.base import UserError, default, say
 from dreambooth.device import machine_name, plan_device
 from dreambooth.drawing.draw import draw_pictures, placed
 from dreambooth.drawing.pipeline import find_base, load_trained
+from dreambooth.drawing.start import start_of
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
@@ -38,6 +39,7 @@ def infer(s):
 
     plan = plan_device(s)
     pipeline = placed(load_trained(s, base, trained, adapters, plan.dtype), plan.device)
+    start = start_of(s, base, trained, adapters, pipeline, plan)
     check_length(pipeline, prompts)
     side = record.get("used", {}).get("resolution")
     width, height = (side, side) if side else own_size(pipeline)
@@ -56,7 +58,7 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, width), default(s.height, height)))
+                         (default(s.width, width), default(s.height, height)), start=start)
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 

@@ -9,6 +9,7 @@ from dreambooth.base import say, slug
 from dreambooth.decode import load_image
 from dreambooth.drawing.draw import draw, placed, sampling_settings
 from dreambooth.drawing.pipeline import load_trained
+from dreambooth.drawing.start import start_of
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
 from dreambooth.files import whole_file
 from dreambooth.images import load_square, png_parameters
@@ -30,10 +31,11 @@ def draw_candidate(s, candidate, plan):
     """
     started = time.monotonic()
     pipeline = placed(load_trained(s, candidate.base, candidate.trained, [], plan.dtype), plan.device)
+    start = start_of(s, candidate.base, candidate.trained, [], pipeline, plan)
     model_hash = take_apart(candidate.name, pipeline).fingerprint[:10]
     side = (candidate.trained.record.get("used", {}).get("resolution")
             or min(own_size(pipeline)))
-    look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
+    look = {**sampling_settings(s, pipeline, start), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
     missing = []
     for trial in candidate.trials:
         folder = candidate.folder / trial.subject.name
@@ -46,14 +48,14 @@ def draw_candidate(s, candidate, plan):
     say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
         + (f"; drawing {len(missing)}." if missing else "."))
     if missing:
-        draw_missing(s, pipeline, missing, side)
+        draw_missing(s, pipeline, missing, side, start)
     return model_hash, len(missing), time.monotonic() - started
 
 
-def draw_missing(s, pipeline, missing, side):
+def draw_missing(s, pipeline, missing, side, start):
     """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
     drawn = draw(pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size)
+                 width=side, guidance_scale=guidance_scale(s, pipeline), batch_size=s.sample_batch_size, start=start)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)

@@ -75,6 +75,7 @@ class Family:
     recipes = {}  # {method: Recipe}
     guidance = 1.0
     class_guidance = 1.0
+    subject_start = 0.0  # how much of a picture the untouched model draws where nobody says how much
     takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
