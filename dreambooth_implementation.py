@@ -1622,6 +1622,9 @@ class Settings:
     prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
                                                      "for one of several; repeatable", shown="the subject on the moon")
     lora_scale: float = _field("infer", 1.0, "strength of the LoRA in --model_path", minimum=0)
+    subject_start: float | None = _field(
+        "infer+evaluate", None, "share of the denoising steps that the model as it was before training takes first, told the prompt "
+        "without the subject's word: more of the prompt, and pictures that differ more", minimum=0, maximum=1, shown="0")
     adapter: list[str] | None = _field("infer", None, "another LoRA or embedding to add, as PATH or PATH=STRENGTH: an "
                                                       "output of --train or a .safetensors file; repeatable", shown="none")
     negative_prompt: str = _field("infer", "", "what not to draw")
@@ -3462,6 +3465,7 @@ class Family:
     guidance = 1.0
     class_guidance = 1.0
     unguided = 1.0  # the guidance that is none, and lets negative prompts have no effect
+    subject_start = 0.0  # how much of a picture the untouched model draws where nobody says how much
     takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
@@ -6264,10 +6268,11 @@ def saves_of(s):
 # Knows nothing of subjects or training.
 
 
-def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing", models=None):
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing", models=None,
+         start=None):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
-    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there.
+    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there. A Start begins the pictures.
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
     Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
@@ -6275,7 +6280,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look,
+                         start)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
     for picture, (prompt, _) in zip(itertools.chain.from_iterable(drawn), jobs):
         if is_flat(picture):
@@ -6300,25 +6306,23 @@ def check_weights(pipeline):
                             f"nothing; give another copy of the model, or another model")
 
 
-def draw_batches(pipeline, jobs, size, may_halve, told, look):
+def draw_batches(pipeline, jobs, size, may_halve, told, look, start=None):
     """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
     threads = threads_that_help(pipeline.device)
-    start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
-    while start < len(jobs):
-        prompts, seeds = zip(*jobs[start:start + size])
+    done, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
+    while done < len(jobs):
+        prompts, seeds = zip(*jobs[done:done + size])
         try:
-            pictures = called(
-                pipeline, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told(prompts), **look,
-                **counting(threads, len(prompts))).images
+            pictures = draw_batch(pipeline, prompts, seeds, told, look, start, threads)
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
             if not (can_halve or all_there):
                 raise
         if pictures:
             yield pictures
-            start += size
+            done += size
             continue
         pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
         pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
@@ -6328,6 +6332,18 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
         else:
             take_turns(pipeline, pipeline.device)
             all_there = False
+
+
+def draw_batch(pipeline, prompts, seeds, told, look, start, threads):
+    """The pictures of these prompts, each with the noise of its seed."""
+    import torch
+
+    def call(pipeline, prompts, **options):
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return called(pipeline, generator=noise, **told(prompts), **look, **options).images
+    total = look["num_inference_steps"]
+    with start.begun(pipeline, total, prompts, call) if start else contextlib.nullcontext():
+        return call(pipeline, prompts, **counting(threads, len(prompts), start.steps(total) if start else 0))
 
 
 def prompts_given(pipeline, models, scale, negative_prompt):
@@ -6361,13 +6377,14 @@ def called(pipeline, **options):
                         f"another of its configs, is damaged or of another model") from None
 
 
-def counting(threads, pictures):
-    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures."""
+def counting(threads, pictures, begun=0):
+    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures, but
+    for those that are `begun`, of which nothing is computed."""
     if threads is None:
         return {}
 
     def count(pipeline, number, timestep, tensors):
-        threads.lap(pictures)
+        threads.lap(pictures) if number >= begun else threads.start()
         return tensors
     threads.start()
     return {"callback_on_step_end": count}
@@ -6401,17 +6418,17 @@ def take_turns(pipeline, device):
     pipeline.enable_model_cpu_offload(device=device)
 
 
-def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None):
+def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None, start=None):
     """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
 
     `model` is what the pictures' text chunks say of the model, `size` is (width, height).
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline)
+    guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline, start)
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
-                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt, models=models)
+                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt, models=models, start=start)
     for picture, (prompt, seed) in zip(drawn, jobs):
         settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
         lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
@@ -6421,10 +6438,10 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None)
                         "\n".join([*prompts, *negative, f"Seeds: {seeds[0]} to {seeds[-1]}, {common | model}"]))
 
 
-def sampling_settings(s, pipeline):
+def sampling_settings(s, pipeline, start=None):
     """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
     return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-            "CFG scale": guidance_scale(s, pipeline)}
+            "CFG scale": guidance_scale(s, pipeline)} | (start.note if start else {})
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6844,6 +6861,162 @@ def size_of(denoiser, precision, dtype):
     fewer = in_fewer_bits(denoiser, precision)
     rest = sum(weight.numel() for weight in denoiser.parameters() if weight not in fewer) * dtype.itemsize
     return rest + sum(weight.numel() for weight in fewer) * (BASES[precision].bytes_per_weight or 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# drawing/start: Pictures that the untouched model begins and the trained one ends: --subject_start.
+#
+# The first denoising steps settle where things are, what surrounds them and in which colours; the later ones what they look like. A
+# model that was trained on a few photos knows the latter of its subject, and has lost something of the former. So the model as it was
+# before takes the first steps, told the prompt without the subject's word, and the trained one the rest.
+#
+# No step is computed twice, and nothing has to be known of how a pipeline works: the untouched one is called first, and what its
+# denoiser puts out is kept; then the trained one is called, whose denoiser answers with that for so many steps.
+
+
+@dataclass(frozen=True)
+class Start:
+    """How pictures begin."""
+
+    share: float  # of the denoising steps
+    untouched: typing.Any  # the pipeline that begins them; None: the one that ends them, without what stands beside its weights
+    subjects: tuple  # whose words the untouched model does not know
+
+    @property
+    def note(self):
+        """What a picture's text chunk says of it."""
+        return {"Subject start": f"{self.share:g}"}
+
+    def plain(self, prompt):
+        """A prompt as the untouched model is told it."""
+        return functools.reduce(without_word, self.subjects, prompt)
+
+    def steps(self, total):
+        """How many of `total` steps the untouched model takes."""
+        return round(self.share * total)
+
+    @contextlib.contextmanager
+    def begun(self, pipeline, total, prompts, call):
+        """Within the block, the first of `total` steps of a call of `pipeline` are those of the untouched model.
+
+        `call(pipeline, prompts, **options)` calls one of the two with these prompts and the noise of the pictures to be.
+        """
+        if not (count := self.steps(total)):
+            yield
+            return
+        with beside_off(pipeline) if self.untouched is None else contextlib.nullcontext():
+            outputs = first_outputs(default(self.untouched, pipeline), count if count < total else None, list(map(self.plain, prompts)), call)
+        with answering(family_of(pipeline).denoiser_of(pipeline), outputs):
+            yield
+
+
+def first_outputs(pipeline, count, prompts, call):
+    """What a pipeline's denoiser puts out, call by call, in the first `count` steps of drawing, or in all."""
+    outputs = []
+
+    def stop(pipeline, number, timestep, tensors):
+        pipeline._interrupt = number + 1 == count  # as diffusers has it; the pipeline itself resets it
+        return tensors
+    hook = family_of(pipeline).denoiser_of(pipeline).register_forward_hook(lambda module, given, output: outputs.append(output))
+    try:
+        call(pipeline, prompts, output_type="latent", callback_on_step_end=stop)
+    finally:
+        hook.remove()
+    return outputs
+
+
+@contextlib.contextmanager
+def answering(denoiser, outputs):
+    """Within the block, a denoiser answers its first calls with `outputs`, one each."""
+    compute, own, left = denoiser.forward, vars(denoiser).get("forward"), iter(outputs)
+
+    def forward(*given, **named):
+        output = next(left, None)
+        return compute(*given, **named) if output is None else output
+    denoiser.forward = forward
+    try:
+        yield
+    finally:
+        del denoiser.forward
+        if own is not None:  # such as of what moves parts to the GPU when it is their turn
+            denoiser.forward = own
+
+
+@contextlib.contextmanager
+def beside_off(pipeline):
+    """Within the block, a pipeline is without the LoRAs that stand beside its weights, if there are any."""
+    parts = [family_of(pipeline).denoiser_of(pipeline), *text_encoders_of(pipeline).values()]
+    if not any(getattr(part, "peft_config", None) for part in parts):
+        yield
+        return
+    pipeline.disable_lora()
+    try:
+        yield
+    finally:
+        pipeline.enable_lora()
+
+
+def without_word(prompt, subject):
+    """A prompt of a subject's class instead of it: "a phol owl on the moon" is "an owl on the moon"."""
+    noun, article = (of(subject.class_prompt) if subject.class_prompt else "" for of in (noun_of, article_of))
+    if not subject.identifier:
+        return prompt
+    word = rf"(?<!\w){re.escape(subject.identifier)}(?!\w)" + (rf"(?: {re.escape(noun)}(?!\w))?" if noun else " ?")
+    return re.sub(rf"(\ban? )?{word}", lambda found: f"{article} {noun}".strip() if found[1] else noun, prompt, flags=re.IGNORECASE)
+
+
+def begun_as(s, base, subjects, prompts):
+    """Prompts as the untouched model is told them, where it begins the pictures of the model at `base`."""
+    share = default(s.subject_start, family_at(base, "--model_path").subject_start)
+    return [functools.reduce(without_word, subjects, prompt) for prompt in prompts] if share else []
+
+
+def start_of(s, base, trained, adapters, pipeline, plan):
+    """The Start of pictures of a loaded pipeline with everything in it, by --subject_start or as its family has it; None for none.
+
+    UserError, or a line where nobody asked for it, if the model that was trained on is not at hand.
+    """
+    share = default(s.subject_start, family_of(pipeline).subject_start)
+    learnt = [each for each in (trained, *(each for each, _ in adapters)) if each.is_adapter or each.record]
+    if not learnt and s.subject_start:
+        say(f"Note: --subject_start {share:g} changes nothing: {trained.source} has no record of a training.")
+    if not (share and learnt):
+        return None
+    try:
+        untouched = another_pipeline(base, trained, adapters, plan.dtype)
+    except UserError as problem:
+        if s.subject_start is not None:
+            raise
+        say(f"Note: {problem}; so the trained model draws all by itself.")
+        return None
+    return Start(share, untouched and placed(untouched, plan.device), tuple(subject for each in learnt for subject in each.subjects))
+
+
+def another_pipeline(base, trained, adapters, dtype):
+    """The pipeline of the model that was trained on, where what was learnt is in the weights; None where it stands beside them.
+
+    UserError if it is not at hand.
+    """
+    if trained.record and not trained.is_adapter:
+        return base_of_full(trained, dtype)
+    loras = [each.lora for each in (trained, *(each for each, _ in adapters)) if each.lora]
+    return load_pipeline(base, dtype, "--model_path") if any(map(merged_type, loras)) else None
+
+
+def base_of_full(trained, dtype):
+    """The pipeline of the model that a whole model was trained from, by its record."""
+    recorded = trained.record.get("base_model")
+    whose = f"--subject_start: {trained.source} was trained on {recorded}, which begins its pictures, and"
+    place = next((place for place in (recorded, str(HERE / recorded)) if Path(place).exists()), recorded)
+    try:
+        found = load_pipeline(find_model(place, "--subject_start"), dtype, "--subject_start",
+                              variant=trained.record.get("settings", {}).get("variant"))
+    except UserError as problem:
+        raise UserError(f"{whose} that is not at hand ({problem}); bring it there, or give --subject_start 0") from None
+    expected = trained.record.get("base_sample")
+    if isinstance(expected, dict) and not is_same_sample(expected, sample_weights(found)):
+        raise UserError(f"{whose} {place} has other weights now; bring the one it was back, or give --subject_start 0")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8083,11 +8256,13 @@ def draw_candidate(s, candidate, plan):
     """
     started = time.monotonic()
     prompts = sorted({prompt for trial in candidate.trials for _, prompt, _ in picture_jobs(s, trial)})
-    models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts)
+    begun = begun_as(s, candidate.base, candidate.trained.subjects, prompts)
+    models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts + begun)
     pipeline, model_hash = placed(models.pipeline, plan.device), hash_of(models, candidate.trained)
+    start = start_of(s, candidate.base, candidate.trained, [], pipeline, plan)
     side = (candidate.trained.record.get("used", {}).get("resolution")
             or min(own_size(pipeline)))
-    look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
+    look = {**sampling_settings(s, pipeline, start), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
     missing = []
     for trial in candidate.trials:
         folder = candidate.folder / trial.subject.name
@@ -8100,7 +8275,7 @@ def draw_candidate(s, candidate, plan):
     say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
         + (f"; drawing {len(missing)}." if missing else "."))
     if missing:
-        draw_missing(s, models, missing, side)
+        draw_missing(s, models, missing, side, start)
     return model_hash, len(missing), time.monotonic() - started
 
 
@@ -8113,10 +8288,11 @@ def hash_of(models, trained):
     return hashlib.sha256(" ".join(told).encode()).hexdigest()[:10]
 
 
-def draw_missing(s, models, missing, side):
+def draw_missing(s, models, missing, side, start):
     """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
     drawn = draw(models.pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, models.pipeline), batch_size=s.sample_batch_size, models=models)
+                 width=side, guidance_scale=guidance_scale(s, models.pipeline), batch_size=s.sample_batch_size, models=models,
+                 start=start)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)
@@ -11422,8 +11598,10 @@ def infer(s):
 
     plan = plan_device(s)
     check_bits(s, base, [trained, *(adapter for adapter, _ in adapters)], plan)
-    models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt])
+    begun = begun_as(s, base, [*trained.subjects, *others], prompts)
+    models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt, *begun])
     pipeline = placed(models.pipeline, plan.device)
+    start = start_of(s, base, trained, adapters, pipeline, plan)
     check_length(pipeline, prompts)
     if s.negative_prompt and guidance_scale(s, pipeline) <= family_of(pipeline).unguided:
         say(f"Note: --negative_prompt: no effect without guidance; give --guidance_scale above {family_of(pipeline).unguided:g}.")
@@ -11447,7 +11625,7 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, width), default(s.height, height)), models)
+                         (default(s.width, width), default(s.height, height)), models, start)
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 

@@ -10,6 +10,7 @@ from dreambooth.device import machine_name, plan_device
 from dreambooth.drawing.draw import draw_pictures, placed
 from dreambooth.drawing.pipeline import find_base, load_trained
 from dreambooth.drawing.room import check_bits
+from dreambooth.drawing.start import begun_as, start_of
 from dreambooth.drawing.trained import find_adapters, find_trained, model_paths
 from dreambooth.files import check_writable
 from dreambooth.models.encoding import check_length
@@ -40,8 +41,10 @@ def infer(s):
 
     plan = plan_device(s)
     check_bits(s, base, [trained, *(adapter for adapter, _ in adapters)], plan)
-    models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt])
+    begun = begun_as(s, base, [*trained.subjects, *others], prompts)
+    models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt, *begun])
     pipeline = placed(models.pipeline, plan.device)
+    start = start_of(s, base, trained, adapters, pipeline, plan)
     check_length(pipeline, prompts)
     if s.negative_prompt and guidance_scale(s, pipeline) <= family_of(pipeline).unguided:
         say(f"Note: --negative_prompt: no effect without guidance; give --guidance_scale above {family_of(pipeline).unguided:g}.")
@@ -65,7 +68,7 @@ def infer(s):
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
     grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, width), default(s.height, height)), models)
+                         (default(s.width, width), default(s.height, height)), models, start)
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
 
 

@@ -3,6 +3,7 @@
 Knows nothing of subjects or training.
 """
 
+import contextlib
 import itertools
 
 from dreambooth.base import UserError, is_first_process, say, slug
@@ -13,10 +14,11 @@ from dreambooth.progress import progress
 from dreambooth.threads import threads_that_help
 
 
-def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing", models=None):
+def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, negative_prompt="", title="drawing", models=None,
+         start=None):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
-    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there.
+    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there. A Start begins the pictures.
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
     Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
@@ -24,7 +26,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look,
+                         start)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
     for picture, (prompt, _) in zip(itertools.chain.from_iterable(drawn), jobs):
         if is_flat(picture):
@@ -49,25 +52,23 @@ def check_weights(pipeline):
                             f"nothing; give another copy of the model, or another model")
 
 
-def draw_batches(pipeline, jobs, size, may_halve, told, look):
+def draw_batches(pipeline, jobs, size, may_halve, told, look, start=None):
     """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
     threads = threads_that_help(pipeline.device)
-    start, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
-    while start < len(jobs):
-        prompts, seeds = zip(*jobs[start:start + size])
+    done, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
+    while done < len(jobs):
+        prompts, seeds = zip(*jobs[done:done + size])
         try:
-            pictures = called(
-                pipeline, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **told(prompts), **look,
-                **counting(threads, len(prompts))).images
+            pictures = draw_batch(pipeline, prompts, seeds, told, look, start, threads)
         except torch.OutOfMemoryError:
             can_halve, pictures = may_halve and size > 1, []  # what follows waits until the error is gone, and what it holds
             if not (can_halve or all_there):
                 raise
         if pictures:
             yield pictures
-            start += size
+            done += size
             continue
         pipeline.maybe_free_model_hooks()  # parts that take turns: the one that found no room is there still
         pipeline.vae.to(precision)  # SDXL's fp16 one is in float32 while it decodes
@@ -77,6 +78,18 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look):
         else:
             take_turns(pipeline, pipeline.device)
             all_there = False
+
+
+def draw_batch(pipeline, prompts, seeds, told, look, start, threads):
+    """The pictures of these prompts, each with the noise of its seed."""
+    import torch
+
+    def call(pipeline, prompts, **options):
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return called(pipeline, generator=noise, **told(prompts), **look, **options).images
+    total = look["num_inference_steps"]
+    with start.begun(pipeline, total, prompts, call) if start else contextlib.nullcontext():
+        return call(pipeline, prompts, **counting(threads, len(prompts), start.steps(total) if start else 0))
 
 
 def prompts_given(pipeline, models, scale, negative_prompt):
@@ -110,13 +123,14 @@ def called(pipeline, **options):
                         f"another of its configs, is damaged or of another model") from None
 
 
-def counting(threads, pictures):
-    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures."""
+def counting(threads, pictures, begun=0):
+    """Options of a pipeline's call that tell `threads`, if there are any to choose, of each denoising step of so many pictures, but
+    for those that are `begun`, of which nothing is computed."""
     if threads is None:
         return {}
 
     def count(pipeline, number, timestep, tensors):
-        threads.lap(pictures)
+        threads.lap(pictures) if number >= begun else threads.start()
         return tensors
     threads.start()
     return {"callback_on_step_end": count}
@@ -150,17 +164,17 @@ def take_turns(pipeline, device):
     pipeline.enable_model_cpu_offload(device=device)
 
 
-def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None):
+def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None, start=None):
     """Draw every prompt with every seed into `folder`, one PNG each and a grid of all; returns the grid's path.
 
     `model` is what the pictures' text chunks say of the model, `size` is (width, height).
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline)
+    guidance, pictures, common = guidance_scale(s, pipeline), [], sampling_settings(s, pipeline, start)
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     drawn = draw(pipeline, jobs, steps=s.num_inference_steps, guidance_scale=guidance, height=size[1], width=size[0],
-                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt, models=models)
+                 batch_size=s.sample_batch_size, negative_prompt=s.negative_prompt, models=models, start=start)
     for picture, (prompt, seed) in zip(drawn, jobs):
         settings = {**common, "Seed": seed, "Size": f"{picture.width}x{picture.height}", **model}
         lines = [prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())]
@@ -170,7 +184,7 @@ def draw_pictures(folder, pipeline, s, prompts, seeds, model, size, models=None)
                         "\n".join([*prompts, *negative, f"Seeds: {seeds[0]} to {seeds[-1]}, {common | model}"]))
 
 
-def sampling_settings(s, pipeline):
+def sampling_settings(s, pipeline, start=None):
     """What a picture's text chunk says of how it was drawn, beside prompt, seed, size and model."""
     return {"Steps": s.num_inference_steps, "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-            "CFG scale": guidance_scale(s, pipeline)}
+            "CFG scale": guidance_scale(s, pipeline)} | (start.note if start else {})

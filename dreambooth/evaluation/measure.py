@@ -11,6 +11,7 @@ from dreambooth.decode import load_image
 from dreambooth.drawing.draw import draw, placed, sampling_settings
 from dreambooth.drawing.foreign import lora_files
 from dreambooth.drawing.pipeline import load_trained
+from dreambooth.drawing.start import begun_as, start_of
 from dreambooth.evaluation.scores import mean_distance, mean_scores, mean_similarity, prompt_scores, real_row
 from dreambooth.evaluation.sheets import photos_of
 from dreambooth.files import whole_file
@@ -32,11 +33,13 @@ def draw_candidate(s, candidate, plan):
     """
     started = time.monotonic()
     prompts = sorted({prompt for trial in candidate.trials for _, prompt, _ in picture_jobs(s, trial)})
-    models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts)
+    begun = begun_as(s, candidate.base, candidate.trained.subjects, prompts)
+    models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts + begun)
     pipeline, model_hash = placed(models.pipeline, plan.device), hash_of(models, candidate.trained)
+    start = start_of(s, candidate.base, candidate.trained, [], pipeline, plan)
     side = (candidate.trained.record.get("used", {}).get("resolution")
             or min(own_size(pipeline)))
-    look = {**sampling_settings(s, pipeline), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
+    look = {**sampling_settings(s, pipeline, start), "Size": f"{side}x{side}", "Model": candidate.name, "Model hash": model_hash}
     missing = []
     for trial in candidate.trials:
         folder = candidate.folder / trial.subject.name
@@ -49,7 +52,7 @@ def draw_candidate(s, candidate, plan):
     say(f"{candidate.name}: {total - len(missing)} of {total} pictures are in {candidate.folder}"
         + (f"; drawing {len(missing)}." if missing else "."))
     if missing:
-        draw_missing(s, models, missing, side)
+        draw_missing(s, models, missing, side, start)
     return model_hash, len(missing), time.monotonic() - started
 
 
@@ -62,10 +65,11 @@ def hash_of(models, trained):
     return hashlib.sha256(" ".join(told).encode()).hexdigest()[:10]
 
 
-def draw_missing(s, models, missing, side):
+def draw_missing(s, models, missing, side, start):
     """Draw each (file, prompt, seed, what its text chunk shall say) of `missing`, `side` pixels square."""
     drawn = draw(models.pipeline, [(prompt, seed) for _, prompt, seed, _ in missing], steps=s.num_inference_steps, height=side,
-                 width=side, guidance_scale=guidance_scale(s, models.pipeline), batch_size=s.sample_batch_size, models=models)
+                 width=side, guidance_scale=guidance_scale(s, models.pipeline), batch_size=s.sample_batch_size, models=models,
+                 start=start)
     for picture, (path, _, _, text) in zip(drawn, missing):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt("parameters", text)
