@@ -355,3 +355,19 @@ def test_a_lora_that_peft_saved_of_a_transformer_has_diffusers_names():
     assert db.peft_name(f"base_model.model.{name}.default.weight") == f"transformer.{name}.weight"
     assert db.peft_name(f"base_model.model.single_{name}.weight") == f"transformer.single_{name}.weight"
     assert db.peft_name(f"base_model.model.down_blocks.0.{name}.weight") == f"unet.down_blocks.0.{name}.weight"
+
+
+def test_what_the_untouched_transformer_begins_is_read_with_all_else(teach, run, monkeypatch, tmp_path):
+    status, out, err = teach("z-image", "--method", "lora", "--no-samples", *ALONE)
+    assert status == 0, err
+    read, parts = db.Shelf.read, []
+    monkeypatch.setattr(db.Shelf, "read", lambda shelf, part, *given, **named: parts.append(part) or read(shelf, part, *given, **named))
+
+    def drawn(model, prompt, *flags):
+        status, out, err = run("--infer", "--model_path", model, "--prompt", prompt, "--num_images", 1, "--num_inference_steps", 2,
+                               "--height", 32, "--width", 32, "--image_dir", "drawn", *flags)
+        assert status == 0, err
+        return Image.open(max((tmp_path / "drawn").glob("a-*.png"), key=lambda path: path.stat().st_mtime_ns)).tobytes()
+    model = json.loads((tmp_path / "output" / "dreambooth.json").read_text())["base_model"]
+    assert drawn("output", "a zwx dog", "--subject_start", 1) == drawn(model, "a dog") != drawn("output", "a zwx dog")
+    assert parts == 3 * ["text_encoder", "transformer"]
