@@ -26,7 +26,7 @@ def kept_by(run):
     """{"weights", "gradients", "state": bytes} of this process in a step, and {"all-gather", "reduce-scatter": bytes} that it sent."""
     found, step, others = {"all-gather": 0, "reduce-scatter": 0}, run.optimizer.step, run.accelerator.num_processes - 1
     parameters = [p for group in run.groups for p in group.parameters]
-    real = distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor
+    real = distributed.all_gather_single, distributed.reduce_scatter_single
 
     def gathering(output_tensor, input_tensor, *rest, **options):
         found["all-gather"] += input_tensor.nbytes * others
@@ -39,9 +39,9 @@ def kept_by(run):
     def look():
         found["gradients"] = sum(db.own_share(p.grad).nbytes for p in parameters)
         step()
-    run.optimizer.step, distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = look, gathering, scattering
+    run.optimizer.step, distributed.all_gather_single, distributed.reduce_scatter_single = look, gathering, scattering
     db.train_step(run, 2)
-    run.optimizer.step, distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = step, *real
+    run.optimizer.step, distributed.all_gather_single, distributed.reduce_scatter_single = step, *real
     states = [value for state in run.optimizer.state.values() for value in state.values()]
     found["weights"] = sum(db.own_share(p).nbytes for p in run.models.denoiser.parameters())
     return found | {"state": sum(db.own_share(value).nbytes for value in states if value.dim())}
