@@ -82,7 +82,7 @@ def test_three_steps_split_are_three_steps_whole(number, trainings, tmp_path, ti
         assert all(torch.equal(whole[f"start {name}"], split[f"start {name}"]) for name in names)
         moved, apart = (torch.cat([(whole[name] - other[f"{mark}{name}"]).flatten() for name in names]).norm()
                         for other, mark in ((whole, "start "), (split, "")))
-        assert 0 < moved and apart <= (0.01 if precision == "no" else 0.6) * moved, (training, moved, apart)
+        assert 0 < moved and apart <= (1e-3 if precision == "no" else 0.3) * moved, (training, moved, apart)
         torch.testing.assert_close(split["measured"], whole["measured"], rtol=1e-4 if precision == "no" else 0.05, atol=1e-5)
         kept = {way: [json.loads((tmp_path / f"{name}-{way}-{rank}.json").read_text()) for rank in range(number)]
                 for way in ("whole", "split")}
@@ -217,7 +217,7 @@ def test_a_configuration_of_accelerate_for_fsdp_is_followed(monkeypatch, capsys)
     assert out.count("\n") == 1 and "split by FSDP2, as with --shard" in out and "FSDP_OFFLOAD_PARAMS=true: not followed" in out
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert db.with_configuration(settings(shard=False)).shard is False
-    assert db.with_configuration(settings()).shard and db.with_configuration(settings()).shard is None
+    assert db.with_configuration(settings()).shard is None  # it is followed once
 
 
 @pytest.mark.parametrize("kind, name", [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
