@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+import types
 
 import forked
 import numpy as np
@@ -218,6 +219,13 @@ def test_a_configuration_of_accelerate_for_fsdp_is_followed(monkeypatch, capsys)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert db.with_configuration(settings(shard=False)).shard is False
     assert db.with_configuration(settings()).shard is None  # it is followed once
+
+
+def test_a_folder_that_a_process_does_not_see_is_named(tmp_path):
+    alone = types.SimpleNamespace(num_processes=1)
+    db.check_shared(tmp_path, alone)
+    with pytest.raises(db.UserError, match="elsewhere is not there for process 0 of 1.*a disk that all machines see"):
+        db.check_shared(tmp_path / "elsewhere", alone)
 
 
 @pytest.mark.parametrize("kind, name", [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
