@@ -11,7 +11,7 @@ import threading
 from dreambooth.base import UserError, place_among_processes, processes, say
 
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all of which several processes need to meet
-ASKING = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
+ASKING = {"RANK": "0", "LOCAL_RANK": "0 -1", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
           "MV2_COMM_WORLD_SIZE": "1"}  # what one process alone would have there
 SPLITTING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 OVERRIDING = ("GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "TORCH_DEVICE", "USE_CPU", "USE_PARALLELISM_CONFIG", "DEBUG_MODE",
@@ -22,7 +22,7 @@ MEETING_PATIENCE = 20  # seconds
 def clear_environment():
     """Take out of the environment what accelerate would believe and this program does not, and say what a person may have meant."""
     if processes() == 1:
-        asked = [f"{name}={os.environ[name]}" for name, alone in ASKING.items() if os.environ.get(name, "") not in ("", alone)]
+        asked = [f"{name}={os.environ[name]}" for name, alone in ASKING.items() if os.environ.get(name, "") not in ("", *alone.split())]
         lacking = [name for name in MEETING if not os.environ.get(name)]
         why = f"without {', '.join(lacking)}, by which they would meet" if lacking else "but the numbers do not fit together"
         if asked:
