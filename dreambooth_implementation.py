@@ -2410,6 +2410,13 @@ def is_mask_name(path):
     return path.stem.casefold().endswith(MASK_ENDS)
 
 
+def may_be_mask_of(path, photos):
+    """The photo that a picture is the mask of, if it is called as other programs call masks: dog_mask.png, mask-dog.png; else None."""
+    own = folded(path.stem)
+    stem = re.sub(r"^mask[-_ ]|[-_ ]mask$", "", own)
+    return next((photo for photo in photos if folded(photo.stem) == stem), None) if stem != own else None
+
+
 def masked_stem(path):
     """The name of the photo that a mask of this name belongs to, folded."""
     stem = folded(path.stem)
@@ -2608,6 +2615,9 @@ def list_images(folder, flag):
     everything = entries_of(folder, flag)
     images = [path for path in everything if is_picture(path)]
     known = {*caption_files(images, everything).values()}
+    for path in images:
+        if photo := may_be_mask_of(path, images):
+            raise UserError(f"{path}: is it the mask of {photo.name}? Then call it {photo.stem}.mask.png; if it is a photo, give it another name")
     for path in everything:
         if path in images and not has_picture_suffix(path):
             say(f"Note: {path} is a picture ({picture_kind(path)}), whatever its name, and is used.")
@@ -3015,8 +3025,8 @@ def complete_concept(concept, where, needs_class, names_class, takes_captions=Tr
     if not mentions(instance_prompt, identifier):
         say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
     if class_prompt and needs_class and head_of(noun_of(class_prompt)) not in instance_prompt.lower():
-        say(f'Note: the instance prompt "{instance_prompt}" does not name the class, "{class_prompt}", whose pictures are to keep it what it '
-            f"is; let both say the same.")
+        say(f'Note: the instance prompt "{instance_prompt}" does not name the class, "{class_prompt}", which is kept beside it; let both '
+            f"say the same.")
     photos = tuple((path, caption and settled(caption, f"the caption of {path}")) for path, caption in photos)
     if captions := [caption for _, caption in photos if caption]:
         without = sum(not mentions(caption, identifier) for caption in captions)
@@ -3312,9 +3322,11 @@ def trouble_with(path):
 
 
 def read_json(path):
-    """The object in a JSON file; {} where there is none, or something else."""
+    """The object in a JSON file; {} where there is none, or something else. UserError for one that this user may not read."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except PermissionError:
+        raise UserError(f"{path}: you may not read this file; give yourself the right to, or copy the model") from None
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -4817,6 +4829,12 @@ def clip_told(pipeline, tokenizer, clip, prompts):
 
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+_SOURCE = "give the diffusers folder or .safetensors file it was made of"
+OTHER_FILES = {  # suffixes -> what such a file is, and what to give instead
+    (".gguf",): f"a GGUF file, in which weights are quantized for other programs; {_SOURCE}",
+    (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz", ".xz"): "an archive; unpack it, and give what is in it",
+    (".crdownload", ".part", ".partial", ".download", ".incomplete", ".aria2"): "a download that is not finished; download it again",
+    (".onnx", ".engine", ".trt", ".tflite", ".mlmodel"): f"a model made for running alone; {_SOURCE}"}
 ITSELF = ("model_index.json", "dreambooth.json")  # files that make a folder a model
 QUOTES = " \t\r\n\"'`\u2018\u2019\u201c\u201d"
 HUB = r"(?:(?:https?:)?//)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://(?:models/)?"
@@ -4825,6 +4843,13 @@ HUB = r"(?:(?:https?:)?//)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|
 def is_single_file(name):
     """Whether a name is that of a .safetensors file, and not of a folder called so."""
     return name.lower().endswith(".safetensors") and not Path(name).is_dir()
+
+
+def refuse_other_file(name, flag):
+    """UserError for a file that is no model as it lies there."""
+    what = next((what for suffixes, what in OTHER_FILES.items() if name.lower().endswith(suffixes)), None)
+    if what and Path(name).is_file():
+        raise UserError(f"{flag} {name}: {what}")
 
 
 def refuse_pickle(name, flag):
@@ -5426,13 +5451,13 @@ def find_model(name, flag, revision=None):
     kind."""
     name, index = named_model(name if is_short(name) else located(name, flag), flag)
     refuse_pickle(name, flag)
+    refuse_other_file(name, flag)
     if revision not in (None, "main"):
         name, index = with_revision(name, revision), None
     index = index or model_index(name, flag)
-    try:
-        kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
+    kind = read_json(index).get("_class_name")
+    if not isinstance(kind, str):
+        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged")
     if kind not in PIPELINES:
         raise UserError(f"{flag} {name}: it is a {kind}; {known_kinds()} pipelines are supported")
     if Path(name).is_dir():
@@ -8510,7 +8535,7 @@ def loss_means(history):
 
 
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all of which several processes need to meet
-ASKING = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
+ASKING = {"RANK": "0", "LOCAL_RANK": "0 -1", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
           "MV2_COMM_WORLD_SIZE": "1"}  # what one process alone would have there
 OTHER_SPLITTING = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}  # accelerate's name: what people call it
 IN_VAIN = {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}
@@ -8522,7 +8547,7 @@ MEETING_PATIENCE = 20  # seconds
 def clear_environment():
     """Take out of the environment what accelerate would believe and this program does not, and say what a person may have meant."""
     if processes() == 1:
-        asked = [f"{name}={os.environ[name]}" for name, alone in ASKING.items() if os.environ.get(name, "") not in ("", alone)]
+        asked = [f"{name}={os.environ[name]}" for name, alone in ASKING.items() if os.environ.get(name, "") not in ("", *alone.split())]
         lacking = [name for name in MEETING if not os.environ.get(name)]
         why = f"without {', '.join(lacking)}, by which they would meet" if lacking else "but the numbers do not fit together"
         if asked:
@@ -9131,8 +9156,9 @@ def pictures_digest(photos, class_images, views):
     return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
 
 
-def what_was_given(s, concepts, needs_class):
-    """What a person gave beside the flags, as dreambooth.json keeps it: each subject's words and the digests of its pictures."""
+def what_was_given(s, concepts, needs_class, name):
+    """What a person gave beside the flags, as dreambooth.json keeps it: each subject's words and the digests of its pictures and of the
+    model of this name."""
     given = {}
     for concept in concepts:
         entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
@@ -9141,7 +9167,25 @@ def what_was_given(s, concepts, needs_class):
                            for path, caption in concept.photos]
         own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
         given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
-    return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
+    return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file")),
+            "model": None if same_place(name, s.output_dir) else model_digest(Path(name))}
+
+
+def same_place(one, other):
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def model_digest(path):
+    """A digest of a local model's files by their names, sizes, beginnings and ends, in which all weights differ once they have trained.
+    None where there are none, as of what the hub keeps."""
+    files = [path] if path.is_file() else sorted(file for kind in ("json", "safetensors") for file in path.glob(f"*/*.{kind}"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            start, size = content.read(2**16), content.seek(0, os.SEEK_END)
+            content.seek(max(0, size - 2**16))
+            digest.update(f"{file.relative_to(path)} {size} ".encode(errors="surrogateescape") + start + content.read())
+    return digest.hexdigest() if files else None
 
 
 def text_digest(text):
@@ -9159,6 +9203,7 @@ def differences(made, ours):
             if old != value:
                 found.append(f'of "{name}" the {COUNTED[key]} ({len(old or [])}, now {len(value)})' if key in COUNTED else
                              f'of "{name}" {key} ("{old}", now "{value}")')
+    found += ["the model's weights"] * (made.get("model", ours["model"]) != ours["model"])
     return sorted(found) + ["--prompts_file"] * (made["prompts_file"] != ours["prompts_file"])
 
 
@@ -10561,7 +10606,7 @@ SPLIT = Levers(gradient_checkpointing=True, split_batch=True, shard=True)  # the
 
 def more_gpus(s, models, subjects, recipe, resolution, plan, limit):
     """The end of a sentence: over how many such GPUs the model could be split; "" if over none."""
-    levers = dataclasses.replace(SPLIT, **levers_by_hand(s), shard=True)
+    levers = dataclasses.replace(SPLIT, **{**levers_by_hand(s), "shard": True})
     if s.shard is False or objection(s, models.family, levers, plan.precision):
         return ""
     told = frozen_conditioning(models, subjects, plan.device)
@@ -11701,7 +11746,7 @@ def train(s):
         concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
     if accelerator.is_main_process:
         tell_photos(concepts)
-    given = what_was_given(s, concepts, has_class_images(s))
+    given = what_was_given(s, concepts, has_class_images(s), name)
     with accelerator.main_process_first():
         finish_renaming(s)
         is_done = s.resume == "latest" and is_complete(s, given)

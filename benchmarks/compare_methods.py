@@ -6,11 +6,12 @@
     python benchmarks/compare_methods.py --round choice --variants full --variant "frozen=--prior frozen" --against full
     python benchmarks/compare_methods.py --round choice --variants lora --variant "lokr=--method lora --adapter_type lokr" --against lora
     python benchmarks/compare_methods.py --round final --variants full lora
+    python benchmarks/compare_methods.py --variants lora --variant "begun=--method lora --subject_start 0.2" --keep_models --against lora
 
-A variant is a name and the flags of its training. `--round first` is cheap, two subjects, one seed and a picture of each of the
-prompts that leave the subject as it is, and throws out what is hopeless; `choice` has six subjects and two seeds; `final` has the
-seven subjects that no choice was made by. All variants of a round share subjects, seeds, class images and prompts, so that they
-are compared in pairs: beside the table of means stand the mean differences from `--against` with their standard errors.
+A variant is a name and the flags of its training, and of drawing with it. `--round first` is cheap, two subjects, one seed and a
+picture of each prompt, and throws out what is hopeless; `choice` has six subjects and two seeds; `final` has the seven subjects that
+no choice was made by. All variants of a round share subjects, seeds, class images and prompts, so that they are compared in pairs:
+beside the table of means stand the mean differences from `--against` with their standard errors.
 
 Each finished run is entered at once in benchmarks/results/compare_*.json, and a run that is there already is skipped: after an
 interruption, start it again. Start it several times to share the runs among processes. Flags this script does not know are passed
@@ -33,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 PROMPTS = REPOSITORY / "demo" / "prompts.txt"
 RESULTS = REPOSITORY / "benchmarks" / "results"
 KEPT_OUT = [path.name for path in sorted(SUBJECTS.iterdir()) if path.is_dir() and path.name not in COMPARED]  # of every choice
-ROUNDS = {  # subjects, seeds, pictures of a prompt, file of results; the first leaves out prompts that ask for another colour
+ROUNDS = {  # subjects, seeds, pictures of a prompt, file of results
     "first": (["backpack-n", "cat-n"], [0], 1, "compare_first.json"),
     "choice": (COMPARED, [0, 1], 4, "compare_methods.json"),
     "final": (KEPT_OUT, [0, 1], 4, "compare_final.json"),
@@ -51,6 +52,7 @@ COLUMNS = {"dino": "DINO", "dino_as_is": "DINO, as it is", "share": "of the phot
            "pres": "PRES", "div": "DIV", "div_dino": "DIV_DINO", "seconds": "training", "MB": "file"}
 PAIRED = ("dino_as_is", "clip_t", "pres", "div_dino")
 DIGITS = {"share": "{:.0%}", "seconds": "{:.0f} s", "MB": "{:.2g} MB"}  # else three
+DRAWING_FLAGS = ("--subject_start", "--guidance_scale")  # of a variant that --evaluate gets and --train does not, each with a value
 NOT_PLOTTED = ("share", "dino", "MB")
 
 
@@ -59,41 +61,46 @@ def prompts_that_keep():
     return [line.startswith("a [identifier] [class]") for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
 
 
+def divided(flags):
+    """(flags of training, flags of drawing) of a variant."""
+    places = {place for n, flag in enumerate(flags) if flag in DRAWING_FLAGS for place in (n, n + 1)}
+    return [flag for n, flag in enumerate(flags) if n not in places], [flag for n, flag in enumerate(flags) if n in places]
+
+
 def train(args, subject, flags, seed, model):
-    """Train a variant into the folder `model`; (seconds of training, MB of weights)."""
+    """Train a variant into the folder `model`, unless it was kept there; (seconds of training, MB of weights)."""
+    model.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{model}.lock"):
+        if not all((model / name).is_file() for name in ("dreambooth.json", "README.md")):
+            train_anew(args, subject, flags, seed, model)
+    record = json.loads((model / "dreambooth.json").read_text(encoding="utf-8"))
+    files = [path for path in model.rglob("*.safetensors") if "kohya" not in path.name and "checkpoints" not in path.parts]
+    return record["seconds"]["training"], sum(path.stat().st_size for path in files) / 1e6
+
+
+def train_anew(args, subject, flags, seed, model):
     program("--train", "--model_name", args.model_name, "--instance_data_dir", args.photos / subject, "--seed", seed,
             "--num_class_images", 100, "--class_data_dir", args.output_dir / "class_images", "--output_dir", model,
             "--num_inference_steps", 1, "--overwrite", *flags, *args.passed_on)  # few steps for samples that nobody looks at
-    record = json.loads((model / "dreambooth.json").read_text(encoding="utf-8"))
-    files = [path for path in model.rglob("*.safetensors") if "kohya" not in path.name and "checkpoints" not in path.parts]
-    size = sum(path.stat().st_size for path in files)
-    return record["seconds"]["training"], size / 1e6
 
 
 def measure(args, subject, variant, seed, folder):
     """Train and evaluate one variant in `folder`; its row of results."""
-    model, row = folder / "model", {"subject": subject, "variant": variant, "seed": seed, "seconds": None, "MB": None}
+    training, drawing = divided(args.flags_of[variant] or [])
+    kept = args.output_dir / "models" / "-".join([subject, *(word.strip("-") for word in training), str(seed)]).replace("/", "-")
+    model = kept if args.keep_models else folder / "model"
+    row = {"subject": subject, "variant": variant, "seed": seed, "seconds": None, "MB": None}
     if args.flags_of[variant] is None:
         model = args.model_name
     else:
-        row["seconds"], row["MB"] = train(args, subject, args.flags_of[variant], seed, model)
+        row["seconds"], row["MB"] = train(args, subject, training, seed, model)
     program("--evaluate", "--model_path", model, "--instance_data_dir", SUBJECTS / subject, "--seed", seed, "--num_images",
-            args.num_images, "--num_inference_steps", args.num_inference_steps, "--eval_dir", folder, *prompt_flags(args))
+            args.num_images, "--num_inference_steps", args.num_inference_steps, "--eval_dir", folder, *drawing)
     (result,) = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["models"]
     (entry,) = result["subjects"]
     shutil.rmtree(folder / "model", ignore_errors=True)
     real = {f"real_{score}": entry["real"][score] for score in ("dino", "clip_i")}
     return row | result["scores"] | real | {"by_prompt": {each["prompt"]: each["scores"] for each in entry["prompts"]}}
-
-
-def prompt_flags(args):
-    """The flags for the prompts of a round."""
-    if args.round != "first":
-        return []
-    lines = [line for line, keeps in zip(PROMPTS.read_text(encoding="utf-8").splitlines(), prompts_that_keep()) if keeps]
-    path = args.output_dir / "prompts.txt"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return ["--prompts_file", path]
 
 
 def read_results(args):
@@ -281,6 +288,8 @@ def parse_arguments():
     parser.add_argument("--num_inference_steps", type=int, default=30)
     parser.add_argument("--model_name", default="demo/model")
     parser.add_argument("--results", type=Path, help="file of results, instead of the round's")
+    parser.add_argument("--keep_models", action="store_true",
+                        help="keep trained models in --output_dir; variants that differ in drawing alone are measured on the same")
     parser.add_argument("--output_dir", type=Path, default=Path("output-compare"),
                         help="for the pictures, and each model until it is measured")
     args, args.passed_on = parser.parse_known_args()

@@ -41,6 +41,21 @@ FEW = {"z-image": ({"n_layers": 2}, {5: 28}), "klein-4b": ({"num_layers": 2, "nu
        "flux1": ({"num_layers": 2, "num_single_layers": 2}, {1: 17, 3: 36}), "sd35": ({"num_layers": 3}, {1: 35})}
 
 
+def repeated(events, copies):
+    """Events of a model with so many more copies of these of its blocks, each with what is kept ahead of it."""
+    blocks, rest = [], []
+    for event in events:
+        if rest and rest[-1][2] is not None and event[2] != rest[-1][2]:
+            blocks, rest = [*blocks, rest], []
+        rest.append(event)
+    found = []
+    for number, block in enumerate(blocks):
+        for copy in range(1 + copies.get(number, 0)):
+            found += [(what, size, stretch if stretch is None else (number, copy)) for what, size, stretch in block]
+    assert len(blocks) >= 1 + max(copies), (len(blocks), copies)
+    return tuple(found + rest)
+
+
 class Case:
     """A training of a model of full size that has no memory: how much each plan would take, surveyed when it is asked for."""
 
@@ -74,22 +89,6 @@ class Case:
         gathered = gathered_bytes(self.models.family, hollow.denoiser, trained) if levers.shard else 0
         shapes = tuple(tuple(p.shape) for p in hollow.denoiser.parameters() if p in trained)
         return Demand(shapes, frozen, demand.passes, repeated(demand.events, FEW[self.arch][1]), gathered)
-
-
-def repeated(events, copies):
-    """Events of a model with so many more copies of these of its blocks, each with what is kept ahead of it."""
-    blocks, rest = [], []
-    for event in events:
-        if rest and rest[-1][2] is not None and event[2] != rest[-1][2]:
-            blocks, rest = [*blocks, rest], []
-        rest.append(event)
-    found = []
-    for number, block in enumerate(blocks):
-        for copy in range(1 + copies.get(number, 0)):
-            found += [(what, size, stretch if stretch is None else (number, copy)) for what, size, stretch in block]
-    assert len(blocks) >= 1 + max(copies), (len(blocks), copies)
-    return tuple(found + rest)
-
 
     def least(self, levers, number):
         """What it takes of that at least, which needs no survey: the weights, and what the optimizer remembers of those that train."""

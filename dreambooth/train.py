@@ -73,7 +73,7 @@ def train(s):
         concepts = described(s, with_drawn_masks(s, concepts, plan.device), plan.device)
     if accelerator.is_main_process:
         tell_photos(concepts)
-    given = what_was_given(s, concepts, has_class_images(s))
+    given = what_was_given(s, concepts, has_class_images(s), name)
     with accelerator.main_process_first():
         finish_renaming(s)
         is_done = s.resume == "latest" and is_complete(s, given)

@@ -32,6 +32,15 @@ def test_where_a_mask_may_lie(name, photos, capsys):
     assert "kipped" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["1_mask.png", "1-MASK.jpg", "mask_1.png", "mask 1.webp"])
+def test_a_mask_by_another_programs_name_is_no_photo(name, photos):
+    disc().save(photos / name)
+    with pytest.raises(db.UserError, match="is it the mask of 1.png. Then call it 1.mask.png; if it is a photo, give it another name"):
+        db.list_images(photos, "--instance_data_dir")
+    (photos / "1.png").rename(photos / "a.png")  # a photo of a mask, then
+    assert photos / name in db.list_images(photos, "--instance_data_dir")
+
+
 def test_transparency_is_a_mask_and_lies_as_the_photo_does(photos, capsys):
     image, exif = picture(1).convert("RGBA"), Image.Exif()
     image.putalpha(disc())

@@ -163,6 +163,7 @@ def test_what_flags_mean(words, setting, value):
     (["--rank", "4"], "give --method lora"),
     (["--save_as_full_pipeline"], "give --method textual_inversion"),
     (["--num_train_epochs", "0"], "--num_train_epochs 0"),
+    (["--resolution", "16384"], "--resolution 16384: must be a number of at least 32 and at most 8192"),
     (["--lr_scheduler", "piecewise_constant"], "--lr_scheduler"),
     (["--weighting_scheme", "mode"], "--weighting_scheme mode: not to be had: none is --timestep_sampling uniform"),
     (["--logit_std", "0.5"], "--logit_std 0.5: not to be had"),

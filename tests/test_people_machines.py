@@ -89,7 +89,7 @@ def environment(monkeypatch):
     ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4"), ({"PMI_SIZE": "x"}, "PMI_SIZE=x"),
     (FULL | {"RANK": "4"}, "RANK=4"), (FULL | {"RANK": "-1"}, "RANK=-1"), (FULL | {"MASTER_PORT": "http"}, "WORLD_SIZE=4"),
     (FULL | {"MASTER_PORT": "99999"}, "WORLD_SIZE=4"), (FULL | {"MASTER_ADDR": " "}, "WORLD_SIZE=4"),
-    ({"WORLD_SIZE": "1"}, None), ({"RANK": "0"}, None), ({"RANK": "", "WORLD_SIZE": ""}, None), ({"SLURM_PROCID": "3"}, None),
+    ({"WORLD_SIZE": "1"}, None), ({"LOCAL_RANK": "-1"}, None), ({"RANK": "0"}, None), ({"RANK": "", "WORLD_SIZE": ""}, None), ({"SLURM_PROCID": "3"}, None),
     ({"SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, None), (FULL | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, None)])
 def test_what_was_left_in_the_environment_is_not_believed(left, said, environment, capsys):
     environment(**left)

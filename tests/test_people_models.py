@@ -650,6 +650,27 @@ def test_pasted_names_that_are_not_taken(text, said, tmp_path, monkeypatch):
         refused(lambda: db.find_trained(text, "--model_path"), "--model_path", said) if "folder" not in said else None
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_configs_that_may_not_be_read_are_named(name, copy_of, monkeypatch):
+    folder, read_text = copy_of(), Path.read_text
+
+    def forbidden(path, *arguments, **options):
+        if path == folder / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *arguments, **options)
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    refused(lambda: db.find_model(str(folder), "--model_name"), f"{folder / name}: you may not read this file")
+
+
+@pytest.mark.parametrize("name, said", [
+    ("m.gguf", "a GGUF file, in which weights are quantized"), ("m.ZIP", "an archive; unpack it"), ("m.onnx", "made for running alone"),
+    ("m.safetensors.crdownload", "a download that is not finished"), ("m.safetensors.part", "a download that is not finished")])
+def test_files_that_are_no_models(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(b"GGUF")
+    refused(lambda: db.find_model(name, "--model_name"), f"--model_name {name}: {said}")
+
+
 def test_paths_around_and_inside_a_model(tiny_model, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model("sd1"), "one/inner")

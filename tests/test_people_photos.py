@@ -4,6 +4,7 @@ used or said not to be, and a word means what its writer meant."""
 import io
 import json
 import os
+import shutil
 import struct
 import warnings
 import zlib
@@ -1025,6 +1026,25 @@ def test_what_is_new_is_trained_on(change, said, finished, photos, tmp_path):
     assert "starting at the beginning" in out
     assert "complete already" not in out and (tmp_path / "output-1").exists()
     assert "complete already" in finished()[1]
+
+
+def test_another_model_in_the_same_place_is_trained_on(training, tiny_model, tmp_path):
+    shutil.copytree(tiny_model("sd1"), tmp_path / "base")
+    again = ("--model_name", "base", "--method", "lora")
+    assert training(*again)[0] == 0
+    assert "complete already" in training(*again, "--resume")[1]
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(tiny_model("sd1", 1), tmp_path / "base")
+    status, out, err = training(*again, "--resume")
+    assert status == 0 and "was made from something else: the model's weights." in out and (tmp_path / "output-1").exists(), err
+
+
+def test_a_models_digest_tells_weights_and_not_times(tiny_model, tmp_path):
+    digests = [db.model_digest(tiny_model("sd1", seed)) for seed in (0, 1)]
+    shutil.copytree(tiny_model("sd1"), tmp_path / "copy", copy_function=shutil.copyfile)
+    assert digests[0] != digests[1] and db.model_digest(tmp_path / "copy") == digests[0]
+    file = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert db.model_digest(file) != digests[0] and db.model_digest(Path("owner/name")) is None
 
 
 def test_with_a_checkpoint_new_photos_are_refused(training, photos, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+import types
 
 import forked
 import numpy as np
@@ -26,7 +27,7 @@ def kept_by(run):
     """{"weights", "gradients", "state": bytes} of this process in a step, and {"all-gather", "reduce-scatter": bytes} that it sent."""
     found, step, others = {"all-gather": 0, "reduce-scatter": 0}, run.optimizer.step, run.accelerator.num_processes - 1
     parameters = [p for group in run.groups for p in group.parameters]
-    real = distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor
+    real = distributed.all_gather_single, distributed.reduce_scatter_single
 
     def gathering(output_tensor, input_tensor, *rest, **options):
         found["all-gather"] += input_tensor.nbytes * others
@@ -39,9 +40,9 @@ def kept_by(run):
     def look():
         found["gradients"] = sum(db.own_share(p.grad).nbytes for p in parameters)
         step()
-    run.optimizer.step, distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = look, gathering, scattering
+    run.optimizer.step, distributed.all_gather_single, distributed.reduce_scatter_single = look, gathering, scattering
     db.train_step(run, 2)
-    run.optimizer.step, distributed.all_gather_into_tensor, distributed.reduce_scatter_tensor = step, *real
+    run.optimizer.step, distributed.all_gather_single, distributed.reduce_scatter_single = step, *real
     states = [value for state in run.optimizer.state.values() for value in state.values()]
     found["weights"] = sum(db.own_share(p).nbytes for p in run.models.denoiser.parameters())
     return found | {"state": sum(db.own_share(value).nbytes for value in states if value.dim())}
@@ -82,7 +83,7 @@ def test_three_steps_split_are_three_steps_whole(number, trainings, tmp_path, ti
         assert all(torch.equal(whole[f"start {name}"], split[f"start {name}"]) for name in names)
         moved, apart = (torch.cat([(whole[name] - other[f"{mark}{name}"]).flatten() for name in names]).norm()
                         for other, mark in ((whole, "start "), (split, "")))
-        assert 0 < moved and apart <= (0.01 if precision == "no" else 0.6) * moved, (training, moved, apart)
+        assert 0 < moved and apart <= (1e-3 if precision == "no" else 0.3) * moved, (training, moved, apart)
         torch.testing.assert_close(split["measured"], whole["measured"], rtol=1e-4 if precision == "no" else 0.05, atol=1e-5)
         kept = {way: [json.loads((tmp_path / f"{name}-{way}-{rank}.json").read_text()) for rank in range(number)]
                 for way in ("whole", "split")}
@@ -217,7 +218,14 @@ def test_a_configuration_of_accelerate_for_fsdp_is_followed(monkeypatch, capsys)
     assert out.count("\n") == 1 and "split by FSDP2, as with --shard" in out and "FSDP_OFFLOAD_PARAMS=true: not followed" in out
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert db.with_configuration(settings(shard=False)).shard is False
-    assert db.with_configuration(settings()).shard and db.with_configuration(settings()).shard is None
+    assert db.with_configuration(settings()).shard is None  # it is followed once
+
+
+def test_a_folder_that_a_process_does_not_see_is_named(tmp_path):
+    alone = types.SimpleNamespace(num_processes=1)
+    db.check_shared(tmp_path, alone)
+    with pytest.raises(db.UserError, match="elsewhere is not there for process 0 of 1.*a disk that all machines see"):
+        db.check_shared(tmp_path / "elsewhere", alone)
 
 
 @pytest.mark.parametrize("kind, name", [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])

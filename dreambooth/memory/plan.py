@@ -62,7 +62,7 @@ SPLIT = Levers(gradient_checkpointing=True, split_batch=True, shard=True)  # the
 
 def more_gpus(s, models, subjects, recipe, resolution, plan, limit):
     """The end of a sentence: over how many such GPUs the model could be split; "" if over none."""
-    levers = dataclasses.replace(SPLIT, **levers_by_hand(s), shard=True)
+    levers = dataclasses.replace(SPLIT, **{**levers_by_hand(s), "shard": True})
     if s.shard is False or objection(s, models.family, levers, plan.precision):
         return ""
     told = frozen_conditioning(models, subjects, plan.device)

@@ -10,6 +10,12 @@ from dreambooth.base import UserError, say_once, short_path
 from dreambooth.models.hub import hub_file, hub_refusal
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+_SOURCE = "give the diffusers folder or .safetensors file it was made of"
+OTHER_FILES = {  # suffixes -> what such a file is, and what to give instead
+    (".gguf",): f"a GGUF file, in which weights are quantized for other programs; {_SOURCE}",
+    (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz", ".xz"): "an archive; unpack it, and give what is in it",
+    (".crdownload", ".part", ".partial", ".download", ".incomplete", ".aria2"): "a download that is not finished; download it again",
+    (".onnx", ".engine", ".trt", ".tflite", ".mlmodel"): f"a model made for running alone; {_SOURCE}"}
 ITSELF = ("model_index.json", "dreambooth.json")  # files that make a folder a model
 QUOTES = " \t\r\n\"'`\u2018\u2019\u201c\u201d"
 HUB = r"(?:(?:https?:)?//)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://(?:models/)?"
@@ -18,6 +24,13 @@ HUB = r"(?:(?:https?:)?//)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|
 def is_single_file(name):
     """Whether a name is that of a .safetensors file, and not of a folder called so."""
     return name.lower().endswith(".safetensors") and not Path(name).is_dir()
+
+
+def refuse_other_file(name, flag):
+    """UserError for a file that is no model as it lies there."""
+    what = next((what for suffixes, what in OTHER_FILES.items() if name.lower().endswith(suffixes)), None)
+    if what and Path(name).is_file():
+        raise UserError(f"{flag} {name}: {what}")
 
 
 def refuse_pickle(name, flag):

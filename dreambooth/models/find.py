@@ -1,11 +1,10 @@
 """Where a model is: a folder, a hub id, a file or a short name. Nothing is loaded, and torch is not imported."""
 
-import json
 import re
 from pathlib import Path
 
 from dreambooth.base import UserError, say, say_once, short_path
-from dreambooth.models.addresses import is_single_file, located, refuse_pickle
+from dreambooth.models.addresses import is_single_file, located, refuse_other_file, refuse_pickle
 from dreambooth.models.checkpoint import checkpoint_configs
 from dreambooth.models.families.known import PIPELINES, family_named, known_kinds
 from dreambooth.models.fits import check_fit, is_distilled_name
@@ -75,13 +74,13 @@ def find_model(name, flag, revision=None):
     kind."""
     name, index = named_model(name if is_short(name) else located(name, flag), flag)
     refuse_pickle(name, flag)
+    refuse_other_file(name, flag)
     if revision not in (None, "main"):
         name, index = with_revision(name, revision), None
     index = index or model_index(name, flag)
-    try:
-        kind = json.loads(index.read_text(encoding="utf-8-sig"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged") from None
+    kind = read_json(index).get("_class_name")
+    if not isinstance(kind, str):
+        raise UserError(f"{flag} {name}: its model_index.json cannot be read; the model is damaged")
     if kind not in PIPELINES:
         raise UserError(f"{flag} {name}: it is a {kind}; {known_kinds()} pipelines are supported")
     if Path(name).is_dir():

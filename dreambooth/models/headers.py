@@ -50,9 +50,11 @@ def trouble_with(path):
 
 
 def read_json(path):
-    """The object in a JSON file; {} where there is none, or something else."""
+    """The object in a JSON file; {} where there is none, or something else. UserError for one that this user may not read."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except PermissionError:
+        raise UserError(f"{path}: you may not read this file; give yourself the right to, or copy the model") from None
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -137,8 +137,8 @@ def complete_concept(concept, where, needs_class, names_class, takes_captions=Tr
     if not mentions(instance_prompt, identifier):
         say(f'Note: the instance prompt "{instance_prompt}" does not contain the identifier "{identifier}".')
     if class_prompt and needs_class and head_of(noun_of(class_prompt)) not in instance_prompt.lower():
-        say(f'Note: the instance prompt "{instance_prompt}" does not name the class, "{class_prompt}", whose pictures are to keep it what it '
-            f"is; let both say the same.")
+        say(f'Note: the instance prompt "{instance_prompt}" does not name the class, "{class_prompt}", which is kept beside it; let both '
+            f"say the same.")
     photos = tuple((path, caption and settled(caption, f"the caption of {path}")) for path, caption in photos)
     if captions := [caption for _, caption in photos if caption]:
         without = sum(not mentions(caption, identifier) for caption in captions)

@@ -5,6 +5,7 @@ Knows nothing of what is done with them.
 """
 
 import os
+import re
 
 from PIL import Image, ImageChops
 
@@ -21,6 +22,13 @@ LEAST_SHARE = 0.002  # of a picture that a subject has to cover
 def is_mask_name(path):
     """Whether a file says by its name that it is a mask."""
     return path.stem.casefold().endswith(MASK_ENDS)
+
+
+def may_be_mask_of(path, photos):
+    """The photo that a picture is the mask of, if it is called as other programs call masks: dog_mask.png, mask-dog.png; else None."""
+    own = folded(path.stem)
+    stem = re.sub(r"^mask[-_ ]|[-_ ]mask$", "", own)
+    return next((photo for photo in photos if folded(photo.stem) == stem), None) if stem != own else None
 
 
 def masked_stem(path):

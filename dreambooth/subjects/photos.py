@@ -19,7 +19,7 @@ from dreambooth.subjects.captions import (
     folded,
     read_captions,
 )
-from dreambooth.subjects.masks import MASK_FOLDER, is_mask_name
+from dreambooth.subjects.masks import MASK_FOLDER, is_mask_name, may_be_mask_of
 from dreambooth.subjects.nouns import tidy_class_prompt
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -51,6 +51,9 @@ def list_images(folder, flag):
     everything = entries_of(folder, flag)
     images = [path for path in everything if is_picture(path)]
     known = {*caption_files(images, everything).values()}
+    for path in images:
+        if photo := may_be_mask_of(path, images):
+            raise UserError(f"{path}: is it the mask of {photo.name}? Then call it {photo.stem}.mask.png; if it is a photo, give it another name")
     for path in everything:
         if path in images and not has_picture_suffix(path):
             say(f"Note: {path} is a picture ({picture_kind(path)}), whatever its name, and is used.")

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+from pathlib import Path
 
 from dreambooth.base import UserError, short_path
 from dreambooth.files import file_digest, read_text
@@ -54,8 +56,9 @@ def pictures_digest(photos, class_images, views):
     return hashlib.sha256(json.dumps(pools).encode()).hexdigest()
 
 
-def what_was_given(s, concepts, needs_class):
-    """What a person gave beside the flags, as dreambooth.json keeps it: each subject's words and the digests of its pictures."""
+def what_was_given(s, concepts, needs_class, name):
+    """What a person gave beside the flags, as dreambooth.json keeps it: each subject's words and the digests of its pictures and of the
+    model of this name."""
     given = {}
     for concept in concepts:
         entry = {f.name: getattr(concept, f.name) for f in dataclasses.fields(concept) if f.name not in WHERE_AND_WHAT}
@@ -64,7 +67,25 @@ def what_was_given(s, concepts, needs_class):
                            for path, caption in concept.photos]
         own = own_class_images(concept.class_data_dir)[:concept.num_class_images] if needs_class else []
         given[concept.name] = entry | {"class images": [file_digest(path) for path in own]}
-    return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file"))}
+    return {"subjects": given, "prompts_file": s.prompts_file and text_digest(read_text(s.prompts_file, "--prompts_file")),
+            "model": None if same_place(name, s.output_dir) else model_digest(Path(name))}
+
+
+def same_place(one, other):
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def model_digest(path):
+    """A digest of a local model's files by their names, sizes, beginnings and ends, in which all weights differ once they have trained.
+    None where there are none, as of what the hub keeps."""
+    files = [path] if path.is_file() else sorted(file for kind in ("json", "safetensors") for file in path.glob(f"*/*.{kind}"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            start, size = content.read(2**16), content.seek(0, os.SEEK_END)
+            content.seek(max(0, size - 2**16))
+            digest.update(f"{file.relative_to(path)} {size} ".encode(errors="surrogateescape") + start + content.read())
+    return digest.hexdigest() if files else None
 
 
 def text_digest(text):
@@ -82,6 +103,7 @@ def differences(made, ours):
             if old != value:
                 found.append(f'of "{name}" the {COUNTED[key]} ({len(old or [])}, now {len(value)})' if key in COUNTED else
                              f'of "{name}" {key} ("{old}", now "{value}")')
+    found += ["the model's weights"] * (made.get("model", ours["model"]) != ours["model"])
     return sorted(found) + ["--prompts_file"] * (made["prompts_file"] != ours["prompts_file"])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dreambooth.base import UserError, place_among_processes, processes, say
 
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # all of which several processes need to meet
-ASKING = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
+ASKING = {"RANK": "0", "LOCAL_RANK": "0 -1", "WORLD_SIZE": "1", "PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1",
           "MV2_COMM_WORLD_SIZE": "1"}  # what one process alone would have there
 OTHER_SPLITTING = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}  # accelerate's name: what people call it
 IN_VAIN = {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}
@@ -25,7 +25,7 @@ MEETING_PATIENCE = 20  # seconds
 def clear_environment():
     """Take out of the environment what accelerate would believe and this program does not, and say what a person may have meant."""
     if processes() == 1:
-        asked = [f"{name}={os.environ[name]}" for name, alone in ASKING.items() if os.environ.get(name, "") not in ("", alone)]
+        asked = [f"{name}={os.environ[name]}" for name, alone in ASKING.items() if os.environ.get(name, "") not in ("", *alone.split())]
         lacking = [name for name in MEETING if not os.environ.get(name)]
         why = f"without {', '.join(lacking)}, by which they would meet" if lacking else "but the numbers do not fit together"
         if asked:
