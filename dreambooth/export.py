@@ -87,7 +87,9 @@ def files_of_lora(s, trained, target):
         tensors, notes = load_tensors(path, "--model_path"), read_header(path, "--model_path")[1]
         write = functools.partial(save_at_once, tensors=tensors, notes=notes, precision=s.export_precision)
     kind = merged_type(trained.lora)
-    what = f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names" if kind else "the LoRA with the names that other programs have for its layers"
+    what = "the LoRA with the names that other programs have for its layers"
+    if kind:
+        what = f"{ADAPTER_TYPES[kind].kind} in LyCORIS's names"
     return {target: (write, what)}
 
 
