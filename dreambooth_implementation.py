@@ -8035,7 +8035,8 @@ def harmonic_mean(dino, clip_t):
 METRIC_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}  # paper section 4.1: ViT-S/16, CLIP
 BUNDLED_METRICS = {"dino": HERE / "demo" / "metrics" / "vit", "clip": HERE / "demo" / "metrics" / "clip"}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-EMOJI_WORDS = "e643ecfb7275a7a74447bdeb066b6f98cadb98650bbed4a2d9688b3742efbbf8"  # sha256 of the bundled model's vocabulary
+EMOJI_WORDS = ("e643ecfb7275a7a74447bdeb066b6f98cadb98650bbed4a2d9688b3742efbbf8",  # sha256 of the bundled models' vocabularies
+               "c474d9db5f2b7ee301fa0e316028a9aed15b16f1ddd241662fe3aac310145287")
 METRIC_BATCH = 50  # pictures that a metric network sees at once
 
 
@@ -8091,13 +8092,13 @@ def metric_models(s, bases):
 
 
 def knows_only_emoji(base):
-    """Whether a model's words are those of the bundled model, which has seen no photograph: it needs metrics of its own."""
+    """Whether a model's words are those of a bundled model, which has seen no photograph: it needs metrics of its own."""
     try:
         path = Path(base) / "tokenizer" / "tokenizer.json"
         words = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError):  # a hub id, or another kind of tokenizer
         return False
-    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest() == EMOJI_WORDS
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest() in EMOJI_WORDS
 
 
 def load_metrics(dino, clip, device):

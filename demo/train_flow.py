@@ -199,7 +199,7 @@ def flow_loss(latents, tokens, empty, device):
 def export(vae, tokenizer, model, folder, sheet):
     """Write the pipeline (fp16) to `folder`, replacing it whole; then what it draws, read anew, to `sheet`."""
     lift_identifiers(tokenizer, model["text_encoder"], "Ġ{}")
-    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
+    vae.register_to_config(shift_factor=0.0, _name_or_path="demo/model")  # the pipeline adds its shift
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     save_half(ZImagePipeline(scheduler, vae, model["text_encoder"], tokenizer, model["transformer"]), folder)
     pipe = ZImagePipeline.from_pretrained(folder)
