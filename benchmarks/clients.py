@@ -102,7 +102,7 @@ def fill(module, prediction):
     for name, buffer in module.named_buffers():  # CLIP's position_ids
         buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))
     for name, parameter in module.named_parameters():
-        # By a wide bias in this place ComfyUI and Forge know an SD 2.x that predicts velocity.
+        # By a wide bias in this place ComfyUI knows an SD 2.x that predicts velocity.
         wide = name == "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias" and prediction == "v_prediction"
         scale = (0.2 if wide else 0.02) if parameter.dim() == 1 or "embedding.weight" in name else (3 * parameter[0].numel()) ** -0.5
         for piece in parameter.data.view(-1).split(1 << 22):
