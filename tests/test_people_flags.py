@@ -725,7 +725,7 @@ def test_every_new_flag_that_shapes_weights_is_compared():
     assert {f"--{name}" for name in (*new, "noise_offset") if name not in db.FREE_FLAGS} == set(SHAPING)
 
 
-EARLIER = set("""adam_weight_decay checkpointing_steps checkpoints_total_limit class_data_dir class_prompt
+EARLIER = set("""adam_weight_decay lora_alpha checkpointing_steps checkpoints_total_limit class_data_dir class_prompt
     gradient_accumulation_steps gradient_checkpointing initializer_token instance_data_dir instance_prompt learning_rate
     lr_scheduler
     lr_warmup_steps max_grad_norm mixed_precision num_class_images num_vectors optimizer output_dir prior_loss_weight random_flip

@@ -663,7 +663,7 @@ def test_configs_that_may_not_be_read_are_named(name, copy_of, monkeypatch):
 
 
 @pytest.mark.parametrize("name, said", [
-    ("m.gguf", "a GGUF file, in which weights are quantized"), ("m.ZIP", "an archive; unpack it"), ("m.onnx", "made for running alone"),
+    ("m.gguf", "a GGUF file, in which weights are quantized"), ("m.ZIP", "an archive; unpack it"), ("m.onnx", "a model made for running alone"),
     ("m.safetensors.crdownload", "a download that is not finished"), ("m.safetensors.part", "a download that is not finished")])
 def test_files_that_are_no_models(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
