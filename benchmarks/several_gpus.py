@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -108,14 +109,18 @@ class Case:
         return {}
 
 
+SHORT = {"--gradient_checkpointing": "c", "--split_batch": "b", "--fused_backward": "f", "--offload_optimizer": "o",
+         "--optimizer": "", "--base_precision": "", "--weights": "weights in"}
+
+
 def how(choice, number):
-    """A choice as a cell of the table."""
+    """A choice as a cell of the table, of GiB and of flags that are SHORT."""
     if not choice:
-        return "does not fit"
+        return "no plan fits"
     words = choice["flags"].split()
-    way = "one GPU" if number == 1 else "FSDP2" if "--shard" in words else "DDP"
-    kept = " ".join(word for word in words if word != "--shard")
-    return f"{way}, {choice['gib']} GiB" + (f": `{kept}`" if kept else "")
+    kept = ", ".join(re.sub(r"--\w+", lambda found: SHORT[found[0]], choice["flags"].replace("--shard", "")).split())
+    kept = kept.replace("weights, in, ", "weights in ")
+    return ("" if number == 1 else "**FSDP2** " if "--shard" in words else "DDP ") + str(choice["gib"]) + (f" ({kept})" if kept else "")
 
 
 def choose(path):
@@ -130,7 +135,7 @@ def choose(path):
                 print(name, found[name], flush=True)
     for size in SIZES:
         print(f"\n| GPUs of {size} GiB | " + " | ".join(map(str, NUMBERS)) + " |\n|---|" + "---|" * len(NUMBERS))
-        for name, choices in found.items():
+        for name, choices in sorted(found.items()):
             print(f"| {name} | " + " | ".join(how(choices[f"{number} x {size}"], number) for number in NUMBERS) + " |")
 
 
