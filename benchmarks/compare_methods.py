@@ -254,7 +254,7 @@ def draw_frontier(runs, path, size=(900, 600), margin=60):
     points = {name: [mean_and_deviation(group, score)[0] for score in ("clip_t", "dino_as_is")]
               for name, group in by_variant(runs).items()}
     best = max(dino for _, dino in points.values())
-    points = {name: point for name, point in points.items() if point[1] > best / 2}
+    points = {name: point for name, point in points.items() if point[1] > 0.8 * best}
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
     pen = ImageDraw.Draw(image)
     (left, right), (low, high) = ((min(values) - 0.005, max(values) + 0.005) for values in zip(*points.values()))
@@ -264,12 +264,19 @@ def draw_frontier(runs, path, size=(900, 600), margin=60):
                                 (f"{right:.3f}", (size[0] - margin, size[1] - margin + 4), "rt"),
                                 ("CLIP-T", (size[0] // 2, size[1] - margin + 4), "mt")):
         pen.text(place, text, "black", font, anchor=anchor)
-    for name, (clip_t, dino) in points.items():
+    taken = []  # boxes of labels, none of which may lie on another
+    for name, (clip_t, dino) in sorted(points.items(), key=lambda item: item[1]):
         x = margin + (clip_t - left) / (right - left) * (size[0] - 2 * margin)
         y = size[1] - margin - (dino - low) / (high - low) * (size[1] - 2 * margin)
         pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill="#1f77b4")
         is_right = x > size[0] * 0.7
-        pen.text((x - 8 if is_right else x + 8, y), name, "black", font, anchor="rm" if is_right else "lm")
+        for aside in (0, 14, -14, 28, -28):
+            place = (x - 8 if is_right else x + 8, y + aside), name, "black", font, "rm" if is_right else "lm"
+            box = pen.textbbox(place[0], name, font, place[4])
+            if not any(box[0] < after and before < box[2] and box[1] < below and above < box[3] for before, above, after, below in taken):
+                break
+        taken.append(box)
+        pen.text(*place)
     image.save(path)
 
 

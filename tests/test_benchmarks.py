@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import bench_gpu
 from bench_gpu import CASES, FILLINGS, Case, Results, words_of
+from compare_methods import divided
 
 SCRIPTS = {
     "quick.py": "Path(sys.argv[-1]).write_text(json.dumps({'seconds_per_step': 0.5}))\n"
@@ -25,6 +26,12 @@ SCRIPTS = {
     "last.py": "names = [path.name for path in Path(__file__).parent.glob('*-gone')]\n"
                "Path(sys.argv[-1]).write_text(json.dumps({'gone': sorted(names)}))",
 }
+
+
+def test_flags_of_drawing_are_not_given_to_the_training():
+    assert divided(["--method", "lora", "--subject_start", "0.2", "--rank", "4"]) == (["--method", "lora", "--rank", "4"],
+                                                                                      ["--subject_start", "0.2"])
+    assert divided([]) == ([], [])
 
 
 @pytest.fixture
