@@ -6305,8 +6305,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look,
-                         start)
+    told = prompts_given(pipeline, models, guidance_scale, negative_prompt)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, told, look, start)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
     for picture, (prompt, _) in zip(itertools.chain.from_iterable(drawn), jobs):
         if is_flat(picture):
@@ -6930,7 +6930,8 @@ class Start:
             yield
             return
         with beside_off(pipeline) if self.untouched is None else contextlib.nullcontext():
-            outputs = first_outputs(default(self.untouched, pipeline), count if count < total else None, list(map(self.plain, prompts)), call)
+            steps, plain = count if count < total else None, list(map(self.plain, prompts))
+            outputs = first_outputs(default(self.untouched, pipeline), steps, plain, call)
         with answering(family_of(pipeline).denoiser_of(pipeline), outputs):
             yield
 

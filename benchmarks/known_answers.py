@@ -37,7 +37,8 @@ FORMS = {
     "grey, evened out": lambda picture: ImageOps.equalize(picture.convert("L")).convert("RGB"),
     "brightest channel": lambda picture: picture.convert("HSV").getchannel("V").convert("RGB"),
 }
-OTHER_COLOURS = [line.split()[1] for line, keeps in zip(PROMPTS.read_text(encoding="utf-8").splitlines(), prompts_that_keep()) if not keeps]
+LINES = PROMPTS.read_text(encoding="utf-8").splitlines()
+OTHER_COLOURS = [line.split()[1] for line, keeps in zip(LINES, prompts_that_keep()) if not keeps]
 
 
 def painted(rng, drawing, place="", colour=None):
@@ -51,7 +52,7 @@ def painted(rng, drawing, place="", colour=None):
 def as_asked(drawing, noun, number, count):
     """(captions, `count` pictures of a drawing for each) of the 25 prompts."""
     captions, pictures = [], []
-    for line in PROMPTS.read_text(encoding="utf-8").splitlines():
+    for line in LINES:
         caption = line.replace("[identifier] ", "").replace("[class]", noun)
         colour, place = line.split()[1], line.split("[class]")[1].strip()
         rng = random.Random(f"{number} {caption}")

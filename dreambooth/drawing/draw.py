@@ -26,8 +26,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
 
     look = dict(num_inference_steps=steps, height=height, width=width)
     size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
-    drawn = draw_batches(pipeline, jobs, size, batch_size is None, prompts_given(pipeline, models, guidance_scale, negative_prompt), look,
-                         start)
+    told = prompts_given(pipeline, models, guidance_scale, negative_prompt)
+    drawn = draw_batches(pipeline, jobs, size, batch_size is None, told, look, start)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
     for picture, (prompt, _) in zip(itertools.chain.from_iterable(drawn), jobs):
         if is_flat(picture):

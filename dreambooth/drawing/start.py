@@ -57,7 +57,8 @@ class Start:
             yield
             return
         with beside_off(pipeline) if self.untouched is None else contextlib.nullcontext():
-            outputs = first_outputs(default(self.untouched, pipeline), count if count < total else None, list(map(self.plain, prompts)), call)
+            steps, plain = count if count < total else None, list(map(self.plain, prompts))
+            outputs = first_outputs(default(self.untouched, pipeline), steps, plain, call)
         with answering(family_of(pipeline).denoiser_of(pipeline), outputs):
             yield
 
