@@ -70,7 +70,7 @@ def test_the_peak_of_a_backward_pass():
 def test_an_estimate_is_arithmetic():
     some = dataclasses.replace(demand(("kept", 1000, None), ("gradient", 400, None)), frozen=50)
     parts = db.estimate(some, db.Levers())
-    assert parts == {"weights": 400, "gradients": 400, "optimizer": 804, "exchange": 0, "step": 0, "activations": 4000,
+    assert parts == {"weights": 400, "gradients": 400, "optimizer": 804, "exchange": 0, "gathered": 0, "step": 0, "activations": 4000,
                      "frozen": 50, "reserve": db.RESERVE + db.SLACK * 5654}
     assert db.estimate(some, db.Levers("adamw8bit", "bf16"))["weights"] == 200
     two = demand(("kept", 1000, None), ("gradient", 200, None), trained=((4, 25), (10,)))  # in bf16
