@@ -6914,7 +6914,7 @@ class Start:
 
     def plain(self, prompt):
         """A prompt as the untouched model is told it."""
-        return functools.reduce(without_word, self.subjects, prompt)
+        return without_words(prompt, self.subjects)
 
     def steps(self, total):
         """How many of `total` steps the untouched model takes."""
@@ -6982,6 +6982,11 @@ def beside_off(pipeline):
         pipeline.enable_lora()
 
 
+def without_words(prompt, subjects):
+    """A prompt of the classes of these subjects instead of them."""
+    return functools.reduce(without_word, subjects, prompt)
+
+
 def without_word(prompt, subject):
     """A prompt of a subject's class instead of it: "a phol owl on the moon" is "an owl on the moon"."""
     noun, article = (of(subject.class_prompt) if subject.class_prompt else "" for of in (noun_of, article_of))
@@ -6994,7 +6999,7 @@ def without_word(prompt, subject):
 def begun_as(s, base, subjects, prompts):
     """Prompts as the untouched model is told them, where it begins the pictures of the model at `base`."""
     share = default(s.subject_start, family_at(base, "--model_path").subject_start)
-    return [functools.reduce(without_word, subjects, prompt) for prompt in prompts] if share else []
+    return [without_words(prompt, subjects) for prompt in prompts] if share else []
 
 
 def start_of(s, base, trained, adapters, pipeline, plan):
@@ -11643,10 +11648,11 @@ def infer(s):
     prompts = [fill_identifier(prompt, trained.subjects, trained.source, others) for prompt in prompts]
     tell_prompts([*prompts, s.negative_prompt], [*trained.subjects, *others])
     s = dataclasses.replace(s, negative_prompt=fill_identifier(s.negative_prompt, trained.subjects, trained.source, others))
-    tell_unspoken([trained, *(adapter for adapter, _ in adapters)], [*prompts, s.negative_prompt])
+    everything = [trained, *(adapter for adapter, _ in adapters)]
+    tell_unspoken(everything, [*prompts, s.negative_prompt])
 
     plan = plan_device(s)
-    check_bits(s, base, [trained, *(adapter for adapter, _ in adapters)], plan)
+    check_bits(s, base, everything, plan)
     begun = begun_as(s, base, [*trained.subjects, *others], prompts)
     models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt, *begun])
     pipeline = placed(models.pipeline, plan.device)
@@ -11659,23 +11665,29 @@ def infer(s):
     width, height = (side, side) if side else own_size(pipeline)
     for flag in ("width", "height"):  # some pipelines would draw smaller, and not say so
         family_of(pipeline).check_side(pipeline, default(getattr(s, flag), 0), f"--{flag}")
-    model = {"Model": trained.source}
-    if trained.lora:
-        model["LoRA scale"] = f"{s.lora_scale:g}"
-    if adapters:
-        model["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
-    if models.base_precision != "bf16":
-        model["Base precision"] = models.base_precision
-    if record:  # tells pictures of one training from those of the next into the same folder
-        model["Model hash"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:10]
     say(f"Model: {trained.source}"
         + (f", {record['method']} on {pipeline.name_or_path}" if trained.is_adapter and record else "")
         + f"; machine: {machine_name(plan.device)}; arithmetic {'float32' if plan.precision == 'no' else plan.precision}")
     for prompt in prompts:
         say(f'Drawing "{prompt}", seeds {s.seed} to {s.seed + s.num_images - 1}')
-    grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images), model,
-                         (default(s.width, width), default(s.height, height)), models, start)
+    grid = draw_pictures(Path(s.image_dir), pipeline, s, prompts, range(s.seed, s.seed + s.num_images),
+                         note_of_model(s, trained, adapters, models.base_precision), (default(s.width, width), default(s.height, height)),
+                         models, start)
     say(f"{len(prompts) * s.num_images} pictures are in {s.image_dir}, all together in {grid}.")
+
+
+def note_of_model(s, trained, adapters, base_precision):
+    """What the pictures' text chunks say of the model."""
+    note = {"Model": trained.source}
+    if trained.lora:
+        note["LoRA scale"] = f"{s.lora_scale:g}"
+    if adapters:
+        note["Adapters"] = "; ".join(f"{each.source}={strength:g}" for each, strength in adapters)
+    if base_precision != "bf16":
+        note["Base precision"] = base_precision
+    if trained.record:  # tells pictures of one training from those of the next into the same folder
+        note["Model hash"] = hashlib.sha256(json.dumps(trained.record).encode()).hexdigest()[:10]
+    return note
 
 
 def tell_unspoken(trained, prompts):

@@ -41,7 +41,7 @@ class Start:
 
     def plain(self, prompt):
         """A prompt as the untouched model is told it."""
-        return functools.reduce(without_word, self.subjects, prompt)
+        return without_words(prompt, self.subjects)
 
     def steps(self, total):
         """How many of `total` steps the untouched model takes."""
@@ -109,6 +109,11 @@ def beside_off(pipeline):
         pipeline.enable_lora()
 
 
+def without_words(prompt, subjects):
+    """A prompt of the classes of these subjects instead of them."""
+    return functools.reduce(without_word, subjects, prompt)
+
+
 def without_word(prompt, subject):
     """A prompt of a subject's class instead of it: "a phol owl on the moon" is "an owl on the moon"."""
     noun, article = (of(subject.class_prompt) if subject.class_prompt else "" for of in (noun_of, article_of))
@@ -121,7 +126,7 @@ def without_word(prompt, subject):
 def begun_as(s, base, subjects, prompts):
     """Prompts as the untouched model is told them, where it begins the pictures of the model at `base`."""
     share = default(s.subject_start, family_at(base, "--model_path").subject_start)
-    return [functools.reduce(without_word, subjects, prompt) for prompt in prompts] if share else []
+    return [without_words(prompt, subjects) for prompt in prompts] if share else []
 
 
 def start_of(s, base, trained, adapters, pipeline, plan):
