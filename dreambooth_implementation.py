@@ -404,6 +404,26 @@ def memory_limit(s, plan):
     return limit
 
 
+def cpu_memory():
+    """How many bytes of memory the CPU has, or None on a system that does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+CPU_SHARE = 0.8  # of the CPU's memory, at most, for what waits in it
+
+
+def lacks_room(waiting):
+    """The end of a sentence: that so many bytes cannot wait in the CPU's memory; "" if they can."""
+    there = cpu_memory()
+    if there is None or waiting <= CPU_SHARE * there:
+        return ""
+    return (f"; --offload_blocks would have {waiting / GIB:.1f} GiB wait in the CPU's memory, of which there are {there / GIB:.1f}, and "
+            f"may take {CPU_SHARE:.0%}")
+
+
 def moved(tensor, device):
     """A small CPU tensor on `device`. From pinned memory the copy to a GPU waits its turn there, and the CPU goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -1583,6 +1603,9 @@ class Settings:
                                             "--fused_backward and takes time", shown="as --max_vram needs")
     shard: bool | None = _field("train", None, "split the denoiser, its gradients and what the optimizer remembers over all "
                                 "processes, block by block (FSDP2)", shown="as --max_vram needs, or accelerate's configuration says")
+    offload_blocks: bool | None = _field("all", None, "keep a frozen transformer's blocks in the CPU's memory, from where each comes when it is "
+                                         "its turn; in training of a LoRA, with --gradient_checkpointing", methods=("lora",),
+                                         shown="as --max_vram needs")
     compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
     channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")
@@ -3330,6 +3353,189 @@ def read_json(path):
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/streamed_blocks: Frozen blocks of a transformer that wait in the CPU's memory, and come to where it computes, as copies, when it is their turn.
+#
+# diffusers' own group offloading does not go with training: it takes a block's weights away when its forward pass is over, and the
+# backward pass, for which autograd has kept the very same tensors, would find them on the CPU. Here a block computes with copies, so that
+# autograd keeps what it needs of them. With gradient checkpointing the first pass keeps none, and the second one those of a single block
+# until its backward pass is over. What was put beside the weights later, such as a LoRA, goes where the denoiser goes.
+
+
+NO_COPIES_OF_NF4 = "--offload_blocks: weights of --base_precision nf4 cannot be copied block by block; give int8 or bf16"
+PIECE = 2**30  # bytes of memory that are locked at once; torch rounds each piece up to a power of two
+
+
+def recomputed_blocks(denoiser):
+    """The blocks of a transformer that gradient checkpointing recomputes, in the order in which they compute."""
+    return [module for module in denoiser.modules() if type(module).__name__ in denoiser._no_split_modules]
+
+
+def stream_blocks(denoiser, device):
+    """Have the weights of a denoiser's blocks wait where they are, in the CPU's memory, whatever moves the denoiser, until the `device`
+    computes with them. Returns the denoiser."""
+    blocks = recomputed_blocks(denoiser)
+    waiting = [leaf for block in blocks for weight in block.parameters() for leaf in leaves(weight)]
+    say(f"Memory: {sum(leaf.nbytes for leaf in waiting) / GIB:.2f} GiB of the transformer wait in the CPU's memory, and come block by "
+        f"block when they are needed.")
+    if device.type == "cuda":
+        lock(waiting)
+    turns = Turns(blocks, device, ahead=device.type == "cuda")
+    for number, block in enumerate(blocks):
+        block.forward = functools.partial(turns.compute, number, block.forward)
+        block._apply = functools.partial(turns.move, number)
+    return denoiser
+
+
+class Turns:
+    """Blocks whose weights wait, and what has come of them: of one block, and of the next one if it is fetched `ahead`."""
+
+    def __init__(self, blocks, device, ahead):
+        self.blocks, self.device, self.ahead = blocks, device, ahead
+        self.places = [[(part._parameters, name) for part in block.modules() for name, weight in part._parameters.items()
+                        if weight is not None] for block in blocks]
+        self.stream, self.last, self.coming = side_stream(device) if ahead else None, -1, {}
+
+    def compute(self, number, forward, *args, **options):
+        """What a block's own `forward` returns, with copies in place of its weights."""
+        own = [parameters[name] for parameters, name in self.places[number]]
+        copies = self.take(number)
+        self.expect(number)
+        try:
+            for (parameters, name), copy in zip(self.places[number], copies):
+                parameters[name] = copy
+            copies = copy = None  # autograd alone keeps them beyond the block
+            return forward(*args, **options)
+        finally:
+            for (parameters, name), weight in zip(self.places[number], own):
+                parameters[name] = weight
+
+    def take(self, number):
+        """Copies of a block's weights, ready to be computed with; others that were on their way are dropped."""
+        copies, arrival = self.coming.pop(number, None) or self.fetch(number)
+        arrive(arrival, self.device)
+        self.forget()
+        return copies
+
+    def expect(self, number):
+        """Fetch what follows a block: the next one in a forward pass, the one before in a backward pass."""
+        rises = number == self.last + 1 or number == 0 and self.last != 1
+        following, self.last = number + (1 if rises else -1), number
+        if self.ahead and 0 <= following < len(self.blocks):
+            self.coming[following] = self.fetch(following)
+
+    def fetch(self, number):
+        """(copies of a block's weights on the device, what tells when they have arrived)."""
+        import torch
+
+        pairs = []
+        with torch.no_grad():
+            copies = [room_for(parameters[name], self.device, pairs) for parameters, name in self.places[number]]
+            return copies, send(pairs, self.device, self.stream)
+
+    def forget(self):
+        """Drop what is on its way."""
+        for _, arrival in self.coming.values():
+            arrive(arrival, self.device)  # before its memory is used for anything else
+        self.coming.clear()
+
+    def move(self, number, convert, recurse=True):
+        """Module._apply() of a block: what waits follows in its precision alone, and what is in fewer bits not even there."""
+        import torch
+
+        self.forget()
+        own = [parameters[name] for parameters, name in self.places[number]]
+        for (parameters, name), weight in zip(self.places[number], own):
+            parameters[name] = None
+        try:
+            torch.nn.Module._apply(self.blocks[number], convert, recurse)
+        finally:
+            for (parameters, name), weight in zip(self.places[number], own):
+                parameters[name] = weight
+        for weight in own:
+            dtype = weight.dtype if is_packed(weight) else convert(torch.empty(0, dtype=weight.dtype)).dtype
+            if weight.dtype != dtype:
+                weight.data = weight.data.to(dtype)
+        return self.blocks[number]
+
+
+def side_stream(device):
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
+def send(pairs, device, stream):
+    """Copy the first of each pair of tensors into the second, beside all else if there is a `stream`; returns its event.
+
+    The room was made by the computing stream and goes back to it: the copies wait for what that was still doing there.
+    """
+    import torch
+
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        for source, target in pairs:
+            target.copy_(source, non_blocking=True)
+    return stream.record_event() if stream else None
+
+
+def arrive(arrival, device):
+    """Have the device compute nothing more until an event of send() has come."""
+    import torch
+
+    if arrival:
+        torch.cuda.current_stream(device).wait_event(arrival)
+
+
+def is_packed(tensor):
+    """Whether a tensor is one of torchao's, made of others."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def leaves(tensor):
+    """The tensors that hold the numbers of one: itself, or those that torchao made it of."""
+    return [leaf for name in tensor.__tensor_flatten__()[0] for leaf in leaves(getattr(tensor, name))] if is_packed(tensor) else [tensor]
+
+
+def room_for(tensor, device, pairs):
+    """An empty tensor like one that does not train, on a device; to `pairs` goes what has to be copied into it."""
+    import torch
+
+    if not is_packed(tensor):
+        room = torch.empty_like(tensor, device=device, requires_grad=False)
+        pairs.append((tensor, room))
+        return room
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: room_for(getattr(tensor, name), device, pairs) for name in names}
+    return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+
+
+def lock(tensors):
+    """Move tensors into memory whose pages stay where they are, from which a GPU fetches without the CPU; each in its place in a
+    larger piece. Where the machine has no more of it, that is said, and the rest stays as it is."""
+    spans = [-(-tensor.nbytes // 512) * 512 for tensor in tensors]
+    piece, taken, rest = (), 0, sum(spans)
+    for tensor, span in zip(tensors, spans):
+        if span > len(piece) - taken:
+            try:
+                piece, taken = page_locked(max(span, min(PIECE, rest))), 0
+            except RuntimeError:
+                say(f"Note: {rest / GIB:.2f} GiB of that cannot be locked in the CPU's memory, and come more slowly.")
+                return
+        room = piece[taken:taken + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = room.copy_(tensor.data)
+        taken, rest = taken + span, rest - span
+
+
+def page_locked(size):
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5852,11 +6058,16 @@ def load_late(name, arithmetic, variant=None, flag="--model_name", trains=True):
     return dataclasses.replace(models, sample={shelf.denoiser: shelf.numbers(SAMPLE_PLACES, SAMPLE_TENSORS), **texts})
 
 
-def with_denoiser(models, dtype, base_precision):
-    """Late models with their denoiser, read now in `dtype`, or in fewer bits (see quantized.py); the text encoders are dropped."""
+def with_denoiser(models, dtype, base_precision, streams_to=None):
+    """Late models with their denoiser, read now in `dtype`, or in fewer bits (see quantized.py); the text encoders are dropped.
+
+    If there is a device that it streams to, its blocks wait in the CPU's memory (see streamed_blocks.py).
+    """
     shelf = models.book.shelf
     models.book.drop(models)
     denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
+    if streams_to:
+        stream_blocks(denoiser, streams_to)
     models.pipeline.register_modules(**{shelf.denoiser: denoiser})
     return dataclasses.replace(models, denoiser=denoiser, base_precision=base_precision)
 
@@ -6850,41 +7061,77 @@ def is_read_late(base, trained):
 
 
 def check_bits(s, base, trained, plan):
-    """UserError for a --base_precision that cannot be had here, or not for this model."""
+    """UserError for a --base_precision, or --offload_blocks, that cannot be had here, or not for this model."""
+    given = [] if s.base_precision in (None, "auto", "bf16") else [f"--base_precision {s.base_precision}"]
+    if s.offload_blocks:
+        given.append("--offload_blocks")
+    if given and not is_read_late(base, trained):
+        raise UserError(f"{given[0]}: for transformers that draw without their text encoders; leave it out")
     if s.base_precision in (None, "auto", "bf16"):
         return
-    if not is_read_late(base, trained):
-        raise UserError(f"--base_precision {s.base_precision}: for transformers that draw without their text encoders; leave it out")
     if wrong := why_not(s.base_precision, plan.device):
         raise UserError(wrong)
     check_import(BASES[s.base_precision].package, f"--base_precision {s.base_precision}")
+    if s.offload_blocks and s.base_precision == "nf4":
+        raise UserError(NO_COPIES_OF_NF4)
+
+
+WAYS_TO_DRAW = (  # from the fastest to the most frugal: the key of BASES that a denoiser is read with, whether its blocks wait elsewhere
+    ("bf16", False), ("int8", False), ("nf4", False), ("bf16", True), ("int8", True))
 
 
 def base_to_draw_with(s, models, plan):
-    """The key of BASES that late models' denoiser, which has no memory yet, is to be read with.
+    """(the key of BASES that late models' denoiser, which has no memory yet, is to be read with, whether its blocks are to wait in the
+    CPU's memory).
 
-    By --base_precision; else the first that fits beside all else, and what is not that of the arithmetic is said.
+    By --base_precision and --offload_blocks; where they leave it open the first that fits beside all else, else the last that can be
+    had, and what is not as it would be is said.
     """
-    if s.base_precision not in (None, "auto"):
-        return s.base_precision
-    limit = memory_limit(s, plan)
-    sizes = {precision: size_of(models.denoiser, precision, plan.dtype) for precision in ("bf16", "int8", "nf4")}
-    fitting = [precision for precision, size in sizes.items() if limit is None or size + models.family.room_to_draw <= limit]
-    if "bf16" in fitting or plan.precision == "fp16":
-        return "bf16"
-    had = [precision for precision in sizes if precision != "bf16" and not why_not(precision, plan.device)]
-    chosen = next((precision for precision in fitting if precision in had), (had or ["bf16"])[-1])
-    if fitting and fitting[0] not in had:
-        say(f"Note: {why_not(fitting[0], plan.device)}; it would fit.")
-    say(f"Memory: the transformer takes {sizes['bf16'] / GIB:.1f} GiB as it is, and there are {limit / GIB:.1f}; it comes "
-        + (f"in {chosen}, {sizes[chosen] / GIB:.1f} GiB (--base_precision)." if chosen != "bf16" else "so all the same."))
+    limit, by_hand = memory_limit(s, plan), s.base_precision not in (None, "auto")
+    ways = dict.fromkeys((s.base_precision if by_hand else precision, waits if s.offload_blocks is None else s.offload_blocks)
+                         for precision, waits in WAYS_TO_DRAW)
+    sizes = {way: sizes_of(models, *way, plan.dtype) for way in ways if way != ("nf4", True)}
+    fitting = [way for way, (there, _) in sizes.items() if limit is None or there + models.family.room_to_draw <= limit]
+    first, reasons = next(iter(sizes)), {way: why_not_drawn(*way, plan, waiting) for way, (_, waiting) in sizes.items()}
+    had = [way for way in sizes if not reasons[way]] or [first]
+    if first in fitting:
+        return first
+    chosen = next((way for way in fitting if way in had), had[-1])
+    if fitting and reasons[fitting[0]]:
+        say(f"Note: {reasons[fitting[0]].removeprefix('; ')}; it would fit.")
+    say(f"Memory: the transformer takes {sizes[first][0] / GIB:.1f} GiB as it is, and there are {limit / GIB:.1f}; it comes "
+        + in_words(*chosen, sizes[chosen][0], first) + ".")
     return chosen
 
 
-def size_of(denoiser, precision, dtype):
-    """Bytes of a denoiser's weights with a key of BASES, where all else is in `dtype`."""
-    fewer = in_fewer_bits(denoiser, precision)
-    rest = sum(weight.numel() for weight in denoiser.parameters() if weight not in fewer) * dtype.itemsize
+def why_not_drawn(precision, waits, plan, waiting):
+    """Why this way to draw cannot be had here, with so many bytes waiting in the CPU's memory; "" if it can."""
+    if precision != "bf16" and plan.precision == "fp16":
+        return f"--base_precision {precision} does not go with fp16"
+    return precision != "bf16" and why_not(precision, plan.device) or lacks_room(waiting)
+
+
+def in_words(precision, waits, size, first):
+    """How a denoiser comes that takes so many bytes where it computes; `first` is how it would have come."""
+    flags = "--base_precision" * (precision != first[0]), "--offload_blocks" * (waits and not first[1])
+    if not any(flags):
+        return "so all the same"
+    bits, blocks = f"in {precision}, " * bool(flags[0]), "block by block, " * waits
+    return f"{bits}{blocks}{size / GIB:.1f} GiB{' at a time' * waits} ({', '.join(filter(None, flags))})"
+
+
+def sizes_of(models, precision, waits, dtype):
+    """(bytes of a denoiser's weights where it computes, bytes that wait in the CPU's memory) with a key of BASES, where all else is in
+    `dtype`. Of blocks that wait one computes and the next one comes."""
+    whole = size_of(models.denoiser, precision, dtype)
+    blocks = [size_of(block, precision, dtype) for block in recomputed_blocks(models.denoiser)] if waits else []
+    return whole - sum(blocks) + 2 * max(blocks, default=0), sum(blocks)
+
+
+def size_of(module, precision, dtype):
+    """Bytes of a module's weights with a key of BASES, where all else is in `dtype`."""
+    fewer = in_fewer_bits(module, precision)
+    rest = sum(weight.numel() for weight in module.parameters() if weight not in fewer) * dtype.itemsize
     return rest + sum(weight.numel() for weight in fewer) * (BASES[precision].bytes_per_weight or 0)
 
 
@@ -7168,7 +7415,8 @@ def load_trained(s, base, trained, adapters, plan, prompts):
     if is_read_late(base, [trained, *(each for each, _ in adapters)]):
         models = load_late(base, plan.dtype, variant, "--model_path", trains=False)
         models.book.learn(models, [*prompts, models.family.usual_negative], plan.device)
-        models = with_denoiser(models, plan.dtype, base_to_draw_with(s, models, plan))
+        base_precision, waits = base_to_draw_with(s, models, plan)
+        models = with_denoiser(models, plan.dtype, base_precision, plan.device if waits else None)
     else:
         models = take_apart(base, load_pipeline(base, plan.dtype, "--model_path", variant=variant))
         models = dataclasses.replace(models, sample=sample_weights(models.pipeline))
@@ -8473,6 +8721,7 @@ class Levers:
     offload_optimizer: bool = False
     base_precision: str = "bf16"
     shard: bool = False
+    offload_blocks: bool = False
 
 
 def levers_by_hand(s):
@@ -9127,7 +9376,7 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "checkpointing_steps", "checkpoints_total_limit", "resume", "validation_prompt", "validation_steps", "select_best",
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
-              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "compile", "channels_last",
+              "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "offload_blocks", "compile", "channels_last",
               "lr_scheduler", "use_ema", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
@@ -10280,6 +10529,7 @@ def estimate(demand, levers, number=None):
 def objection(s, family, levers, precision):
     """Why these levers cannot be used together, or None."""
     optimizer, fused, half, split = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16", levers.shard
+    waits = levers.offload_blocks
     is_quantized = levers.base_precision != "bf16"
     means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
@@ -10310,13 +10560,20 @@ def objection(s, family, levers, precision):
          "either of which rounds stochastically"),
         (levers.offload_optimizer and not fused,
          "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
-        (is_quantized and not is_late(s, family),
+        (is_quantized and not has_frozen_base(s, family),
          f"--base_precision {levers.base_precision}: for a LoRA of a transformer whose text encoders do not train; leave it out"),
         (is_quantized and s.use_dora, f"--base_precision {levers.base_precision}: DoRA needs the weights themselves; leave one out"),
         (is_quantized and s.adapter_type not in (None, "lora"),
          f"--base_precision {levers.base_precision}: --adapter_type {s.adapter_type} needs the weights themselves; leave one out"),
         (is_quantized and precision == "fp16",
          f"--base_precision {levers.base_precision}: give --mixed_precision bf16"),
+        (waits and not has_frozen_base(s, family),
+         "--offload_blocks: for a LoRA of a transformer whose text encoders do not train; leave it out"),
+        (waits and not levers.gradient_checkpointing,
+         "--offload_blocks: without recomputation the copies of all blocks would stay; give --gradient_checkpointing, too"),
+        (waits and (split or processes() > 1), "--offload_blocks: for one process alone; leave it out, or start one"),
+        (waits and levers.base_precision == "nf4", NO_COPIES_OF_NF4),
+        (waits and s.compile, "--offload_blocks: a compiled block knows its weights' places; leave out --compile"),
         (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
@@ -10333,6 +10590,11 @@ def objection(s, family, levers, precision):
 def is_late(s, family):
     """Whether a model of this family is read part by part in this training."""
     return family.comes_late and not s.train_text_encoder and not METHODS[s.method].adds_words
+
+
+def has_frozen_base(s, family):
+    """Whether only what stands beside a transformer trains, the transformer being read late."""
+    return METHODS[s.method].is_adapter and is_late(s, family)
 
 
 def check_levers(s, family, plan):
@@ -10385,6 +10647,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
     Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
+    Levers(gradient_checkpointing=True, split_batch=True, offload_blocks=True),  # of frozen transformers
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="int8", offload_blocks=True),
 )
 
 
@@ -10412,7 +10676,8 @@ class Demand:
     frozen: int  # bytes of what lies beside them
     passes: int  # backward passes whose gradients add up to one step
     events: tuple
-    gathered: int = 0  # bytes of what a process has at most beside its shares, where the denoiser is split
+    gathered: int = 0  # bytes of what comes and goes: beside a process's shares of a split denoiser, or of blocks that wait elsewhere
+    waiting: int = 0  # bytes of those blocks in the CPU's memory
 
 
 def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
@@ -10451,15 +10716,19 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
                 conditioning = told or hollow.family.encode(hollow, prompts)
             hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
-    frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
+
+    def bytes_of(weights):
+        return sum(math.ceil(each.numel() * BASES[levers.base_precision].bytes_per_weight) if each in fewer else each.nbytes for each in weights)
+    waiting = recomputed_blocks(hollow.denoiser) if levers.offload_blocks else []
+    blocks = [bytes_of(set(block.parameters()) - set(trained)) for block in waiting]
+    frozen = bytes_of(beside - set(trained)) - sum(blocks)
     if recipe.use_ema:
         frozen += sum(p.numel() for p in trained) * BYTES[levers.weights]
     if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
         frozen += sum(p.numel() for p in hollow.denoiser.parameters()) * plan.dtype.itemsize
     shapes = tuple(tuple(p.shape) for p in trained)
     if not levers.shard:
-        return Demand(shapes, frozen, passes, tuple(events))
+        return Demand(shapes, frozen, passes, tuple(events), 2 * max(blocks, default=0), sum(blocks))  # one computes, the next one comes
     wider = BYTES["fp32"] / trained[0].itemsize  # shares of gradients are float32, whatever they were computed in
     events = tuple((what, size * wider if what == "gradient" else size, stretch) for what, size, stretch in events)
     return Demand(shapes, frozen, passes, events, gathered_bytes(models.family, hollow.denoiser, set(trained)))
@@ -10572,7 +10841,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
     Those that need a library which is not installed are passed over, and that is said.
     """
     limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
-    as_whole = math.inf  # the least of those before that split nothing
+    as_whole, crowded = math.inf, ""  # the least of those before that split nothing; what there is no room for in the CPU's memory
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
@@ -10581,7 +10850,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         limit = min(gather_object([limit]))
     told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard,
+        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard, levers.offload_blocks,
                    is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
@@ -10591,6 +10860,9 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
             say(f"Note: the memory this takes cannot be told beforehand ({' '.join(str(problem).split())[:200]}); nothing is "
                 f"saved unless by hand.")
             return rows[0]
+        if lacking := lacks_room(demands[passing].waiting):
+            crowded = lacking
+            continue
         parts = estimate(demands[passing], levers)
         needed = sum(parts.values())
         least, as_whole = min(least, needed), as_whole if levers.shard else min(as_whole, needed)
@@ -10605,7 +10877,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         check_package(uninstalled)
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
                     f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
-                    f"flags that rule plans out{more_gpus(s, models, subjects, recipe, resolution, plan, limit)}")
+                    f"flags that rule plans out{more_gpus(s, models, subjects, recipe, resolution, plan, limit)}{crowded}")
 
 
 SPLIT = Levers(gradient_checkpointing=True, split_batch=True, shard=True)  # the most frugal of the plans that split
@@ -11853,7 +12125,8 @@ def prepare(s, name, concepts, plan, accelerator):
     if late:
         drawn = {*usual_prompts_of(subjects), family.usual_negative}
         models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
-        models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
+        models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision,
+                               plan.device if course.levers.offload_blocks else None)
     class_images, of_class = [], []
     if has_class_images(s):
         class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)

@@ -54,6 +54,7 @@ from dreambooth.memory.demand import survey
 from dreambooth.memory.estimate import estimate
 from dreambooth.memory.plan import choose_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
+from dreambooth.models import streamed_blocks
 from dreambooth.models.quantized import quantization
 from dreambooth.subjects.words import Subject
 from dreambooth.training import loop
@@ -81,7 +82,7 @@ def outside_modes(function):
 def convert_in_place(module, convert, recurse=True):
     """Module._apply() for fake tensors, whose own would make other parameters: those that the optimizer has must stay."""
     for child in module.children():
-        convert_in_place(child, convert)
+        child._apply(convert)  # of which a block that waits has one of its own
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -144,6 +145,7 @@ def pretend(mode):
     torch.nn.functional.scaled_dot_product_attention, torch.tensor = attention, tensor_anywhere
     torch.nn.functional.silu = Silu.apply
     torch.Tensor.pin_memory = lambda tensor: tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+    streamed_blocks.side_stream, streamed_blocks.page_locked = lambda device: None, lambda size: torch.empty(size, dtype=torch.uint8)
     torch.Tensor.unique = outside_modes(lambda numbers, **_: (list(range(len(numbers))), torch.arange(len(numbers))))
     FakeTensor.tolist = lambda tensor: [0] * len(tensor)  # numbers of prompts: each the first
     torch.manual_seed = lambda seed: torch.default_generator
@@ -268,6 +270,8 @@ def main():
         if METHODS[s.method].is_adapter:
             models.denoiser.to(plan.dtype)
         quantize(models.denoiser, levers.base_precision)
+        if levers.offload_blocks:
+            streamed_blocks.stream_blocks(models.denoiser, GPU)
         groups = parameter_groups(s, models, subjects, recipe)
         with memory:
             cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)

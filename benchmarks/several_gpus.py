@@ -61,7 +61,7 @@ class Case:
     """A training of a model of full size that has no memory: how much each plan would take, surveyed when it is asked for."""
 
     def __init__(self, arch, method):
-        self.s, self.arch = parse_settings(["--train", "--method", method, "--mixed_precision", "bf16", "--max_vram", "80"]), arch
+        self.s, self.arch = parse_settings(["--train", "--method", method, "--mixed_precision", "bf16", "--max_vram", "80", "--no-offload_blocks"]), arch
         self.models = flow_models(arch, "meta") if arch in FLOWS else random_models(arch, "meta")
         self.surveyed = flow_models(arch, "meta", **FEW[arch][0]) if arch in FEW else self.models
         self.recipe, self.plan, self.demands = recipe_for(self.models.family, self.s), Plan(torch.device("cuda"), "bf16"), {}

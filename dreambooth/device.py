@@ -73,6 +73,26 @@ def memory_limit(s, plan):
     return limit
 
 
+def cpu_memory():
+    """How many bytes of memory the CPU has, or None on a system that does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+CPU_SHARE = 0.8  # of the CPU's memory, at most, for what waits in it
+
+
+def lacks_room(waiting):
+    """The end of a sentence: that so many bytes cannot wait in the CPU's memory; "" if they can."""
+    there = cpu_memory()
+    if there is None or waiting <= CPU_SHARE * there:
+        return ""
+    return (f"; --offload_blocks would have {waiting / GIB:.1f} GiB wait in the CPU's memory, of which there are {there / GIB:.1f}, and "
+            f"may take {CPU_SHARE:.0%}")
+
+
 def moved(tensor, device):
     """A small CPU tensor on `device`. From pinned memory the copy to a GPU waits its turn there, and the CPU goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -186,6 +186,9 @@ class Settings:
                                             "--fused_backward and takes time", shown="as --max_vram needs")
     shard: bool | None = _field("train", None, "split the denoiser, its gradients and what the optimizer remembers over all "
                                 "processes, block by block (FSDP2)", shown="as --max_vram needs, or accelerate's configuration says")
+    offload_blocks: bool | None = _field("all", None, "keep a frozen transformer's blocks in the CPU's memory, from where each comes when it is "
+                                         "its turn; in training of a LoRA, with --gradient_checkpointing", methods=("lora",),
+                                         shown="as --max_vram needs")
     compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
     channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")

@@ -164,7 +164,8 @@ def prepare(s, name, concepts, plan, accelerator):
     if late:
         drawn = {*usual_prompts_of(subjects), family.usual_negative}
         models.book.learn(models, sorted({caption for pool in photos for _, caption in pool} | drawn), plan.device)
-        models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision)
+        models = with_denoiser(models, plan.dtype if is_adapter else torch.float32, course.levers.base_precision,
+                               plan.device if course.levers.offload_blocks else None)
     class_images, of_class = [], []
     if has_class_images(s):
         class_images, class_views = class_pools(s, models, concepts, views, class_image_plan(s, plan), accelerator)

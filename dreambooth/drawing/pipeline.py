@@ -133,7 +133,8 @@ def load_trained(s, base, trained, adapters, plan, prompts):
     if is_read_late(base, [trained, *(each for each, _ in adapters)]):
         models = load_late(base, plan.dtype, variant, "--model_path", trains=False)
         models.book.learn(models, [*prompts, models.family.usual_negative], plan.device)
-        models = with_denoiser(models, plan.dtype, base_to_draw_with(s, models, plan))
+        base_precision, waits = base_to_draw_with(s, models, plan)
+        models = with_denoiser(models, plan.dtype, base_precision, plan.device if waits else None)
     else:
         models = take_apart(base, load_pipeline(base, plan.dtype, "--model_path", variant=variant))
         models = dataclasses.replace(models, sample=sample_weights(models.pipeline))

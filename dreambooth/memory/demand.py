@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dreambooth.methods.table import METHODS, has_class_images, parameter_groups, preserves_prior
 from dreambooth.models.encoding import rows_of
 from dreambooth.models.quantized import BASES, in_fewer_bits
+from dreambooth.models.streamed_blocks import recomputed_blocks
 from dreambooth.training.course import check_rates
 from dreambooth.training.levers import BYTES
 from dreambooth.training.precision import compute_as_precision_says, is_as_weights_are, is_bf16_throughout
@@ -28,7 +29,8 @@ class Demand:
     frozen: int  # bytes of what lies beside them
     passes: int  # backward passes whose gradients add up to one step
     events: tuple
-    gathered: int = 0  # bytes of what a process has at most beside its shares, where the denoiser is split
+    gathered: int = 0  # bytes of what comes and goes: beside a process's shares of a split denoiser, or of blocks that wait elsewhere
+    waiting: int = 0  # bytes of those blocks in the CPU's memory
 
 
 def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
@@ -67,18 +69,25 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
                 conditioning = told or hollow.family.encode(hollow, prompts)
             hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    frozen = sum(tensor.nbytes for tensor in beside - set(trained) - fewer)
-    frozen += sum(math.ceil(weight.numel() * BASES[levers.base_precision].bytes_per_weight) for weight in fewer)
+    waiting = recomputed_blocks(hollow.denoiser) if levers.offload_blocks else []
+    blocks = [bytes_of(set(block.parameters()) - set(trained), fewer, levers) for block in waiting]
+    frozen = bytes_of(beside - set(trained), fewer, levers) - sum(blocks)
     if recipe.use_ema:
         frozen += sum(p.numel() for p in trained) * BYTES[levers.weights]
     if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
         frozen += sum(p.numel() for p in hollow.denoiser.parameters()) * plan.dtype.itemsize
     shapes = tuple(tuple(p.shape) for p in trained)
     if not levers.shard:
-        return Demand(shapes, frozen, passes, tuple(events))
+        return Demand(shapes, frozen, passes, tuple(events), 2 * max(blocks, default=0), sum(blocks))  # one computes, the next one comes
     wider = BYTES["fp32"] / trained[0].itemsize  # shares of gradients are float32, whatever they were computed in
     events = tuple((what, size * wider if what == "gradient" else size, stretch) for what, size, stretch in events)
     return Demand(shapes, frozen, passes, events, gathered_bytes(models.family, hollow.denoiser, set(trained)))
+
+
+def bytes_of(tensors, fewer, levers):
+    """Bytes of tensors of which those in the set `fewer` are in fewer bits."""
+    per_weight = BASES[levers.base_precision].bytes_per_weight
+    return sum(math.ceil(tensor.numel() * per_weight) if tensor in fewer else tensor.nbytes for tensor in tensors)
 
 
 def hollow_models(s, models, plan, levers):

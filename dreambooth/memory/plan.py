@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 from dreambooth.base import GIB, UserError, default, processes, say, short_path
-from dreambooth.device import memory_limit, peak_memory
+from dreambooth.device import lacks_room, memory_limit, peak_memory
 from dreambooth.memory.demand import survey
 from dreambooth.memory.estimate import estimate
 from dreambooth.memory.plans import check_package, missing_package, objection, plans
@@ -21,7 +21,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
     Those that need a library which is not installed are passed over, and that is said.
     """
     limit, rows, demands, least, uninstalled = memory_limit(s, plan), plans(s, models.family, plan), {}, math.inf, None
-    as_whole = math.inf  # the least of those before that split nothing
+    as_whole, crowded = math.inf, ""  # the least of those before that split nothing; what there is no room for in the CPU's memory
     if limit is None:
         return rows[0]
     if processes() > 1:  # all must take the same plan
@@ -30,7 +30,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         limit = min(gather_object([limit]))
     told = frozen_conditioning(models, subjects, plan.device)
     for levers in rows:
-        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard,
+        passing = (levers.split_batch, levers.weights, levers.base_precision, levers.shard, levers.offload_blocks,
                    is_bf16_throughout(s, models.family, levers, plan.precision))
         try:
             demands[passing] = demands.get(passing) or survey(s, models, subjects, recipe, resolution, plan, levers, told)
@@ -40,6 +40,9 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
             say(f"Note: the memory this takes cannot be told beforehand ({' '.join(str(problem).split())[:200]}); nothing is "
                 f"saved unless by hand.")
             return rows[0]
+        if lacking := lacks_room(demands[passing].waiting):
+            crowded = lacking
+            continue
         parts = estimate(demands[passing], levers)
         needed = sum(parts.values())
         least, as_whole = min(least, needed), as_whole if levers.shard else min(as_whole, needed)
@@ -54,7 +57,7 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         check_package(uninstalled)
     raise UserError(f"--max_vram {s.max_vram}: the most frugal plan takes {least / GIB:.2f} GiB, "
                     f"{(least - limit) / GIB:.2f} more than there are; give --method lora, a smaller --resolution or fewer "
-                    f"flags that rule plans out{more_gpus(s, models, subjects, recipe, resolution, plan, limit)}")
+                    f"flags that rule plans out{more_gpus(s, models, subjects, recipe, resolution, plan, limit)}{crowded}")
 
 
 SPLIT = Levers(gradient_checkpointing=True, split_batch=True, shard=True)  # the most frugal of the plans that split

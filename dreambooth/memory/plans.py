@@ -8,6 +8,7 @@ from dreambooth.device import memory_limit, missing_compiler
 from dreambooth.methods.table import METHODS
 from dreambooth.mishaps import check_import
 from dreambooth.models.quantized import BASES, why_not
+from dreambooth.models.streamed_blocks import NO_COPIES_OF_NF4
 from dreambooth.training.levers import Levers, levers_by_hand
 from dreambooth.training.optimizers import OPTIMIZERS
 
@@ -15,6 +16,7 @@ from dreambooth.training.optimizers import OPTIMIZERS
 def objection(s, family, levers, precision):
     """Why these levers cannot be used together, or None."""
     optimizer, fused, half, split = OPTIMIZERS[levers.optimizer], levers.fused_backward, levers.weights == "bf16", levers.shard
+    waits = levers.offload_blocks
     is_quantized = levers.base_precision != "bf16"
     means = [flag for flag in OPTIMIZERS["adamw"].flags if getattr(s, flag) is not None]
     return next((text for wrong, text in (
@@ -45,13 +47,20 @@ def objection(s, family, levers, precision):
          "either of which rounds stochastically"),
         (levers.offload_optimizer and not fused,
          "--offload_optimizer: states come to the GPU one tensor at a time as --fused_backward steps it; give that, too"),
-        (is_quantized and not is_late(s, family),
+        (is_quantized and not has_frozen_base(s, family),
          f"--base_precision {levers.base_precision}: for a LoRA of a transformer whose text encoders do not train; leave it out"),
         (is_quantized and s.use_dora, f"--base_precision {levers.base_precision}: DoRA needs the weights themselves; leave one out"),
         (is_quantized and s.adapter_type not in (None, "lora"),
          f"--base_precision {levers.base_precision}: --adapter_type {s.adapter_type} needs the weights themselves; leave one out"),
         (is_quantized and precision == "fp16",
          f"--base_precision {levers.base_precision}: give --mixed_precision bf16"),
+        (waits and not has_frozen_base(s, family),
+         "--offload_blocks: for a LoRA of a transformer whose text encoders do not train; leave it out"),
+        (waits and not levers.gradient_checkpointing,
+         "--offload_blocks: without recomputation the copies of all blocks would stay; give --gradient_checkpointing, too"),
+        (waits and (split or processes() > 1), "--offload_blocks: for one process alone; leave it out, or start one"),
+        (waits and levers.base_precision == "nf4", NO_COPIES_OF_NF4),
+        (waits and s.compile, "--offload_blocks: a compiled block knows its weights' places; leave out --compile"),
         (half and s.use_ema, "--use_ema: an average of --weights bf16 would be too coarse; leave one out"),
         (half and precision != "bf16", "--weights bf16: the arithmetic must be bf16, too; give --mixed_precision bf16"),
         (half and METHODS[s.method].is_adapter,
@@ -68,6 +77,11 @@ def objection(s, family, levers, precision):
 def is_late(s, family):
     """Whether a model of this family is read part by part in this training."""
     return family.comes_late and not s.train_text_encoder and not METHODS[s.method].adds_words
+
+
+def has_frozen_base(s, family):
+    """Whether only what stands beside a transformer trains, the transformer being read late."""
+    return METHODS[s.method].is_adapter and is_late(s, family)
 
 
 def check_levers(s, family, plan):
@@ -120,6 +134,8 @@ PLANS = (  # from the fastest to the most frugal
     Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True),
     Levers("adafactor", "bf16", gradient_checkpointing=True, fused_backward=True),
     Levers("adamw8bit", "bf16", gradient_checkpointing=True, fused_backward=True, offload_optimizer=True),
+    Levers(gradient_checkpointing=True, split_batch=True, offload_blocks=True),  # of frozen transformers
+    Levers(gradient_checkpointing=True, split_batch=True, base_precision="int8", offload_blocks=True),
 )
 
 

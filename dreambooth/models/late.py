@@ -20,6 +20,7 @@ from dreambooth.models.inventory import WEIGHTS, choose_variant, denoiser_of_ind
 from dreambooth.models.load import check_tokenizers, load_part, load_pipeline, quiet_libraries
 from dreambooth.models.parts import SAMPLE_PLACES, SAMPLE_TENSORS, sample_of, take_apart
 from dreambooth.models.quantized import quantization
+from dreambooth.models.streamed_blocks import stream_blocks
 
 SMALL_TEXT = 4e9  # bytes of text encoders' files that may be read as float32
 SAMPLED_ROWS = 0, 0.5  # of each tensor, as fractions of its length
@@ -189,10 +190,15 @@ def load_late(name, arithmetic, variant=None, flag="--model_name", trains=True):
     return dataclasses.replace(models, sample={shelf.denoiser: shelf.numbers(SAMPLE_PLACES, SAMPLE_TENSORS), **texts})
 
 
-def with_denoiser(models, dtype, base_precision):
-    """Late models with their denoiser, read now in `dtype`, or in fewer bits (see quantized.py); the text encoders are dropped."""
+def with_denoiser(models, dtype, base_precision, streams_to=None):
+    """Late models with their denoiser, read now in `dtype`, or in fewer bits (see quantized.py); the text encoders are dropped.
+
+    If there is a device that it streams to, its blocks wait in the CPU's memory (see streamed_blocks.py).
+    """
     shelf = models.book.shelf
     models.book.drop(models)
     denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
+    if streams_to:
+        stream_blocks(denoiser, streams_to)
     models.pipeline.register_modules(**{shelf.denoiser: denoiser})
     return dataclasses.replace(models, denoiser=denoiser, base_precision=base_precision)

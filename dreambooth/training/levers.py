@@ -18,6 +18,7 @@ class Levers:
     offload_optimizer: bool = False
     base_precision: str = "bf16"
     shard: bool = False
+    offload_blocks: bool = False
 
 
 def levers_by_hand(s):
