@@ -1702,7 +1702,8 @@ def given_value(value, name, flag="--"):
 # ------------------------------------------------------------------------------------------------------------------------------
 # compatible: Command lines of diffusers' training scripts: what each of their flags, or the script's name, is here, as one table.
 #
-# Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of the scripts in SCRIPT_METHODS.
+# Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of the scripts in SCRIPT_METHODS, and
+# OTHER_FLAGS a few of other programs.
 
 
 _MODELS = ("sdxl", "sd3", "flux", "flux2", "flux2_klein", "z_image", "qwen_image", "sd15_advanced", "sdxl_advanced", "flux_advanced")
@@ -1843,7 +1844,12 @@ DIFFUSERS_FLAGS = {
     "bnb_quantization_config_path": _refused("--base_precision nf4 or int8 does what such a file says", takes="FILE"),
     "no_safe_serialization": _refused("weights are written as safetensors alone, which every program reads"),
 }
-
+_OFFLOADS = {"sets": {"offload_blocks": True}, "implies": {"gradient_checkpointing": True}}
+OTHER_FLAGS = {  # of Kohya's scripts and others
+    "blocks_to_swap": Foreign("means --offload_blocks: all blocks wait, whatever their number", takes="INT", **_OFFLOADS),
+    "enable_group_offload": Foreign("means --offload_blocks", **_OFFLOADS),
+}
+FOREIGN_FLAGS = DIFFUSERS_FLAGS | OTHER_FLAGS
 
 
 def _has_prior(s):
@@ -1907,9 +1913,9 @@ def build_parser():
               for name, modes in MODES.items()}
     for name, field in FIELDS.items():
         groups[field.metadata["mode"]].add_argument(f"--{name}", help=help_of(field), **options_of(field))
-    lines = [f"--{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in DIFFUSERS_FLAGS.items()]
-    group = parser.add_argument_group("with --train, for commands of diffusers' scripts", "\n".join(lines))
-    for name, foreign in DIFFUSERS_FLAGS.items():
+    lines = [f"--{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in FOREIGN_FLAGS.items()]
+    group = parser.add_argument_group("with --train, for commands of diffusers' scripts and others", "\n".join(lines))
+    for name, foreign in FOREIGN_FLAGS.items():
         group.add_argument(f"--{name}", help=argparse.SUPPRESS, **foreign_options(foreign))
     return parser
 
@@ -1944,10 +1950,10 @@ def parse_settings(argv=None):
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     script = Path(argv[0]).name if argv and Path(argv[0]).name in SCRIPT_METHODS else None
     given = read_flags(argv[1:] if script else argv)
-    foreign = {name: given.pop(name) for name in DIFFUSERS_FLAGS if name in given}
+    foreign = {name: given.pop(name) for name in FOREIGN_FLAGS if name in given}
     spelling = translate(given, foreign)
     notes = complete(given, foreign, spelling, script)
-    notes += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in foreign if GIVEN not in DIFFUSERS_FLAGS[name].sets.values()]
+    notes += [f"--{name}: {FOREIGN_FLAGS[name].here}" for name in foreign if GIVEN not in FOREIGN_FLAGS[name].sets.values()]
     settings = Settings(**{name: given_value(value, name) for name, value in given.items()})
     check_settings(settings, given, spelling)
     if foreign and settings.mode != "train" and (stray := foreign.keys() - set(spelling.values())):
@@ -1955,7 +1961,7 @@ def parse_settings(argv=None):
     notes += [f"--{name}: no effect, it needs {needs}" for name, (needs, has_effect) in EFFECTIVE.items()
               if name in given and not has_effect(settings)]
     for name in foreign:
-        if variable := DIFFUSERS_FLAGS[name].environment:
+        if variable := FOREIGN_FLAGS[name].environment:
             os.environ[variable] = foreign[name]
     if notes:
         say(f"Flags: {'; '.join(notes)}.")
@@ -1965,12 +1971,12 @@ def parse_settings(argv=None):
 def read_flags(argv):
     """{flag without its dashes: value} of what was given. UserError, all in one line, for flags unknown or not to be had."""
     switches = [f"no-{name}" for name, field in FIELDS.items() if _value_type(field.type)[0] is bool]
-    known = [*FIELDS, *switches, *DIFFUSERS_FLAGS, "train", "infer", "evaluate", "help"]
+    known = [*FIELDS, *switches, *FOREIGN_FLAGS, "train", "infer", "evaluate", "help"]
     words = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
     names = dict.fromkeys(word.removeprefix("--") for word in words if len(word.split()) == 1)
     wrong = [f"--{name} is unknown{nearest(name, known)}" for name in names if name not in known]
-    wrong += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in names
-              if name in DIFFUSERS_FLAGS and not DIFFUSERS_FLAGS[name].can_be_had]
+    wrong += [f"--{name}: {FOREIGN_FLAGS[name].here}" for name in names
+              if name in FOREIGN_FLAGS and not FOREIGN_FLAGS[name].can_be_had]
     wrong += [alone(word.partition("=")[0]) for word in argv if "=" in word and is_switch(word.partition("=")[0])]
     given = {}
     try:
@@ -1982,7 +1988,7 @@ def read_flags(argv):
         if "ignored explicit argument" not in str(problem):  # which is among the wrong already
             wrong.append(str(problem))
     wrong += [f"--{name} {given[name]}: not to be had: {foreign.here.removeprefix('needless: ')}; {foreign.otherwise}"
-              for name, foreign in DIFFUSERS_FLAGS.items() if name in given and foreign.is_refused(given[name])]
+              for name, foreign in FOREIGN_FLAGS.items() if name in given and foreign.is_refused(given[name])]
     for name, value in given.items():
         if value == "" and name not in TEXT_FLAGS:
             wrong.append(f"--{name} is empty: a variable such as $MODEL_NAME that is not set? Give a value, or leave it out")
@@ -2003,8 +2009,8 @@ def printable(text):
 def is_switch(word):
     """Whether this is a flag that is given alone."""
     name = word.removeprefix("--")
-    if name in DIFFUSERS_FLAGS:
-        return foreign_options(DIFFUSERS_FLAGS[name]).get("action") == "store_true"
+    if name in FOREIGN_FLAGS:
+        return foreign_options(FOREIGN_FLAGS[name]).get("action") == "store_true"
     field = FIELDS.get(name.removeprefix("no-"))
     return word.startswith("--") and field is not None and _value_type(field.type)[0] is bool
 
@@ -2039,15 +2045,15 @@ def translate(given, foreign):
     """Put what others' flags mean into `given`; returns {setting: the flag that it was given by}."""
     spelling = {}
     for name, value in foreign.items():
-        for setting, meant in DIFFUSERS_FLAGS[name].sets.items():
+        for setting, meant in FOREIGN_FLAGS[name].sets.items():
             meant = value if meant is GIVEN else meant
-            if given.get(setting, meant) not in (meant, *DIFFUSERS_FLAGS[name].beside):
-                raise UserError(f"--{name}: {DIFFUSERS_FLAGS[name].here}, but --{spelling.get(setting, setting)} "
+            if given.get(setting, meant) not in (meant, *FOREIGN_FLAGS[name].beside):
+                raise UserError(f"--{name}: {FOREIGN_FLAGS[name].here}, but --{spelling.get(setting, setting)} "
                                 f"{given[setting]} is given as well; leave one out")
             given[setting] = meant
             spelling[setting] = name
     for name, value in foreign.items():
-        for setting, implied in DIFFUSERS_FLAGS[name].implies.items():
+        for setting, implied in FOREIGN_FLAGS[name].implies.items():
             implied = implied.get(value) if isinstance(implied, dict) else [value] if implied is GIVEN else implied
             if implied is not None and setting not in given:
                 given[setting] = implied
@@ -10716,12 +10722,9 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
                 conditioning = told or hollow.family.encode(hollow, prompts)
             hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-
-    def bytes_of(weights):
-        return sum(math.ceil(each.numel() * BASES[levers.base_precision].bytes_per_weight) if each in fewer else each.nbytes for each in weights)
     waiting = recomputed_blocks(hollow.denoiser) if levers.offload_blocks else []
-    blocks = [bytes_of(set(block.parameters()) - set(trained)) for block in waiting]
-    frozen = bytes_of(beside - set(trained)) - sum(blocks)
+    blocks = [bytes_with(set(block.parameters()) - set(trained), fewer, levers) for block in waiting]
+    frozen = bytes_with(beside - set(trained), fewer, levers) - sum(blocks)
     if recipe.use_ema:
         frozen += sum(p.numel() for p in trained) * BYTES[levers.weights]
     if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
@@ -10732,6 +10735,12 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     wider = BYTES["fp32"] / trained[0].itemsize  # shares of gradients are float32, whatever they were computed in
     events = tuple((what, size * wider if what == "gradient" else size, stretch) for what, size, stretch in events)
     return Demand(shapes, frozen, passes, events, gathered_bytes(models.family, hollow.denoiser, set(trained)))
+
+
+def bytes_with(tensors, fewer, levers):
+    """Bytes of tensors of which those in the set `fewer` are in fewer bits."""
+    per_weight = BASES[levers.base_precision].bytes_per_weight
+    return sum(math.ceil(tensor.numel() * per_weight) if tensor in fewer else tensor.nbytes for tensor in tensors)
 
 
 def hollow_models(s, models, plan, levers):
@@ -10869,6 +10878,8 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         if needed > limit:
             continue
         if not missing_package(levers):
+            if crowded:
+                say(f"Note: {crowded.removeprefix('; ')}.")
             say_plan(levers, parts, limit, uninstalled)
             say_division(levers, as_whole)
             return levers
@@ -12240,7 +12251,7 @@ def follow(settings):
 @contextlib.contextmanager
 def own_environment():
     """What flags put into the environment is there within the block alone: the next command of a notebook has its own."""
-    names = [foreign.environment for foreign in DIFFUSERS_FLAGS.values() if foreign.environment]
+    names = [foreign.environment for foreign in FOREIGN_FLAGS.values() if foreign.environment]
     before = {name: os.environ.get(name) for name in names}
     try:
         yield

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dreambooth.base import UserError, own_command, say
-from dreambooth.compatible import DIFFUSERS_FLAGS, EFFECTIVE, GIVEN, LORA_SIGNS, SCRIPT_METHODS
+from dreambooth.compatible import EFFECTIVE, FOREIGN_FLAGS, GIVEN, LORA_SIGNS, SCRIPT_METHODS
 from dreambooth.settings import CONCEPT_FLAGS, DESCRIPTION, MODES, Settings, _value_type, given_value
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)[1:]}
@@ -39,9 +39,9 @@ def build_parser():
               for name, modes in MODES.items()}
     for name, field in FIELDS.items():
         groups[field.metadata["mode"]].add_argument(f"--{name}", help=help_of(field), **options_of(field))
-    lines = [f"--{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in DIFFUSERS_FLAGS.items()]
-    group = parser.add_argument_group("with --train, for commands of diffusers' scripts", "\n".join(lines))
-    for name, foreign in DIFFUSERS_FLAGS.items():
+    lines = [f"--{name}{f' {each.takes}' * bool(each.takes)}: {each.here}" for name, each in FOREIGN_FLAGS.items()]
+    group = parser.add_argument_group("with --train, for commands of diffusers' scripts and others", "\n".join(lines))
+    for name, foreign in FOREIGN_FLAGS.items():
         group.add_argument(f"--{name}", help=argparse.SUPPRESS, **foreign_options(foreign))
     return parser
 
@@ -76,10 +76,10 @@ def parse_settings(argv=None):
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     script = Path(argv[0]).name if argv and Path(argv[0]).name in SCRIPT_METHODS else None
     given = read_flags(argv[1:] if script else argv)
-    foreign = {name: given.pop(name) for name in DIFFUSERS_FLAGS if name in given}
+    foreign = {name: given.pop(name) for name in FOREIGN_FLAGS if name in given}
     spelling = translate(given, foreign)
     notes = complete(given, foreign, spelling, script)
-    notes += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in foreign if GIVEN not in DIFFUSERS_FLAGS[name].sets.values()]
+    notes += [f"--{name}: {FOREIGN_FLAGS[name].here}" for name in foreign if GIVEN not in FOREIGN_FLAGS[name].sets.values()]
     settings = Settings(**{name: given_value(value, name) for name, value in given.items()})
     check_settings(settings, given, spelling)
     if foreign and settings.mode != "train" and (stray := foreign.keys() - set(spelling.values())):
@@ -87,7 +87,7 @@ def parse_settings(argv=None):
     notes += [f"--{name}: no effect, it needs {needs}" for name, (needs, has_effect) in EFFECTIVE.items()
               if name in given and not has_effect(settings)]
     for name in foreign:
-        if variable := DIFFUSERS_FLAGS[name].environment:
+        if variable := FOREIGN_FLAGS[name].environment:
             os.environ[variable] = foreign[name]
     if notes:
         say(f"Flags: {'; '.join(notes)}.")
@@ -97,12 +97,12 @@ def parse_settings(argv=None):
 def read_flags(argv):
     """{flag without its dashes: value} of what was given. UserError, all in one line, for flags unknown or not to be had."""
     switches = [f"no-{name}" for name, field in FIELDS.items() if _value_type(field.type)[0] is bool]
-    known = [*FIELDS, *switches, *DIFFUSERS_FLAGS, "train", "infer", "evaluate", "help"]
+    known = [*FIELDS, *switches, *FOREIGN_FLAGS, "train", "infer", "evaluate", "help"]
     words = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
     names = dict.fromkeys(word.removeprefix("--") for word in words if len(word.split()) == 1)
     wrong = [f"--{name} is unknown{nearest(name, known)}" for name in names if name not in known]
-    wrong += [f"--{name}: {DIFFUSERS_FLAGS[name].here}" for name in names
-              if name in DIFFUSERS_FLAGS and not DIFFUSERS_FLAGS[name].can_be_had]
+    wrong += [f"--{name}: {FOREIGN_FLAGS[name].here}" for name in names
+              if name in FOREIGN_FLAGS and not FOREIGN_FLAGS[name].can_be_had]
     wrong += [alone(word.partition("=")[0]) for word in argv if "=" in word and is_switch(word.partition("=")[0])]
     given = {}
     try:
@@ -114,7 +114,7 @@ def read_flags(argv):
         if "ignored explicit argument" not in str(problem):  # which is among the wrong already
             wrong.append(str(problem))
     wrong += [f"--{name} {given[name]}: not to be had: {foreign.here.removeprefix('needless: ')}; {foreign.otherwise}"
-              for name, foreign in DIFFUSERS_FLAGS.items() if name in given and foreign.is_refused(given[name])]
+              for name, foreign in FOREIGN_FLAGS.items() if name in given and foreign.is_refused(given[name])]
     for name, value in given.items():
         if value == "" and name not in TEXT_FLAGS:
             wrong.append(f"--{name} is empty: a variable such as $MODEL_NAME that is not set? Give a value, or leave it out")
@@ -135,8 +135,8 @@ def printable(text):
 def is_switch(word):
     """Whether this is a flag that is given alone."""
     name = word.removeprefix("--")
-    if name in DIFFUSERS_FLAGS:
-        return foreign_options(DIFFUSERS_FLAGS[name]).get("action") == "store_true"
+    if name in FOREIGN_FLAGS:
+        return foreign_options(FOREIGN_FLAGS[name]).get("action") == "store_true"
     field = FIELDS.get(name.removeprefix("no-"))
     return word.startswith("--") and field is not None and _value_type(field.type)[0] is bool
 
@@ -171,15 +171,15 @@ def translate(given, foreign):
     """Put what others' flags mean into `given`; returns {setting: the flag that it was given by}."""
     spelling = {}
     for name, value in foreign.items():
-        for setting, meant in DIFFUSERS_FLAGS[name].sets.items():
+        for setting, meant in FOREIGN_FLAGS[name].sets.items():
             meant = value if meant is GIVEN else meant
-            if given.get(setting, meant) not in (meant, *DIFFUSERS_FLAGS[name].beside):
-                raise UserError(f"--{name}: {DIFFUSERS_FLAGS[name].here}, but --{spelling.get(setting, setting)} "
+            if given.get(setting, meant) not in (meant, *FOREIGN_FLAGS[name].beside):
+                raise UserError(f"--{name}: {FOREIGN_FLAGS[name].here}, but --{spelling.get(setting, setting)} "
                                 f"{given[setting]} is given as well; leave one out")
             given[setting] = meant
             spelling[setting] = name
     for name, value in foreign.items():
-        for setting, implied in DIFFUSERS_FLAGS[name].implies.items():
+        for setting, implied in FOREIGN_FLAGS[name].implies.items():
             implied = implied.get(value) if isinstance(implied, dict) else [value] if implied is GIVEN else implied
             if implied is not None and setting not in given:
                 given[setting] = implied

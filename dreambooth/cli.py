@@ -10,7 +10,7 @@ import threading
 
 from dreambooth.arguments import parse_settings
 from dreambooth.base import Interrupted, UserError, ending_signals, say_once
-from dreambooth.compatible import DIFFUSERS_FLAGS
+from dreambooth.compatible import FOREIGN_FLAGS
 from dreambooth.console import lasting_console
 from dreambooth.evaluate import evaluate
 from dreambooth.export import export
@@ -69,7 +69,7 @@ def follow(settings):
 @contextlib.contextmanager
 def own_environment():
     """What flags put into the environment is there within the block alone: the next command of a notebook has its own."""
-    names = [foreign.environment for foreign in DIFFUSERS_FLAGS.values() if foreign.environment]
+    names = [foreign.environment for foreign in FOREIGN_FLAGS.values() if foreign.environment]
     before = {name: os.environ.get(name) for name in names}
     try:
         yield

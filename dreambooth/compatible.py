@@ -1,6 +1,7 @@
 """Command lines of diffusers' training scripts: what each of their flags, or the script's name, is here, as one table.
 
-Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of the scripts in SCRIPT_METHODS.
+Flags that mean the same under the same name are in `settings`; DIFFUSERS_FLAGS has all others of the scripts in SCRIPT_METHODS, and
+OTHER_FLAGS a few of other programs.
 """
 
 import dataclasses
@@ -144,7 +145,12 @@ DIFFUSERS_FLAGS = {
     "bnb_quantization_config_path": _refused("--base_precision nf4 or int8 does what such a file says", takes="FILE"),
     "no_safe_serialization": _refused("weights are written as safetensors alone, which every program reads"),
 }
-
+_OFFLOADS = {"sets": {"offload_blocks": True}, "implies": {"gradient_checkpointing": True}}
+OTHER_FLAGS = {  # of Kohya's scripts and others
+    "blocks_to_swap": Foreign("means --offload_blocks: all blocks wait, whatever their number", takes="INT", **_OFFLOADS),
+    "enable_group_offload": Foreign("means --offload_blocks", **_OFFLOADS),
+}
+FOREIGN_FLAGS = DIFFUSERS_FLAGS | OTHER_FLAGS
 
 
 def _has_prior(s):

@@ -76,7 +76,15 @@ def test_the_list_has_every_flag_of_the_scripts():
 def test_the_table_has_no_other_flags():
     """What the program calls a flag of diffusers' scripts is one, and is not a flag of its own as well."""
     assert set(db.DIFFUSERS_FLAGS) == {flag for flag, here in HERE.items() if here not in ("ours", "a switch here")}
-    assert not set(db.DIFFUSERS_FLAGS) & set(db.FIELDS)
+    assert not set(db.FOREIGN_FLAGS) & set(db.FIELDS) and not set(db.OTHER_FLAGS) & set(HERE)
+
+
+@pytest.mark.parametrize("words", [["--blocks_to_swap", "20"], ["--enable_group_offload"]])
+def test_other_programs_have_blocks_wait_too(words, capsys):
+    s = db.parse_settings(["--train", "--method", "lora", *words])
+    assert s.offload_blocks is True and s.gradient_checkpointing is True
+    said = capsys.readouterr().out
+    assert f"{words[0]}: means --offload_blocks" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("flag", sorted(HERE))

@@ -1,5 +1,7 @@
 """Large transformers that draw: read part by part, in as many bits as there is room for."""
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -44,17 +46,46 @@ def test_a_transformer_without_room_comes_in_fewer_bits_and_that_is_said(hollow,
     chosen = {}
     for room in (None, *sizes.values()):
         monkeypatch.setattr(db, "memory_limit", lambda s, plan: room and room + hollow.family.room_to_draw)
-        chosen[room] = db.base_to_draw_with(db.Settings("infer"), hollow, plan)
-    assert chosen == {None: "bf16", sizes["bf16"]: "bf16", sizes["int8"]: "int8", sizes["nf4"]: "int8"}  # no GPU, so no nf4
+        chosen[room] = db.base_to_draw_with(db.Settings("infer", offload_blocks=False), hollow, plan)
+    assert chosen == {None: ("bf16", False), sizes["bf16"]: ("bf16", False), sizes["int8"]: ("int8", False),
+                      sizes["nf4"]: ("int8", False)}  # no GPU, so no nf4
     said = capsys.readouterr().out.splitlines()
     assert sum("it comes in int8" in line for line in said) == 2
-    assert db.base_to_draw_with(db.Settings("infer", base_precision="bf16"), hollow, plan) == "bf16"
+    assert db.base_to_draw_with(db.Settings("infer", base_precision="bf16", offload_blocks=False), hollow, plan) == ("bf16", False)
+
+
+def test_blocks_without_room_in_any_bits_wait_and_that_is_said(hollow, monkeypatch, capsys):
+    pytest.importorskip("torchao")
+    with torch.device("meta"):
+        many = type(hollow.denoiser).from_config({**hollow.denoiser.config, "n_layers": 24})
+    models, plan = dataclasses.replace(hollow, denoiser=many), db.Plan(CPU, "bf16")
+    sizes = {way: db.sizes_of(models, *way, torch.bfloat16) for way in db.WAYS_TO_DRAW}
+    block = max(sum(weight.nbytes // 2 for weight in block.parameters()) for block in db.recomputed_blocks(many))  # float32 here
+    assert sizes["bf16", True][0] == sizes["bf16", False][0] - sizes["bf16", True][1] + 2 * block
+    assert sizes["int8", True][0] < sizes["bf16", True][0] < sizes["nf4", False][0] and sizes["bf16", False][1] == 0
+
+    def choice(way, lacking=0, **flags):
+        monkeypatch.setattr(db, "memory_limit", lambda s, plan: sizes[way][0] - lacking + models.family.room_to_draw)
+        return db.base_to_draw_with(db.Settings("infer", **flags), models, plan)
+    assert choice(("int8", False)) == ("int8", False)
+    capsys.readouterr()
+    assert choice(("bf16", True)) == ("bf16", True)
+    said = capsys.readouterr().out
+    assert "it comes block by block, 0.0 GiB at a time (--offload_blocks)" in said and said.count("\n") == 1
+    assert choice(("int8", True)) == ("int8", True)
+    assert "it comes in int8, block by block, 0.0 GiB at a time (--base_precision, --offload_blocks)" in capsys.readouterr().out
+    assert choice(("int8", True), lacking=1) == ("int8", True)  # the last that can be had
+    assert choice(("int8", True), lacking=1, base_precision="bf16") == ("bf16", True)
+    assert choice(("bf16", False), offload_blocks=True) == ("bf16", True)
+    monkeypatch.setattr(db, "cpu_memory", lambda: sizes["int8", True][1] / db.CPU_SHARE)
+    assert choice(("bf16", True)) == ("int8", True)
+    assert "Note: --offload_blocks would have 0.0 GiB wait in the CPU's memory" in capsys.readouterr().out
 
 
 def test_what_would_fit_but_is_not_installed_is_named(hollow, monkeypatch, capsys):
     monkeypatch.setattr(db.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(db, "memory_limit", lambda s, plan: db.size_of(hollow.denoiser, "int8", torch.bfloat16) + hollow.family.room_to_draw)
-    assert db.base_to_draw_with(db.Settings("infer"), hollow, db.Plan(CPU, "bf16")) == "bf16"
+    assert db.base_to_draw_with(db.Settings("infer", offload_blocks=False), hollow, db.Plan(CPU, "bf16")) == ("bf16", False)
     said = capsys.readouterr().out
     assert "needs torchao: pip install torchao" in said and "it comes so all the same" in said
 

@@ -70,8 +70,8 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
             hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
     waiting = recomputed_blocks(hollow.denoiser) if levers.offload_blocks else []
-    blocks = [bytes_of(set(block.parameters()) - set(trained), fewer, levers) for block in waiting]
-    frozen = bytes_of(beside - set(trained), fewer, levers) - sum(blocks)
+    blocks = [bytes_with(set(block.parameters()) - set(trained), fewer, levers) for block in waiting]
+    frozen = bytes_with(beside - set(trained), fewer, levers) - sum(blocks)
     if recipe.use_ema:
         frozen += sum(p.numel() for p in trained) * BYTES[levers.weights]
     if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
@@ -84,7 +84,7 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
     return Demand(shapes, frozen, passes, events, gathered_bytes(models.family, hollow.denoiser, set(trained)))
 
 
-def bytes_of(tensors, fewer, levers):
+def bytes_with(tensors, fewer, levers):
     """Bytes of tensors of which those in the set `fewer` are in fewer bits."""
     per_weight = BASES[levers.base_precision].bytes_per_weight
     return sum(math.ceil(tensor.numel() * per_weight) if tensor in fewer else tensor.nbytes for tensor in tensors)

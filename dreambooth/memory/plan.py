@@ -49,6 +49,8 @@ def choose_levers(s, models, subjects, recipe, resolution, plan):
         if needed > limit:
             continue
         if not missing_package(levers):
+            if crowded:
+                say(f"Note: {crowded.removeprefix('; ')}.")
             say_plan(levers, parts, limit, uninstalled)
             say_division(levers, as_whole)
             return levers
