@@ -3985,8 +3985,16 @@ def check_shards(path, flag):
 
 # What somebody names as a model: a pattern that some tensor's name has -> what it is. The first that fits.
 FOREIGN_KINDS = (
-    (r"double_blocks\.0\.img_attn|\bsingle_transformer_blocks\.0\.", "a model of the Flux kind"),
-    (r"joint_blocks\.0\.", "a Stable Diffusion 3 model"))
+    (r"distilled_guidance_layer\.", "a Chroma model"),
+    (r"\bdouble_stream_modulation_img\.", "a FLUX.2 model"),
+    (r"\bdouble_blocks\.0\.img_attn|\bsingle_transformer_blocks\.0\.", "a model of the Flux kind"),
+    (r"\bjoint_blocks\.0\.", "a Stable Diffusion 3 model"),
+    (r"\btransformer_blocks\.0\.img_mod\.1\.", "a Qwen-Image model"),
+    (r"\bnoise_refiner\.0\.adaLN_modulation\.0\.", "a Z-Image model"))
+# Those of them that are trained as a whole: {what it is: the hub id of a diffusers pipeline}.
+PIPELINES_OF_KINDS = {"a FLUX.2 model": "black-forest-labs/FLUX.2-klein-base-4B", "a model of the Flux kind": "black-forest-labs/FLUX.1-dev",
+                      "a Stable Diffusion 3 model": "stabilityai/stable-diffusion-3.5-medium", "a Qwen-Image model": "Qwen/Qwen-Image",
+                      "a Z-Image model": "Tongyi-MAI/Z-Image"}
 PART_KINDS = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)|hada_w1_a|lokr_w1|oft_blocks|\.diff(_b)?$|_lora\.", "a LoRA or the like, to be added to "
      "a model with --adapter when drawing"),
@@ -5191,8 +5199,10 @@ def hub_model_like(path, flag):
     """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
     header, notes = read_header(path, flag)
     names = {today(name) for name in header}
-    if kind := kind_of_file(names, FOREIGN_KINDS):
-        raise UserError(f"{flag} {path}: it is {kind}; give a Stable Diffusion 1.x, 2.x or XL model")
+    if (kind := kind_of_file(names, FOREIGN_KINDS)) and not kind_of_file(names, PART_KINDS[:1]):  # nor a LoRA of one
+        remedy = (f"such models are read from a diffusers folder or by their hub id alone, such as {PIPELINES_OF_KINDS[kind]}; give one"
+                  if kind in PIPELINES_OF_KINDS else "give a Stable Diffusion 1.x, 2.x or XL model")
+        raise UserError(f"{flag} {path}: it is {kind} in one file; {remedy}")
     parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
     if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
         kind = kind_of_file(names, PART_KINDS)

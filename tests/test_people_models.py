@@ -588,9 +588,18 @@ def test_what_a_checkpoint_says_that_cannot_be(single_file, originals):
     refused(lambda: load(single_file("sdxl", tensors | {"edm_mean": torch.zeros(4)})), "its noise is EDM's", "EulerDiscreteScheduler")
 
 
-KINDS = {"Flux in ComfyUI": ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": 0}, "a model of the Flux kind"),
-         "Flux": ({"double_blocks.0.img_attn.qkv.weight": 0}, "a model of the Flux kind"),
-         "SD 3": ({"model.diffusion_model.joint_blocks.0.x": 0, "first_stage_model.x": 0}, "a Stable Diffusion 3 model"),
+KINDS = {"Flux in ComfyUI": ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": 0, "vae.encoder.conv_in.weight": 0,
+                              "text_encoders.t5xxl.shared.weight": 0}, "of the Flux kind in one file", "hub id alone", "FLUX.1-dev"),
+         "Flux": ({"double_blocks.0.img_attn.qkv.weight": 0, "img_in.weight": 0}, "a model of the Flux kind", "FLUX.1-dev"),
+         "Flux of diffusers": ({"single_transformer_blocks.0.attn.to_q.weight": 0}, "a model of the Flux kind", "FLUX.1-dev"),
+         "Chroma": ({"double_blocks.0.img_attn.qkv.weight": 0, "distilled_guidance_layer.in_proj.weight": 0}, "a Chroma model in one file; give"),
+         "FLUX.2": ({"double_stream_modulation_img.lin.weight": 0, "double_blocks.0.img_attn.qkv.weight": 0}, "a FLUX.2 model", "klein-base"),
+         "FLUX.2 of diffusers": ({"double_stream_modulation_img.linear.weight": 0, "single_transformer_blocks.0.attn.x": 0}, "a FLUX.2 model"),
+         "Qwen-Image": ({"model.diffusion_model.transformer_blocks.0.img_mod.1.weight": 0}, "a Qwen-Image model", "Qwen/Qwen-Image"),
+         "Z-Image": ({"noise_refiner.0.adaLN_modulation.0.weight": 0, "layers.0.attention.qkv.weight": 0}, "a Z-Image model", "Tongyi-MAI"),
+         "Lumina 2": ({"noise_refiner.0.adaLN_modulation.1.weight": 0, "layers.0.attention.qkv.weight": 0}, "transformer model of another kind"),
+         "a LoRA of Flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": 0}, "a LoRA or the like"),
+         "SD 3": ({"model.diffusion_model.joint_blocks.0.x": 0, "first_stage_model.x": 0}, "a Stable Diffusion 3 model", "diffusers folder"),
          "a UNet": ({"down_blocks.0.resnets.0.conv1.weight": 0, "conv_in.weight": 0}, "a UNet alone"),
          "a VAE": ({"encoder.conv_in.weight": 0, "decoder.conv_in.weight": 0}, "a VAE alone"),
          "a text encoder": ({"text_model.encoder.layers.0.mlp.fc1.weight": 0}, "a text encoder alone"),
@@ -604,9 +613,9 @@ KINDS = {"Flux in ComfyUI": ({"model.diffusion_model.double_blocks.0.img_attn.qk
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_files_of_other_kinds_are_named(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names, said = KINDS[kind]
+    names, *said = KINDS[kind]
     save_file({name: torch.zeros(1) for name in names}, "x.safetensors")
-    refused(lambda: db.find_model("x.safetensors", "--model_name"), "--model_name x.safetensors", said)
+    refused(lambda: db.find_model("x.safetensors", "--model_name"), "--model_name x.safetensors", *said)
 
 
 @pytest.mark.parametrize("configs", ["sdxl", "sd2"])

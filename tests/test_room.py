@@ -57,7 +57,7 @@ def test_a_transformer_without_room_comes_in_fewer_bits_and_that_is_said(hollow,
 def test_blocks_without_room_in_any_bits_wait_and_that_is_said(hollow, monkeypatch, capsys):
     pytest.importorskip("torchao")
     with torch.device("meta"):
-        many = type(hollow.denoiser).from_config({**hollow.denoiser.config, "n_layers": 24})
+        many = type(hollow.denoiser).from_config({**hollow.denoiser.config, "n_layers": 64})
     models, plan = dataclasses.replace(hollow, denoiser=many), db.Plan(CPU, "bf16")
     sizes = {way: db.sizes_of(models, *way, torch.bfloat16) for way in db.WAYS_TO_DRAW}
     block = max(sum(weight.nbytes // 2 for weight in block.parameters()) for block in db.recomputed_blocks(many))  # float32 here

@@ -66,6 +66,11 @@ def test_what_is_learnt_is_the_same_to_the_bit(family, precision, base, tiny_mod
                   for waits in (False, True)))
 
 
+def test_a_dora_is_the_same_too(tiny_model):
+    assert_same(*(learnt(late_run(tiny_model("qwen-image"), dataclasses.replace(ROW, offload_blocks=waits), use_dora=True), 2)
+                  for waits in (False, True)))
+
+
 class Counted:
     """Counts the blocks whose copies are alive, now and at most, as Turns fetches them."""
 

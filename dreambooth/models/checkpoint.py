@@ -9,7 +9,7 @@ from safetensors import safe_open
 from dreambooth.base import UserError, say_once
 from dreambooth.models.headers import read_header, read_json
 from dreambooth.models.hub import SHORT_NAMES, hub_configs, hub_refusal
-from dreambooth.models.kinds import FOREIGN_KINDS, PART_KINDS, kind_of_file
+from dreambooth.models.kinds import FOREIGN_KINDS, PART_KINDS, PIPELINES_OF_KINDS, kind_of_file
 
 # What the text encoder's names in a single-file checkpoint begin with, and the hub model that is built like it.
 CHECKPOINTS = {"conditioner.embedders.1.model.": SHORT_NAMES["sdxl"], "cond_stage_model.model.": SHORT_NAMES["sd21"],
@@ -63,8 +63,10 @@ def hub_model_like(path, flag):
     """The hub model whose configs fit a checkpoint. Raises UserError if it is no whole model of a supported kind."""
     header, notes = read_header(path, flag)
     names = {today(name) for name in header}
-    if kind := kind_of_file(names, FOREIGN_KINDS):
-        raise UserError(f"{flag} {path}: it is {kind}; give a Stable Diffusion 1.x, 2.x or XL model")
+    if (kind := kind_of_file(names, FOREIGN_KINDS)) and not kind_of_file(names, PART_KINDS[:1]):  # nor a LoRA of one
+        remedy = (f"such models are read from a diffusers folder or by their hub id alone, such as {PIPELINES_OF_KINDS[kind]}; give one"
+                  if kind in PIPELINES_OF_KINDS else "give a Stable Diffusion 1.x, 2.x or XL model")
+        raise UserError(f"{flag} {path}: it is {kind} in one file; {remedy}")
     parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": tuple(CHECKPOINTS)}
     if missing := [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in names)]:
         kind = kind_of_file(names, PART_KINDS)

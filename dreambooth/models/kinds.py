@@ -6,8 +6,16 @@ from dreambooth.models.headers import read_json
 
 # What somebody names as a model: a pattern that some tensor's name has -> what it is. The first that fits.
 FOREIGN_KINDS = (
-    (r"double_blocks\.0\.img_attn|\bsingle_transformer_blocks\.0\.", "a model of the Flux kind"),
-    (r"joint_blocks\.0\.", "a Stable Diffusion 3 model"))
+    (r"distilled_guidance_layer\.", "a Chroma model"),
+    (r"\bdouble_stream_modulation_img\.", "a FLUX.2 model"),
+    (r"\bdouble_blocks\.0\.img_attn|\bsingle_transformer_blocks\.0\.", "a model of the Flux kind"),
+    (r"\bjoint_blocks\.0\.", "a Stable Diffusion 3 model"),
+    (r"\btransformer_blocks\.0\.img_mod\.1\.", "a Qwen-Image model"),
+    (r"\bnoise_refiner\.0\.adaLN_modulation\.0\.", "a Z-Image model"))
+# Those of them that are trained as a whole: {what it is: the hub id of a diffusers pipeline}.
+PIPELINES_OF_KINDS = {"a FLUX.2 model": "black-forest-labs/FLUX.2-klein-base-4B", "a model of the Flux kind": "black-forest-labs/FLUX.1-dev",
+                      "a Stable Diffusion 3 model": "stabilityai/stable-diffusion-3.5-medium", "a Qwen-Image model": "Qwen/Qwen-Image",
+                      "a Z-Image model": "Tongyi-MAI/Z-Image"}
 PART_KINDS = (
     (r"lora_(up|down|A|B)\b|\.lora\.(up|down)|hada_w1_a|lokr_w1|oft_blocks|\.diff(_b)?$|_lora\.", "a LoRA or the like, to be added to "
      "a model with --adapter when drawing"),
