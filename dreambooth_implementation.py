@@ -10491,7 +10491,7 @@ def peak_of(demand, levers, sharing=1):
     fused = levers.fused_backward
     kept = sum(size for what, size, stretch in demand.events
                if what == "kept" and (stretch is None or not levers.gradient_checkpointing))
-    total = sum(size for what, size, _ in demand.events if what != "kept") / sharing
+    total = sum(size for what, size, _ in demand.events if what.startswith("gradient")) / sharing
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
     copies = step_copies(levers) * BYTES["fp32"] / BYTES[levers.weights] if fused else 0  # of a gradient's bytes
     gradients = total if demand.passes > 1 else 0  # those of the passes before
@@ -10503,7 +10503,7 @@ def peak_of(demand, levers, sharing=1):
         if what == "gradient in bf16" or (what == "gradient" and demand.passes == 1):
             gradients += size / sharing
         peak = max(peak, (gradients, copies * size if what == "gradient" else 0, kept + in_hand), key=sum)
-        if what == "kept":
+        if what in ("kept", "copied"):
             kept -= size
         elif fused:
             gradients -= size
@@ -10515,7 +10515,7 @@ def backward_order(events, checkpointing):
     for stretch, inside in itertools.groupby(reversed(events), lambda event: event[2] if checkpointing else None):
         inside = [(what, size) for what, size, _ in inside]
         if stretch is not None:
-            yield "recomputed", sum(size for what, size in inside if what == "kept")
+            yield "recomputed", sum(size for what, size in inside if what in ("kept", "copied"))
         yield from inside
 
 
@@ -10684,7 +10684,8 @@ class Demand:
     """What a training needs memory for, counted on a copy of the model that has none.
 
     `events` are in the order of the forward pass: (what, bytes, number of the recomputable stretch or None), where "kept" is
-    a tensor that the backward pass will need, and "gradient" one that appears there. A "gradient in bf16" appears instead where
+    a tensor that the backward pass will need, and "gradient" one that appears there. "copied" are the weights of a block that waits in the
+    CPU's memory, and of the one that comes while it computes. A "gradient in bf16" appears instead where
     the denoiser computes in bf16 on copies; all of these are converted in the end.
     """
 
@@ -10692,8 +10693,8 @@ class Demand:
     frozen: int  # bytes of what lies beside them
     passes: int  # backward passes whose gradients add up to one step
     events: tuple
-    gathered: int = 0  # bytes of what comes and goes: beside a process's shares of a split denoiser, or of blocks that wait elsewhere
-    waiting: int = 0  # bytes of those blocks in the CPU's memory
+    gathered: int = 0  # bytes of what a process has at most beside its shares, where the denoiser is split
+    waiting: int = 0  # bytes of blocks that wait in the CPU's memory
 
 
 def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
@@ -10723,25 +10724,25 @@ def survey(s, models, subjects, recipe, resolution, plan, levers, told=None):
         copied, fewer = set(), in_fewer_bits(hollow.denoiser, levers.base_precision) - set(trained)
         if bf16_throughout:
             copied = {p for p in hollow.denoiser.parameters() if p.dtype == torch.float32}.intersection(trained)
+        blocks = recomputed_blocks(hollow.denoiser) if levers.offload_blocks else []
+        waiting = {block: bytes_with(set(block.parameters()) - set(trained), fewer, levers) for block in blocks}
         compute_as_precision_says(s, models.family, levers, plan.precision, hollow.denoiser)
         latents, levels, sizes = (torch.empty(pictures, *each) for each in (shape, (), (6,)))
         prompts = [subjects[0].instance_prompt] * pictures
         with (torch.autocast("cpu", plan.dtype, plan.precision != "no", cache_enabled=False),
-              listening(parts, trained, copied, fewer) as events):
+              listening(parts, trained, copied, fewer, waiting) as events):
             with torch.set_grad_enabled(trains_text):
                 conditioning = told or hollow.family.encode(hollow, prompts)
             hollow.family.predict(hollow, latents, levels, conditioning, sizes)
     beside = {tensor for part in (parts if trains_text else parts[:1]) for tensor in (*part.parameters(), *part.buffers())}
-    waiting = recomputed_blocks(hollow.denoiser) if levers.offload_blocks else []
-    blocks = [bytes_with(set(block.parameters()) - set(trained), fewer, levers) for block in waiting]
-    frozen = bytes_with(beside - set(trained), fewer, levers) - sum(blocks)
+    frozen = bytes_with(beside - set(trained), fewer, levers) - sum(waiting.values())
     if recipe.use_ema:
         frozen += sum(p.numel() for p in trained) * BYTES[levers.weights]
     if preserves_prior(s) and not has_class_images(s) and not METHODS[s.method].is_adapter:  # a copy of the denoiser as it was
         frozen += sum(p.numel() for p in hollow.denoiser.parameters()) * plan.dtype.itemsize
     shapes = tuple(tuple(p.shape) for p in trained)
     if not levers.shard:
-        return Demand(shapes, frozen, passes, tuple(events), 2 * max(blocks, default=0), sum(blocks))  # one computes, the next one comes
+        return Demand(shapes, frozen, passes, tuple(events), waiting=sum(waiting.values()))
     wider = BYTES["fp32"] / trained[0].itemsize  # shares of gradients are float32, whatever they were computed in
     events = tuple((what, size * wider if what == "gradient" else size, stretch) for what, size, stretch in events)
     return Demand(shapes, frozen, passes, events, gathered_bytes(models.family, hollow.denoiser, set(trained)))
@@ -10807,11 +10808,11 @@ def fake_weights(parts, trained):
 
 
 @contextlib.contextmanager
-def listening(parts, trained, copied, unpacked=frozenset()):
+def listening(parts, trained, copied, unpacked=frozenset(), streamed={}):
     """A list that receives the events of a Demand while `parts`, the UNet first, pass something forward.
 
     Those of `trained` that are `copied` get their gradients in bf16 first. Weights that are `unpacked` from fewer bits for each use
-    are kept as an activation is.
+    are kept as an activation is. `streamed` is {block whose weights wait elsewhere: their bytes}.
     """
     import torch
 
@@ -10838,6 +10839,8 @@ def listening(parts, trained, copied, unpacked=frozenset()):
             if torch.is_tensor(arg):
                 keep(arg, None)
         stretch[0] = len(events)
+        if function in streamed:
+            events.append(("copied", 2 * streamed[function], stretch[0]))  # the next one's are about as many
         output = function(*args)
         stretch[0] = None
         return output

@@ -243,3 +243,9 @@ def test_several_processes_do_not_wait_for_blocks(monkeypatch):
     assert "for one process alone" in db.objection(s, db.ZImage(), dataclasses.replace(levers, shard=True), "bf16")
     monkeypatch.setattr(db, "processes", lambda: 2)
     assert "for one process alone" in db.objection(s, db.ZImage(), levers, "bf16")
+
+
+def test_copies_count_while_their_block_is_recomputed():
+    """And not among what a layer has in hand: three times the largest activation."""
+    events = ("kept", 5, None), ("copied", 100, 1), ("kept", 10, 1), ("kept", 4, None), ("copied", 60, 4), ("kept", 10, 4)
+    assert db.peak_of(db.Demand(((4, 25),), 0, 1, events), ROW)["activations"] == 5 + 100 + 10 + 30

@@ -17,7 +17,7 @@ def peak_of(demand, levers, sharing=1):
     fused = levers.fused_backward
     kept = sum(size for what, size, stretch in demand.events
                if what == "kept" and (stretch is None or not levers.gradient_checkpointing))
-    total = sum(size for what, size, _ in demand.events if what != "kept") / sharing
+    total = sum(size for what, size, _ in demand.events if what.startswith("gradient")) / sharing
     in_hand = 3 * max((size for what, size, _ in demand.events if what == "kept"), default=0)
     copies = step_copies(levers) * BYTES["fp32"] / BYTES[levers.weights] if fused else 0  # of a gradient's bytes
     gradients = total if demand.passes > 1 else 0  # those of the passes before
@@ -29,7 +29,7 @@ def peak_of(demand, levers, sharing=1):
         if what == "gradient in bf16" or (what == "gradient" and demand.passes == 1):
             gradients += size / sharing
         peak = max(peak, (gradients, copies * size if what == "gradient" else 0, kept + in_hand), key=sum)
-        if what == "kept":
+        if what in ("kept", "copied"):
             kept -= size
         elif fused:
             gradients -= size
@@ -41,7 +41,7 @@ def backward_order(events, checkpointing):
     for stretch, inside in itertools.groupby(reversed(events), lambda event: event[2] if checkpointing else None):
         inside = [(what, size) for what, size, _ in inside]
         if stretch is not None:
-            yield "recomputed", sum(size for what, size in inside if what == "kept")
+            yield "recomputed", sum(size for what, size in inside if what in ("kept", "copied"))
         yield from inside
 
 
