@@ -354,11 +354,11 @@ def test_help_lists_the_scripts_flags_apart(capsys):
     with pytest.raises(SystemExit) as stop:
         db.parse_settings(["--help"])
     assert stop.value.code == 0
-    own, _, others = capsys.readouterr().out.partition("with --train, for commands of diffusers' scripts:")
+    own, _, others = capsys.readouterr().out.partition("with --train, for commands of diffusers' scripts and others:")
     lines = others.strip().splitlines()
-    assert [line.split()[0].rstrip(":") for line in lines] == [f"--{flag}" for flag in db.DIFFUSERS_FLAGS]
+    assert [line.split()[0].rstrip(":") for line in lines] == [f"--{flag}" for flag in db.FOREIGN_FLAGS]
     assert all(len(line) <= 132 for line in lines)
-    assert not any(f"--{flag}" in own.split() for flag in db.DIFFUSERS_FLAGS)
+    assert not any(f"--{flag}" in own.split() for flag in db.FOREIGN_FLAGS)
     assert all(f"  --{flag}" in own for flag in db.FIELDS)
 
 

@@ -42,7 +42,7 @@ def late_run(model, levers, precision="no", **flags):
     return db.prepare_training(s, db.Course(4, 32, precision, levers, "constant"), models, groups, cache, db.make_accelerator(s, plan), {})
 
 
-def learnt(run, count=3):
+def learnt(run, count=2):
     """(what so many steps measured, {name: trained tensor} after them), given that each of these has changed."""
     start = {name: tensor.clone() for name, tensor in db.trained_tensors(run.groups).items()}
     measured = torch.stack([db.train_step(run, step)[-1] for step in range(count)])
@@ -67,7 +67,7 @@ def test_what_is_learnt_is_the_same_to_the_bit(family, precision, base, tiny_mod
 
 
 def test_a_dora_is_the_same_too(tiny_model):
-    assert_same(*(learnt(late_run(tiny_model("qwen-image"), dataclasses.replace(ROW, offload_blocks=waits), use_dora=True), 2)
+    assert_same(*(learnt(late_run(tiny_model("qwen-image"), dataclasses.replace(ROW, offload_blocks=waits), use_dora=True))
                   for waits in (False, True)))
 
 
@@ -189,8 +189,11 @@ def test_the_plan_has_blocks_wait_only_where_nothing_else_fits(tiny_model, monke
     s, subjects = db.Settings("train", method="lora", mixed_precision="bf16", rank=2), [db.Subject("sks", "a dog", "a sks dog", "dog")]
     models, surveyed, ask = with_many_blocks(models), {}, db.survey
     monkeypatch.setattr(db, "survey", lambda *args: surveyed.get(args[6]) or surveyed.setdefault(args[6], ask(*args)))
-    recipe, rows = models.family.recipes["lora"], db.plans(s, models.family, plan)
+    rows = db.plans(s, models.family, plan)
     assert [row.offload_blocks for row in rows] == [False] * (len(rows) - 2) + [True] * 2
+    kept = {dataclasses.replace(ROW, base_precision=base, offload_blocks=waits) for base in ("bf16", "int8") for waits in (False, True)}
+    monkeypatch.setattr(db, "PLANS", tuple(row for row in db.PLANS if row in kept))  # the others take time, too
+    recipe, rows = models.family.recipes["lora"], db.plans(s, models.family, plan)
     demands = [db.survey(s, models, subjects, recipe, 32, plan, row, models.book.told["a sks dog"]) for row in rows]
     needs = [sum(db.estimate(demand, row).values()) for demand, row in zip(demands, rows)]
     assert needs[-1] < needs[-2] < min(needs[:-2]) and not any(demand.waiting for demand in demands[:-2])
