@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from conftest import picture
-from tiny_families import TINY
 from training_runs import assert_same_weights, interrupt
 
 import dreambooth_implementation as db
