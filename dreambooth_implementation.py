@@ -1645,9 +1645,10 @@ class Settings:
     prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
                                                      "for one of several; repeatable", shown="the subject on the moon")
     lora_scale: float = _field("infer", 1.0, "strength of the LoRA in --model_path", minimum=0)
-    subject_start: float | None = _field(
-        "infer+evaluate", None, "share of the denoising steps that the model as it was before training takes first, told the prompt "
-        "without the subject's word: more of the prompt, and pictures that differ more", minimum=0, maximum=1, shown="0")
+    subject_start: float = _field(
+        "infer+evaluate", 0.0, "first share of the denoising steps, such as 0.5, in which the model as it was before training takes "
+        "every other one, told the prompt without the subject's word: more of the prompt, and pictures that differ more",
+        minimum=0, maximum=1)
     adapter: list[str] | None = _field("infer", None, "another LoRA or embedding to add, as PATH or PATH=STRENGTH: an "
                                                       "output of --train or a .safetensors file; repeatable", shown="none")
     negative_prompt: str = _field("infer", "", "what not to draw")
@@ -3689,7 +3690,6 @@ class Family:
     guidance = 1.0
     class_guidance = 1.0
     unguided = 1.0  # the guidance that is none, and lets negative prompts have no effect
-    subject_start = 0.0  # how much of a picture the untouched model draws where nobody says how much
     takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
@@ -6524,7 +6524,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
          start=None):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
-    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there. A Start begins the pictures.
+    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there. By a Start another model begins them, too.
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
     Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
@@ -6595,7 +6595,7 @@ def draw_batch(pipeline, prompts, seeds, told, look, start, threads):
         return called(pipeline, generator=noise, **told(prompts), **look, **options).images
     total = look["num_inference_steps"]
     with start.begun(pipeline, total, prompts, call) if start else contextlib.nullcontext():
-        return call(pipeline, prompts, **counting(threads, len(prompts), start.steps(total) if start else 0))
+        return call(pipeline, prompts, **counting(threads, len(prompts), 1 if start and start.steps(total) else 0))
 
 
 def prompts_given(pipeline, models, scale, negative_prompt):
@@ -7152,22 +7152,23 @@ def size_of(module, precision, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# drawing/start: Pictures that the untouched model begins and the trained one ends: --subject_start.
+# drawing/start: Pictures that the untouched model begins together with the trained one: --subject_start.
 #
 # The first denoising steps settle where things are, what surrounds them and in which colours; the later ones what they look like. A
-# model that was trained on a few photos knows the latter of its subject, and has lost something of the former. So the model as it was
-# before takes the first steps, told the prompt without the subject's word, and the trained one the rest.
+# model that was trained on a few photos knows the latter of its subject, and has lost something of the former. So in the first steps
+# the model as it was before, told the prompt without the subject's word, takes turns with the trained one, which does all the others.
 #
-# No step is computed twice, and nothing has to be known of how a pipeline works: the untouched one is called first, and what its
-# denoiser puts out is kept; then the trained one is called, whose denoiser answers with that for so many steps.
+# Nothing has to be known of how a pipeline works: the untouched one is called for its first step, and what its denoiser was told is
+# kept. Then the trained one is called, and at every turn of the other its denoiser lets that one answer: what changes from step to
+# step is the trained one's, and what does not, such as the prompt, is the untouched one's.
 
 
 @dataclass(frozen=True)
 class Start:
     """How pictures begin."""
 
-    share: float  # of the denoising steps
-    untouched: typing.Any  # the pipeline that begins them; None: the one that ends them, without what stands beside its weights
+    share: float  # of the denoising steps in which the two take turns, the untouched one first
+    untouched: typing.Any  # the other pipeline; None: the one that is trained, without what stands beside its weights
     subjects: tuple  # whose words the untouched model does not know
 
     @property
@@ -7180,48 +7181,69 @@ class Start:
         return without_words(prompt, self.subjects)
 
     def steps(self, total):
-        """How many of `total` steps the untouched model takes."""
+        """In how many of `total` steps the two take turns."""
         return round(self.share * total)
 
     @contextlib.contextmanager
     def begun(self, pipeline, total, prompts, call):
-        """Within the block, the first of `total` steps of a call of `pipeline` are those of the untouched model.
+        """Within the block, the two take turns in the first of `total` steps of a call of `pipeline`.
 
         `call(pipeline, prompts, **options)` calls one of the two with these prompts and the noise of the pictures to be.
         """
         if not (count := self.steps(total)):
             yield
             return
-        with beside_off(pipeline) if self.untouched is None else contextlib.nullcontext():
-            steps, plain = count if count < total else None, list(map(self.plain, prompts))
-            outputs = first_outputs(default(self.untouched, pipeline), steps, plain, call)
-        with answering(family_of(pipeline).denoiser_of(pipeline), outputs):
+        other = default(self.untouched, pipeline)
+        its_denoiser, apart = family_of(other).denoiser_of(other), self.untouched is not None
+        compute = its_denoiser if apart else its_denoiser.forward
+        with contextlib.nullcontext() if apart else beside_off(pipeline):
+            told, outputs = first_step(other, its_denoiser, list(map(self.plain, prompts)), call)
+
+        def untouched(*given, **named):
+            with contextlib.nullcontext() if apart else beside_off(pipeline):
+                return compute(*given, **named)
+        with taking_turns(family_of(pipeline).denoiser_of(pipeline), untouched, count, told, outputs):
             yield
 
 
-def first_outputs(pipeline, count, prompts, call):
-    """What a pipeline's denoiser puts out, call by call, in the first `count` steps of drawing, or in all."""
-    outputs = []
+def first_step(pipeline, denoiser, prompts, call):
+    """([(arguments, named ones)], [output]) of each call of a pipeline's denoiser in the first step of drawing."""
+    told, outputs = [], []
 
     def stop(pipeline, number, timestep, tensors):
-        pipeline._interrupt = number + 1 == count  # as diffusers has it; the pipeline itself resets it
+        pipeline._interrupt = True  # as diffusers has it; the pipeline itself resets it
         return tensors
-    hook = family_of(pipeline).denoiser_of(pipeline).register_forward_hook(lambda module, given, output: outputs.append(output))
+
+    def keep(module, given, named, output):
+        told.append((given, named))
+        outputs.append(output)
+    hook = denoiser.register_forward_hook(keep, with_kwargs=True)
     try:
         call(pipeline, prompts, output_type="latent", callback_on_step_end=stop)
     finally:
         hook.remove()
-    return outputs
+    return told, outputs
 
 
 @contextlib.contextmanager
-def answering(denoiser, outputs):
-    """Within the block, a denoiser answers its first calls with `outputs`, one each."""
-    compute, own, left = denoiser.forward, vars(denoiser).get("forward"), iter(outputs)
+def taking_turns(denoiser, untouched, count, told, outputs):
+    """Within the block, every other one of a denoiser's first `count` steps, from the first on, is what `untouched` answers.
+
+    `told` and `outputs` are of first_step(); a step has as many calls as that.
+    """
+    compute, own, number, first = denoiser.forward, vars(denoiser).get("forward"), -1, []
 
     def forward(*given, **named):
-        output = next(left, None)
-        return compute(*given, **named) if output is None else output
+        nonlocal number
+        number += 1
+        step, turn = divmod(number, len(told))
+        if step == 0:
+            first.append((given, named))
+            return outputs[turn]
+        if step >= count or step % 2:
+            return compute(*given, **named)
+        return untouched(*map(kept_or_new, first[turn][0], given, told[turn][0]),
+                         **{name: kept_or_new(first[turn][1][name], value, told[turn][1][name]) for name, value in named.items()})
     denoiser.forward = forward
     try:
         yield
@@ -7229,6 +7251,24 @@ def answering(denoiser, outputs):
         del denoiser.forward
         if own is not None:  # such as of what moves parts to the GPU when it is their turn
             denoiser.forward = own
+
+
+def kept_or_new(first, now, its):
+    """An argument of the untouched denoiser's: `its` own where the trained one's is what it was in the first step, else the new one."""
+    return its if is_same(first, now) else now
+
+
+def is_same(one, other):
+    """Whether two arguments of a denoiser are equal: tensors, numbers, or lists and dictionaries of them."""
+    import torch
+
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return one == other
 
 
 @contextlib.contextmanager
@@ -7259,31 +7299,24 @@ def without_word(prompt, subject):
     return re.sub(rf"(\ban? )?{word}", lambda found: f"{article} {noun}".strip() if found[1] else noun, prompt, flags=re.IGNORECASE)
 
 
-def begun_as(s, base, subjects, prompts):
-    """Prompts as the untouched model is told them, where it begins the pictures of the model at `base`."""
-    share = default(s.subject_start, family_at(base, "--model_path").subject_start)
-    return [without_words(prompt, subjects) for prompt in prompts] if share else []
+def begun_as(s, subjects, prompts):
+    """Prompts as the untouched model is told them, where it begins pictures with the trained one."""
+    return [without_words(prompt, subjects) for prompt in prompts] if s.subject_start else []
 
 
 def start_of(s, base, trained, adapters, pipeline, plan):
-    """The Start of pictures of a loaded pipeline with everything in it, by --subject_start or as its family has it; None for none.
+    """The Start of pictures of a loaded pipeline with everything in it, by --subject_start; None for none.
 
-    UserError, or a line where nobody asked for it, if the model that was trained on is not at hand.
+    UserError if the model that was trained on is not at hand.
     """
-    share = default(s.subject_start, family_of(pipeline).subject_start)
     learnt = [each for each in (trained, *(each for each, _ in adapters)) if each.is_adapter or each.record]
-    if not learnt and s.subject_start:
-        say(f"Note: --subject_start {share:g} changes nothing: {trained.source} has no record of a training.")
-    if not (share and learnt):
+    if s.subject_start and not learnt:
+        say(f"Note: --subject_start {s.subject_start:g} changes nothing: {trained.source} has no record of a training.")
+    if not (s.subject_start and learnt):
         return None
-    try:
-        untouched = another_pipeline(base, trained, adapters, plan.dtype)
-    except UserError as problem:
-        if s.subject_start is not None:
-            raise
-        say(f"Note: {problem}; so the trained model draws all by itself.")
-        return None
-    return Start(share, untouched and placed(untouched, plan.device), tuple(subject for each in learnt for subject in each.subjects))
+    untouched = another_pipeline(base, trained, adapters, plan.dtype)
+    return Start(s.subject_start, untouched and placed(untouched, plan.device),
+                 tuple(subject for each in learnt for subject in each.subjects))
 
 
 def another_pipeline(base, trained, adapters, dtype):
@@ -8552,7 +8585,7 @@ def draw_candidate(s, candidate, plan):
     """
     started = time.monotonic()
     prompts = sorted({prompt for trial in candidate.trials for _, prompt, _ in picture_jobs(s, trial)})
-    begun = begun_as(s, candidate.base, candidate.trained.subjects, prompts)
+    begun = begun_as(s, candidate.trained.subjects, prompts)
     models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts + begun)
     pipeline, model_hash = placed(models.pipeline, plan.device), hash_of(models, candidate.trained)
     start = start_of(s, candidate.base, candidate.trained, [], pipeline, plan)
@@ -11949,7 +11982,7 @@ def infer(s):
 
     plan = plan_device(s)
     check_bits(s, base, everything, plan)
-    begun = begun_as(s, base, [*trained.subjects, *others], prompts)
+    begun = begun_as(s, [*trained.subjects, *others], prompts)
     models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt, *begun])
     pipeline = placed(models.pipeline, plan.device)
     start = start_of(s, base, trained, adapters, pipeline, plan)

@@ -42,7 +42,7 @@ def infer(s):
 
     plan = plan_device(s)
     check_bits(s, base, everything, plan)
-    begun = begun_as(s, base, [*trained.subjects, *others], prompts)
+    begun = begun_as(s, [*trained.subjects, *others], prompts)
     models = load_trained(s, base, trained, adapters, plan, [*prompts, s.negative_prompt, *begun])
     pipeline = placed(models.pipeline, plan.device)
     start = start_of(s, base, trained, adapters, pipeline, plan)

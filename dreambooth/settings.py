@@ -228,9 +228,10 @@ class Settings:
     prompt: list[str] | None = _field("infer", None, "what to draw; [identifier] stands for the subject, [identifier:NAME] "
                                                      "for one of several; repeatable", shown="the subject on the moon")
     lora_scale: float = _field("infer", 1.0, "strength of the LoRA in --model_path", minimum=0)
-    subject_start: float | None = _field(
-        "infer+evaluate", None, "share of the denoising steps that the model as it was before training takes first, told the prompt "
-        "without the subject's word: more of the prompt, and pictures that differ more", minimum=0, maximum=1, shown="0")
+    subject_start: float = _field(
+        "infer+evaluate", 0.0, "first share of the denoising steps, such as 0.5, in which the model as it was before training takes "
+        "every other one, told the prompt without the subject's word: more of the prompt, and pictures that differ more",
+        minimum=0, maximum=1)
     adapter: list[str] | None = _field("infer", None, "another LoRA or embedding to add, as PATH or PATH=STRENGTH: an "
                                                       "output of --train or a .safetensors file; repeatable", shown="none")
     negative_prompt: str = _field("infer", "", "what not to draw")

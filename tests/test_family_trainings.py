@@ -364,7 +364,7 @@ def test_what_the_untouched_transformer_begins_is_read_with_all_else(teach, run,
     monkeypatch.setattr(db.Shelf, "read", lambda shelf, part, *given, **named: parts.append(part) or read(shelf, part, *given, **named))
 
     def drawn(model, prompt, *flags):
-        status, out, err = run("--infer", "--model_path", model, "--prompt", prompt, "--num_images", 1, "--num_inference_steps", 2,
+        status, out, err = run("--infer", "--model_path", model, "--prompt", prompt, "--num_images", 1, "--num_inference_steps", 1,
                                "--height", 32, "--width", 32, "--image_dir", "drawn", *flags)
         assert status == 0, err
         return Image.open(max((tmp_path / "drawn").glob("a-*.png"), key=lambda path: path.stat().st_mtime_ns)).tobytes()

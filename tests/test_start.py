@@ -1,6 +1,7 @@
-"""Pictures that the untouched model begins."""
+"""Pictures that the untouched model begins together with the trained one."""
 
 import contextlib
+import itertools
 import json
 import shutil
 
@@ -48,30 +49,73 @@ def counted(*denoisers):
     yield counts
 
 
+@contextlib.contextmanager
+def told(denoiser):
+    """Within the block, a list of the arguments that a denoiser is called with, {place or name: value} a call."""
+    calls = []
+    hook = denoiser.register_forward_pre_hook(lambda module, given, named: calls.append({**dict(enumerate(given)), **named}), with_kwargs=True)
+    yield calls
+    hook.remove()
+
+
 @pytest.mark.parametrize("family", (*FAMILIES, *TINY))
-def test_the_untouched_model_takes_the_first_steps(family):
+def test_the_untouched_model_takes_every_other_of_the_first_steps(family):
     trained, untouched, other = (whole(family, seed) for seed in (0, 0, 1))
     denoiser_of = db.family_of(trained).denoiser_of
     denoiser_of(trained).load_state_dict(denoiser_of(other).state_dict())
     with counted(denoiser_of(trained), denoiser_of(untouched)) as counts:
         own, its = drawn(trained, JOBS), drawn(untouched, PLAIN)
-        alone = list(counts)
+        alone, a_step = list(counts), counts[1] // 4  # PNDM computes one more
         assert np.array_equal(own, drawn(trained, JOBS, db.Start(0.0, untouched, (DOG,))))
         assert np.array_equal(own, drawn(trained, JOBS, db.Start(0.1, untouched, (DOG,))))  # no whole step
-        counts[:] = 0, 0
-        assert np.array_equal(its, drawn(trained, JOBS, db.Start(1.0, untouched, (DOG,))))
-        assert counts == [0, alone[1]]
-        counts[:] = 0, 0
-        half = drawn(trained, JOBS, db.Start(0.5, untouched, (DOG,)))
-        assert sum(counts) == alone[0] and 0 < counts[1] <= counts[0]  # no step twice
-    assert not np.array_equal(half, own) and not np.array_equal(half, its)
+        pictures = []
+        for share, turns in ((0.25, 1), (0.5, 1), (0.75, 2), (1.0, 2)):
+            counts[:] = 0, 0
+            pictures.append(drawn(trained, JOBS, db.Start(share, untouched, (DOG,))))
+            assert counts == [alone[0] - turns * a_step, turns * a_step]  # no step twice
+    assert np.array_equal(pictures[0], pictures[1]) and np.array_equal(pictures[2], pictures[3])
+    assert not any(np.array_equal(*pair) for pair in itertools.combinations((own, its, pictures[0], pictures[2]), 2))
     assert np.array_equal(own, drawn(trained, JOBS))  # nothing of it is left
 
 
-def test_steps_in_two_parts_are_the_same_steps():
-    """Begun by the very model that ends them, pictures are what they would be."""
+@pytest.mark.parametrize("family", (*FAMILIES, *TINY))
+def test_it_is_told_its_own_prompt_and_the_others_noise(family):
+    trained, untouched, other = (whole(family, seed) for seed in (0, 0, 1))
+    theirs, its = (db.family_of(trained).denoiser_of(each) for each in (trained, untouched))
+    theirs.load_state_dict(db.family_of(trained).denoiser_of(other).state_dict())
+    with told(its) as alone:
+        drawn(untouched, PLAIN)
+    with told(its) as calls:
+        drawn(trained, JOBS, db.Start(1.0, untouched, (DOG,)))
+    a_step = len(alone) // 4
+    assert len(calls) == 2 * a_step
+    lasting = [name for name in alone[0] if db.is_same(alone[0][name], alone[2 * a_step][name])]
+    for first, second, expected in zip(calls, calls[a_step:], alone[2 * a_step:]):
+        assert all(db.is_same(second[name], expected[name]) for name in lasting)  # its prompt
+        changed = [name for name in second if name not in lasting]
+        assert len(changed) == 2 and not any(db.is_same(first[name], second[name]) for name in changed)  # noisy latents and level
+        assert sum(db.is_same(second[name], expected[name]) for name in changed) == 1  # the level
+
+
+def test_steps_by_turns_are_the_same_steps():
+    """With the very same model pictures are what they would be."""
     pipeline = whole("sd2")
-    assert np.array_equal(drawn(pipeline, PLAIN), drawn(pipeline, PLAIN, db.Start(0.5, whole("sd2"), (DOG,))))
+    assert np.array_equal(drawn(pipeline, PLAIN), drawn(pipeline, PLAIN, db.Start(1.0, whole("sd2"), (DOG,))))
+
+
+def test_turns_are_those_of_a_pipeline_that_is_told_two_prompts_in_turn():
+    """Of one and the same model: the prompts' own embeddings are exchanged after every step, by diffusers' own means."""
+    pipeline = whole("sd2")
+    jobs, noise = JOBS[:1], [torch.Generator().manual_seed(JOBS[0][1])]
+    embeddings = [torch.cat(pipeline.encode_prompt(text, "cpu", 1, True)[::-1]) for text in (PLAIN[0][0], JOBS[0][0])]
+
+    def exchange(pipeline, number, timestep, tensors):
+        return {"prompt_embeds": embeddings[(number + 1) % 2]}
+    (expected,) = pipeline(PLAIN[0][0], generator=noise, num_inference_steps=4, guidance_scale=3.0, height=32, width=32,
+                           callback_on_step_end=exchange, callback_on_step_end_tensor_inputs=["prompt_embeds"]).images
+    (picture,) = drawn(pipeline, jobs, db.Start(1.0, whole("sd2"), (DOG,)))
+    assert np.array_equal(np.asarray(expected), picture)
+    assert not np.array_equal(picture, drawn(pipeline, jobs)[0])
 
 
 @pytest.mark.parametrize("prompt, plain", [
@@ -99,11 +143,13 @@ def test_a_training_is_drawn_with_its_base(train_adapter, train, run, tiny_model
         return Image.open(path)
     word = json.loads((tmp_path / "output" / "dreambooth.json").read_text())["subjects"][0]["identifier"]
     shown = f"a {word} at night" if method == "textual_inversion" else f"a {word} dog at night"
-    usual, none, half, whole = (picture(shown, name, *flags) for name, flags in (
-        ("usual", []), ("none", ["--subject_start", 0]), ("half", ["--subject_start", 0.5]), ("whole", ["--subject_start", 1])))
-    untouched = picture("a dog at night", "untouched", "--model_path", tiny_model("sd1"))
-    assert usual.tobytes() == none.tobytes() and whole.tobytes() == untouched.tobytes()
-    assert half.tobytes() not in (usual.tobytes(), whole.tobytes())
+    usual, none, half = (picture(shown, name, *flags) for name, flags in (
+        ("usual", []), ("none", ["--subject_start", 0]), ("half", ["--subject_start", 0.5])))
+    untouched, single, one = (picture(prompt, name, "--num_inference_steps", 1, *flags) for prompt, name, flags in (
+        ("a dog at night", "untouched", ["--model_path", tiny_model("sd1")]), (shown, "single", ["--subject_start", 1]),
+        (shown, "one", [])))
+    assert usual.tobytes() == none.tobytes() != half.tobytes()
+    assert untouched.tobytes() == single.tobytes() != one.tobytes()  # the only step is the untouched model's
     assert "Subject start: 0.5" in half.info["parameters"] and "Subject start" not in usual.info["parameters"]
 
 
@@ -121,17 +167,6 @@ def test_a_base_that_is_gone_or_another_now(train, run, tiny_model, tmp_path):
     status, _, err = run(*draw, "--subject_start", 0.5)
     assert status == 2 and str(base) in err and "--subject_start 0" in err and len(err.splitlines()) == 1
     assert run(*draw)[0] == 0
-
-
-def test_where_nobody_asked_for_it_a_lost_base_is_said(train, run, tiny_model, tmp_path, monkeypatch):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model("sd1"), base)
-    assert train("sd1", "--model_name", base)[0] == 0
-    shutil.rmtree(base)
-    monkeypatch.setattr(db.Family, "subject_start", 0.5)
-    status, out, err = run("--infer", "--prompt", "a dog", "--num_images", 1, "--num_inference_steps", 2)
-    assert status == 0, err
-    assert "draws all by itself" in out
 
 
 def test_evaluation_draws_with_it_and_draws_anew_for_it(train_adapter, evaluate):

@@ -18,7 +18,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
          start=None):
     """Yield one PIL image per (prompt, seed) in `jobs`, in order, `batch_size` at a time; None: as many as fit.
 
-    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there. A Start begins the pictures.
+    Late `models` give the pipeline their prompts' conditioning, as its text encoders are not there. By a Start another model begins them, too.
     Each picture's noise comes from its own seed on the CPU, so it depends neither on its neighbours nor on the device.
     Where memory is full all the same, the pipeline is offloaded and stays so until its remove_all_hooks().
     """
@@ -89,7 +89,7 @@ def draw_batch(pipeline, prompts, seeds, told, look, start, threads):
         return called(pipeline, generator=noise, **told(prompts), **look, **options).images
     total = look["num_inference_steps"]
     with start.begun(pipeline, total, prompts, call) if start else contextlib.nullcontext():
-        return call(pipeline, prompts, **counting(threads, len(prompts), start.steps(total) if start else 0))
+        return call(pipeline, prompts, **counting(threads, len(prompts), 1 if start and start.steps(total) else 0))
 
 
 def prompts_given(pipeline, models, scale, negative_prompt):

@@ -33,7 +33,7 @@ def draw_candidate(s, candidate, plan):
     """
     started = time.monotonic()
     prompts = sorted({prompt for trial in candidate.trials for _, prompt, _ in picture_jobs(s, trial)})
-    begun = begun_as(s, candidate.base, candidate.trained.subjects, prompts)
+    begun = begun_as(s, candidate.trained.subjects, prompts)
     models = load_trained(s, candidate.base, candidate.trained, [], plan, prompts + begun)
     pipeline, model_hash = placed(models.pipeline, plan.device), hash_of(models, candidate.trained)
     start = start_of(s, candidate.base, candidate.trained, [], pipeline, plan)

@@ -77,7 +77,6 @@ class Family:
     guidance = 1.0
     class_guidance = 1.0
     unguided = 1.0  # the guidance that is none, and lets negative prompts have no effect
-    subject_start = 0.0  # how much of a picture the untouched model draws where nobody says how much
     takes_negatives = True  # negative prompts
     usual_negative = ""  # the negative prompt where none is given; "" is none
     # Class images: (denoising steps with guidance, and without), and what shapes them beside.
