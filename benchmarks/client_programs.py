@@ -13,8 +13,8 @@ from unittest.mock import MagicMock
 TIME, SIDE, PROMPT = 500, 16, "a photo of a {} at night"  # the latent is SIDE x SIDE
 SEED, PICTURE_SIDE, LAST_TIME = 7, 64, 999  # of stable-diffusion.cpp's picture
 # artifact: the --method that makes it; the whole model has none
-METHODS = {"whole": None, "lora": "lora", "lora-all-layers": "lora", "dora": "lora", "lokr": "lora", "word": "textual_inversion",
-           "word-of-2-vectors": "textual_inversion", "pivotal": "pivotal"}
+METHODS = {"whole": None, "lora": "lora", "lora-unet": "lora", "lora-all-layers": "lora", "dora": "lora", "lokr": "lora",
+           "word": "textual_inversion", "word-of-2-vectors": "textual_inversion", "pivotal": "pivotal"}
 # Imported by these programs, and needed for nothing that is done here.
 STAND_INS = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "comfy_aimdo", "comfy_kitchen", "torchsde", "blake3",
              "simpleeval", "scipy")

@@ -64,6 +64,7 @@ def test_train_draw_stop_and_start_again(serve, browser, tiny_model, tmp_path):
     page, problems = opened(browser, address)
     page.set_input_files("#photo_files", [tmp_path / f"{number}.png" for number in range(3)])
     page.wait_for_function("document.querySelectorAll('#photos figure').length == 3")
+    page.wait_for_function("document.activeElement.name == 'class_prompt'")  # which can be typed at once
     page.click("#train_button")
     page.wait_for_function("document.querySelector('#said').textContent.startsWith('Say what kind of thing it is')")
 
@@ -94,6 +95,8 @@ def test_train_draw_stop_and_start_again(serve, browser, tiny_model, tmp_path):
     server.wait()
     serve()
     page.reload()
+    page.wait_for_selector("body[data-ready=yes]")
+    assert page.input_value("#train_form [name=title]") == "" and page.input_value("#train_form [name=steps]") == "2"
     page.wait_for_selector("#jobs .job:has-text('Long') .badge.running")
     page.wait_for_selector("#jobs .job:has-text('Next') .badge.waiting")
     page.click("#jobs .job:has-text('Long') [data-action=stop]")
