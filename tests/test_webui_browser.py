@@ -13,6 +13,15 @@ from conftest import REPOSITORY, picture
 PATIENCE = 600_000  # milliseconds, for a machine that has much else to do
 
 
+# (a job, as the server tells of it, what the page says of how far it is)
+HALF, FULL = ({"title": "training", "done": done, "total": 6, "left": 3 * (6 - done)} for done in (3, 6))
+PROGRESS = [({"state": "running", "bar": {}}, "preparing ..."), ({"state": "running", "bar": HALF}, "step 3/6 \u00b7 0:09 left"),
+            ({"state": "running", "bar": FULL}, "step 6/6 \u00b7 still at work ..."),  # samples follow, or a comparison is measured
+            ({"state": "stopping", "bar": HALF, "training": HALF},
+             "step 3 of 6 \u00b7 finishing its step, writing a checkpoint ..."),
+            ({"state": "stopping", "bar": {**HALF, "title": "drawing"}, "training": {}}, "stopping ...")]
+
+
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -72,6 +81,9 @@ def test_train_draw_stop_and_start_again(serve, browser, tiny_model, tmp_path):
         for name, value in fields.items():
             page.fill(f"#train_form [name={name}]", str(value))
 
+    for job, text in PROGRESS:
+        assert page.evaluate("job => import('/static/jobs.js').then(jobs => jobs.progressText(job))", job) == text
+
     page.click("#train_form summary")
     fill(class_prompt="a dog", model_name=tiny_model("sd1"), steps=2, num_class_images=2, title="Rex")
     page.click("#train_button")
@@ -80,6 +92,7 @@ def test_train_draw_stop_and_start_again(serve, browser, tiny_model, tmp_path):
     page.fill("#draw_form [name=num_images]", "2")
     page.click("#draw_button")
     page.wait_for_function("document.querySelectorAll('#gallery img').length == 2")
+    assert "Rex" in page.inner_text("#gallery button >> nth=0")  # which of them drew it
     page.click("#gallery button")
     page.click("#large [data-action=again_with_these]")
     assert page.input_value("#draw_form [name=prompt]").endswith("dog on the moon")
