@@ -70,7 +70,7 @@ def answers_of_diffusers(folder, names):
             pipe.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name)
         prompt = PROMPT.format(next(iter(trained.words), "dog") if trained else "dog")
         with torch.no_grad():
-            encoded = pipe.encode_prompt(prompt, "cpu", 1, False)
+            encoded = pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
             sizes = dict(text_embeds=encoded[2], time_ids=torch.tensor([[512.0, 512, 0, 0, 512, 512]])) if is_xl else None
 
             def unet(x, time, encoded=encoded, sizes=sizes):

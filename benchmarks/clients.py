@@ -259,7 +259,9 @@ def table_of(family, s, clients, names, pythons, tokenizer):
         kept = folder / f"{client}.pt"
         if not kept.exists() or kept.stat().st_mtime < newest:
             kept.unlink(missing_ok=True)
-            child(pythons.get(client, sys.executable), *common, "--do", "answers", client)
+            failed = child(pythons.get(client, sys.executable), *common, "--do", "answers", client)
+            if failed and client == "diffusers":
+                sys.exit(f"{family}: diffusers, with which the others are compared, gave no answer")
     found = {client: torch.load(folder / f"{client}.pt", weights_only=True) if (folder / f"{client}.pt").exists() else {}
              for client in ("diffusers", *clients)}
     ours, rows = found["diffusers"], {}
