@@ -13,8 +13,8 @@ from unittest.mock import MagicMock
 TIME, SIDE, PROMPT = 500, 16, "a photo of a {} at night"  # the latent is SIDE x SIDE
 SEED, PICTURE_SIDE, LAST_TIME = 7, 64, 999  # of stable-diffusion.cpp's picture
 # artifact: the --method that makes it; the whole model has none
-METHODS = {"whole": None, "lora": "lora", "lora-all-layers": "lora", "dora": "lora", "lokr": "lora", "word": "textual_inversion",
-           "word-of-2-vectors": "textual_inversion", "pivotal": "pivotal"}
+METHODS = {"whole": None, "lora": "lora", "lora-unet": "lora", "lora-all-layers": "lora", "dora": "lora", "lokr": "lora",
+           "word": "textual_inversion", "word-of-2-vectors": "textual_inversion", "pivotal": "pivotal"}
 # Imported by these programs, and needed for nothing that is done here.
 STAND_INS = ("torchvision", "torchaudio", "av", "kornia", "spandrel", "comfy_aimdo", "comfy_kitchen", "torchsde", "blake3",
              "simpleeval", "scipy")
@@ -70,7 +70,7 @@ def answers_of_diffusers(folder, names):
             pipe.load_lora_weights(trained.lora.parent, weight_name=trained.lora.name)
         prompt = PROMPT.format(next(iter(trained.words), "dog") if trained else "dog")
         with torch.no_grad():
-            encoded = pipe.encode_prompt(prompt, "cpu", 1, False)
+            encoded = pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
             sizes = dict(text_embeds=encoded[2], time_ids=torch.tensor([[512.0, 512, 0, 0, 512, 512]])) if is_xl else None
 
             def unet(x, time, encoded=encoded, sizes=sizes):

@@ -46,9 +46,9 @@ FAMILIES = {"sd15": (dict(cross_attention_dim=768, attention_head_dim=8), [CLIP_
             "sd21-base": (SD2_UNET, [CLIP_H], "epsilon"), "sd21": (SD2_UNET, [CLIP_H], "v_prediction"),
             "sdxl": (XL_UNET, [CLIP_L, CLIP_G], "epsilon")}
 LORA = dict(rank=4, lora_alpha=2, train_text_encoder=True)
-FLAGS = {"lora": LORA, "lora-all-layers": {**LORA, "lora_target": "all"}, "dora": {"rank": 4, "use_dora": True},
-         "lokr": {**LORA, "lora_target": "all", "adapter_type": "lokr"}, "word-of-2-vectors": {"num_vectors": 2},
-         "pivotal": LORA}  # of --train, beside --method
+FLAGS = {"lora": LORA, "lora-unet": {"rank": 4, "lora_alpha": 2}, "lora-all-layers": {**LORA, "lora_target": "all"},
+         "dora": {"rank": 4, "use_dora": True}, "lokr": {**LORA, "lora_target": "all", "adapter_type": "lokr"},
+         "word-of-2-vectors": {"num_vectors": 2}, "pivotal": LORA}  # of --train, beside --method
 CLIENTS = ("comfyui", "sd_scripts", "sd_cpp")
 
 
@@ -259,7 +259,9 @@ def table_of(family, s, clients, names, pythons, tokenizer):
         kept = folder / f"{client}.pt"
         if not kept.exists() or kept.stat().st_mtime < newest:
             kept.unlink(missing_ok=True)
-            child(pythons.get(client, sys.executable), *common, "--do", "answers", client)
+            failed = child(pythons.get(client, sys.executable), *common, "--do", "answers", client)
+            if failed and client == "diffusers":
+                sys.exit(f"{family}: diffusers, with which the others are compared, gave no answer")
     found = {client: torch.load(folder / f"{client}.pt", weights_only=True) if (folder / f"{client}.pt").exists() else {}
              for client in ("diffusers", *clients)}
     ours, rows = found["diffusers"], {}

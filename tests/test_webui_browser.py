@@ -13,6 +13,15 @@ from conftest import REPOSITORY, picture
 PATIENCE = 600_000  # milliseconds, for a machine that has much else to do
 
 
+# (a job, as the server tells of it, what the page says of how far it is)
+HALF, FULL = ({"title": "training", "done": done, "total": 6, "left": 3 * (6 - done)} for done in (3, 6))
+PROGRESS = [({"state": "running", "bar": {}}, "preparing ..."), ({"state": "running", "bar": HALF}, "step 3/6 \u00b7 0:09 left"),
+            ({"state": "running", "bar": FULL}, "step 6/6 \u00b7 still at work ..."),  # samples follow, or a comparison is measured
+            ({"state": "stopping", "bar": HALF, "training": HALF},
+             "step 3 of 6 \u00b7 finishing its step, writing a checkpoint ..."),
+            ({"state": "stopping", "bar": {**HALF, "title": "drawing"}, "training": {}}, "stopping ...")]
+
+
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -64,12 +73,16 @@ def test_train_draw_stop_and_start_again(serve, browser, tiny_model, tmp_path):
     page, problems = opened(browser, address)
     page.set_input_files("#photo_files", [tmp_path / f"{number}.png" for number in range(3)])
     page.wait_for_function("document.querySelectorAll('#photos figure').length == 3")
+    page.wait_for_function("document.activeElement.name == 'class_prompt'")  # which can be typed at once
     page.click("#train_button")
     page.wait_for_function("document.querySelector('#said').textContent.startsWith('Say what kind of thing it is')")
 
     def fill(**fields):
         for name, value in fields.items():
             page.fill(f"#train_form [name={name}]", str(value))
+
+    for job, text in PROGRESS:
+        assert page.evaluate("job => import('/static/jobs.js').then(jobs => jobs.progressText(job))", job) == text
 
     page.click("#train_form summary")
     fill(class_prompt="a dog", model_name=tiny_model("sd1"), steps=2, num_class_images=2, title="Rex")
@@ -79,6 +92,7 @@ def test_train_draw_stop_and_start_again(serve, browser, tiny_model, tmp_path):
     page.fill("#draw_form [name=num_images]", "2")
     page.click("#draw_button")
     page.wait_for_function("document.querySelectorAll('#gallery img').length == 2")
+    assert "Rex" in page.inner_text("#gallery button >> nth=0")  # which of them drew it
     page.click("#gallery button")
     page.click("#large [data-action=again_with_these]")
     assert page.input_value("#draw_form [name=prompt]").endswith("dog on the moon")
@@ -94,6 +108,8 @@ def test_train_draw_stop_and_start_again(serve, browser, tiny_model, tmp_path):
     server.wait()
     serve()
     page.reload()
+    page.wait_for_selector("body[data-ready=yes]")
+    assert page.input_value("#train_form [name=title]") == "" and page.input_value("#train_form [name=steps]") == "2"
     page.wait_for_selector("#jobs .job:has-text('Long') .badge.running")
     page.wait_for_selector("#jobs .job:has-text('Next') .badge.waiting")
     page.click("#jobs .job:has-text('Long') [data-action=stop]")

@@ -52,7 +52,8 @@ function build(entry) {
     entry.rows.length ? table(entry) : null,
     entry.comparison
       ? [
-          sheet(entry.comparison, t("side_by_side"), () => enlarge(entry.comparison)),
+          hint(t("side_by_side", {names: entry.rows.map(model => model.name).join(", ")})),
+          sheet(entry.comparison, "", () => enlarge(entry.comparison)),
           el("details", {}, el("summary", {textContent: t("all_pictures")}), sheets),
         ]
       : sheets,

@@ -75,7 +75,8 @@ export function showDraw(now) {
     state.jobs.filter(job => job.kind === "draw"),
     1,
   );
-  const key = JSON.stringify(state.jobs.filter(job => job.kind === "draw").map(job => [job.id, job.state, job.bar.done]));
+  const drawn = state.jobs.filter(job => job.kind === "draw").map(job => [job.id, job.state, job.bar.done]);
+  const key = JSON.stringify([drawn, state.items.map(item => item.title)]);
   if (key !== $("gallery").dataset.jobs) {
     $("gallery").dataset.jobs = key;
     showGallery();
@@ -122,7 +123,8 @@ async function draw(event) {
 export async function showGallery() {
   const found = await look("pictures", {count});
   if (!found) return;
-  const pictures = found.pictures.map(picture => ({id: picture.name, ...picture}));
+  const titles = new Map(state.items.map(item => [item.id, item.title]));
+  const pictures = found.pictures.map(picture => ({id: picture.name, title: titles.get(picture.item) ?? t("model_gone"), ...picture}));
   sync($("gallery"), pictures.length ? pictures : [{id: "none"}], thumbnail);
   $("more_pictures").hidden = found.total <= pictures.length;
 }
@@ -130,11 +132,8 @@ export async function showGallery() {
 function thumbnail(picture) {
   if (picture.id === "none") return hint(t("gallery_empty"));
   const image = el("img", {src: picture.url, alt: picture.prompt, loading: "lazy"});
-  return el(
-    "div",
-    {},
-    el("button", {type: "button", onclick: () => open(picture)}, image, el("span", {textContent: picture.prompt})),
-  );
+  const below = [picture.prompt, picture.title].map(textContent => el("span", {textContent}));
+  return el("div", {}, el("button", {type: "button", onclick: () => open(picture)}, image, below));
 }
 
 function open(picture) {
@@ -144,7 +143,7 @@ function open(picture) {
     picture.url,
     el("p", {}, el("b", {textContent: picture.prompt})),
     picture.negative_prompt ? el("p", {textContent: `${t("field_negative_prompt")}: ${picture.negative_prompt}`}) : "",
-    el("p", {className: "hint", textContent: `${item ? item.title : t("model_gone")} · ${picture.settings}`}),
+    el("p", {className: "hint", textContent: `${picture.title} · ${picture.settings}`}),
     el(
       "div",
       {className: "row"},

@@ -7,8 +7,12 @@ export const link = id => `#job/${encodeURIComponent(id)}`;
 
 export function progressText(job) {
   const bar = job.bar;
-  if (!bar.total) return job.state === "stopping" ? t("stopping_now") : t("preparing");
-  const left = bar.left === null ? "" : ` · ${t("time_left", {left: clock(bar.left)})}`;
+  if (job.state === "stopping") {
+    return job.training?.total ? `${t("training_step", job.training)} · ${t("stopping_now")}` : `${t("state_stopping")} ...`;
+  }
+  if (!bar.total) return t("preparing");
+  const known = bar.left === null ? "" : ` · ${t("time_left", {left: clock(bar.left)})}`;
+  const left = bar.done === bar.total ? ` · ${t("still_at_work")}` : known; // what follows, such as measuring, may have no bar
   const training = job.training?.total && bar.title !== "training" ? `${t("training_step", job.training)} · ` : "";
   const word = `bar_${bar.title.split(" ")[0]}`; // a download has none
   return `${training}${t(word) === word ? bar.title : t(word)} ${bar.done}/${bar.total}${left}`;
@@ -21,7 +25,7 @@ function clock(seconds) {
 
 function fraction(job) {
   const bar = job.training?.total ? job.training : job.bar;
-  return bar.total ? bar.done / bar.total : undefined;
+  return bar.total && bar.done < bar.total ? bar.done / bar.total : undefined;
 }
 
 // What the program said last; of a training that was stopped its step alone, as the remedy is the button beside it.
@@ -29,6 +33,9 @@ function lastWords(job) {
   const at = job.state === "stopped" && job.said.match(/step (\d+) of (\d+)/);
   return at ? t("training_step", {done: at[1], total: at[2]}) : job.said;
 }
+
+export const drawWith = (item, word) =>
+  el("a", {className: "button go", href: `#draw/${encodeURIComponent(item)}`, textContent: t(word), "data-action": word});
 
 function buttons(job) {
   return el(
@@ -40,6 +47,7 @@ function buttons(job) {
     job.state === "waiting" && job.kind !== "train" && !job.beside
       ? button("start_now", () => act("start_now", {job: job.id}))
       : null,
+    job.state === "done" && job.kind === "train" && job.uses.length ? drawWith(job.uses[0], "draw_with_it") : null,
     job.can_resume ? button(job.kind === "train" ? "resume" : "once_more", () => act("resume", {job: job.id})) : null,
   );
 }
@@ -121,7 +129,7 @@ function curve(points) {
 }
 
 let shown; // the id of the job in full
-export async function showJob(id, state) {
+export async function showJob(id) {
   const view = $("view_job");
   if (shown !== id) {
     view.replaceChildren();
@@ -143,8 +151,7 @@ export async function showJob(id, state) {
     );
   }
   sync($("job_row"), [job], jobRow, rowShape);
-  const item = state?.items.find(item => item.job === id);
-  sync($("job_next"), [{id, done: job.state === "done", kind: job.kind, item: item?.id}], next);
+  sync($("job_next"), [{id, done: job.state === "done", kind: job.kind}], next);
   if (job.losses.length > 1) sync($("job_curve"), [{id, points: job.losses}], losses);
   else $("job_curve").replaceChildren();
   sync(
@@ -166,17 +173,15 @@ const losses = entry => el("div", {}, heading("losses"), curve(entry.points), hi
 const photos = entry => el("div", {}, heading("photos_seen"), sheet(entry.url));
 
 const NEXT = {
-  train: ["#draw/", "draw_with_it"],
   draw: ["#draw", "to_gallery"],
   compare: ["#compare", "to_comparisons"],
   export: ["#library", "to_library"],
-}; // where to go from a job that is done
+}; // where to go from a job that is done; a training's own row has it
 
-function next({done, kind, item}) {
-  if (!done) return el("div");
+function next({done, kind}) {
+  if (!done || !NEXT[kind]) return el("div");
   const [place, word] = NEXT[kind];
-  const href = kind === "train" ? place + encodeURIComponent(item) : place;
-  return el("div", {className: "row"}, el("a", {className: "button", href, textContent: t(word), "data-action": word}));
+  return el("div", {className: "row"}, el("a", {className: "button", href: place, textContent: t(word), "data-action": word}));
 }
 
 function strip(row) {

@@ -1,7 +1,7 @@
 // The library: a card for each thing that was trained.
 
 import {$, act, button, date, el, enlarge, hint, sync, t} from "./common.js";
-import {link, showJobs} from "./jobs.js";
+import {drawWith, link, showJobs} from "./jobs.js";
 import {again} from "./train.js";
 
 export function showLibrary(state) {
@@ -59,11 +59,7 @@ function card(item) {
     el(
       "div",
       {className: "buttons"},
-      item.trained
-        ? button("draw", () => {
-            location.hash = `#draw/${encodeURIComponent(item.id)}`;
-          })
-        : null,
+      item.trained ? drawWith(item.id, "draw") : null,
       item.job ? button("open", open) : null,
       item.own ? button("rename", () => rename(item, title)) : null,
       item.trained ? button("export", () => act("export", {item: item.id})) : null,

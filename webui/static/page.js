@@ -44,7 +44,7 @@ function show() {
   if (tab === "library") showLibrary(state);
   if (tab === "draw") draw.showDraw(state);
   if (tab === "compare") compare.showCompare(state);
-  if (tab === "job" && id) showJob(id, state);
+  if (tab === "job" && id) showJob(id);
   if (tab === "draw" && id && chosen !== location.hash) {
     chosen = location.hash;
     draw.choose(id);

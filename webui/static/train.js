@@ -18,23 +18,24 @@ const LONG_HINTS = [
 const SHAPING = ["model_name", "resolution"]; // fields that decide what is cut off
 let fields,
   suggested = null,
-  touched = new Set();
+  touched = new Set(),
+  kept = Promise.resolve(); // once what was typed last is remembered
 
 export async function start() {
   const defaults = await look("defaults");
   const draft = await look("draft");
   fields = defaults.fields;
   for (const entry of [fields[0], {name: "title", kind: "text", choices: [], methods: []}, ...fields.slice(1)]) {
-    const kept = draft.fields[entry.name];
+    const value = draft.fields[entry.name];
     const box = MAIN.includes(entry.name) ? $("main_fields") : $("more_fields");
     const choices = entry.choices.map(value => [value, t(`choice_${value}`)]);
     const hint = entry.name === "class_prompt" || LONG_HINTS.includes(entry.name) ? t(`hint_${entry.name}`) : "";
     const node = field(entry.name, entry.kind, {
       choices,
       hint,
-      value: kept ?? (entry.kind === "choice" ? entry.default : undefined),
+      value: value ?? (entry.kind === "choice" ? entry.default : undefined),
     });
-    if (kept !== undefined) touched.add(entry.name);
+    if (value !== undefined) touched.add(entry.name);
     node.dataset.methods = entry.methods.join(" ");
     box.append(node);
   }
@@ -47,13 +48,8 @@ export async function start() {
     ),
   );
   $("train_form").oninput = event => touched.add(event.target.name); // at once: refill() may be under way
-  $("train_form").onchange = async event => {
-    touched.add(event.target.name);
-    await refill();
-    const kept = values($("train_form"));
-    if (!touched.has("validation_steps")) delete kept.validation_steps;
-    await act("keep_fields", kept);
-    if (SHAPING.includes(event.target.name)) showDraft(await look("draft"));
+  $("train_form").onchange = event => {
+    kept = kept.then(() => keep(event.target.name));
   };
   $("train_form").onsubmit = train;
   $("photo_files").onchange = event => add([...event.target.files]);
@@ -64,6 +60,15 @@ export async function start() {
   dropZone();
   showDraft(draft);
   await refill();
+}
+
+async function keep(name) {
+  touched.add(name);
+  await refill();
+  const now = values($("train_form"));
+  if (!touched.has("validation_steps")) delete now.validation_steps;
+  await act("keep_fields", now);
+  if (SHAPING.includes(name)) showDraft(await look("draft"));
 }
 
 // The recipe's own values where fields are empty, and only the fields that the method has.
@@ -114,6 +119,8 @@ async function add(files) {
   say(t("looking"), 60);
   showDraft(await look("draft"));
   $("said").hidden = true;
+  const prompt = $("train_form").elements.class_prompt;
+  if (!prompt.value && matchMedia("(pointer: fine)").matches) prompt.focus(); // no keyboard over a telephone's photos
 }
 
 export function showDraft(draft) {
@@ -155,7 +162,8 @@ function photoFigure(photo) {
     el(
       "figcaption",
       {},
-      el("div", {className: "name"}, `${photo.name} · ${photo.size.join("×")}${photo.has_mask ? ` · ${t("mask")}` : ""}`, remove),
+      el("div", {className: "name"}, photo.name, remove),
+      el("div", {className: "hint"}, `${photo.size.join("×")}${photo.has_mask ? ` · ${t("mask")}` : ""}`),
       caption,
     ),
   );
@@ -163,12 +171,13 @@ function photoFigure(photo) {
 
 async function train(event) {
   event.preventDefault();
+  $("train_button").disabled = true;
+  await kept; // else the name would be remembered after the training took it
   const form = values($("train_form")),
     title = form.title;
   delete form.title;
   const methodDefault = fields.find(({name}) => name === "method").default;
   if (form.method === methodDefault) delete form.method;
-  $("train_button").disabled = true;
   const answer = await act("train", {fields: form, title});
   $("train_button").disabled = false;
   if (!answer) return;
