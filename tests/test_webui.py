@@ -312,11 +312,11 @@ def test_a_drawing_is_a_command_of_the_program(page, trained, library):
     assert page.put("adapter", "style.ckpt", b"weights") == (400, "not_safetensors")
     adapters = [{"source": "style.safetensors", "strength": "0.5"}, {"source": "cat", "strength": ""}]
     job = page.act("draw", item="dog", prompt="a [identifier] dog\n\n--train ", negative_prompt="snow", seed="7", num_images="2",
-                   adapters=adapters, width="")["job"]
+                   adapters=adapters, width="", subject_start="0.5")["job"]
     assert library.job(job).command["flags"] == [
         "--infer", "--model_path=library/trained/dog/output", "--image_dir=library/pictures", "--prompt=a [identifier] dog",
         "--prompt=--train", "--adapter=library/adapters/style.safetensors=0.5", "--adapter=library/trained/cat/output",
-        "--negative_prompt=snow", "--num_images=2", "--seed=7"]
+        "--negative_prompt=snow", "--num_images=2", "--seed=7", "--subject_start=0.5"]
     assert page.act("draw", item="dog", adapters=[{"source": "/etc/passwd"}])[1] == "gone"
     assert page.act("draw", item="dog", seed="-1")[:2] == (400, "program")
 
@@ -334,7 +334,7 @@ def test_each_picture_tells_what_made_it(page, trained, library):
     trained("dog")
     library.pictures.mkdir()
     text = ("a sks dog, red\nNegative prompt: snow\nSteps: 30, Sampler: DDIM, CFG scale: 4.0, Seed: 7, Size: 64x32, "
-            "Model: library/trained/dog/output, LoRA scale: 0.8, Adapters: library/adapters/a.safetensors=0.5; other=1, "
+            "Subject start: 0.5, Model: library/trained/dog/output, LoRA scale: 0.8, Adapters: library/adapters/a.safetensors=0.5; other=1, "
             "Model hash: 0a1")
     db.save_picture(library.pictures, "a-7", picture(0), text)
     picture(1).save(library.pictures / "grid-a-7.png")
@@ -345,7 +345,7 @@ def test_each_picture_tells_what_made_it(page, trained, library):
     made = next(entry for entry in found["pictures"] if entry["name"] == "a-7.png")
     assert made.items() >= {
         "prompt": "a sks dog, red", "negative_prompt": "snow", "seed": "7", "width": "64", "height": "32", "lora_scale": "0.8",
-        "item": "dog", "adapters": [["library/adapters/a.safetensors", "0.5"], ["other", "1"]]}.items()
+        "subject_start": "0.5", "item": "dog", "adapters": [["library/adapters/a.safetensors", "0.5"], ["other", "1"]]}.items()
     assert page.get("/api/pictures", count=1)["total"] == 3 and len(page.get("/api/pictures", count=1)["pictures"]) == 1
     assert parse_parameters("")["prompt"] == ""
 

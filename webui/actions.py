@@ -10,7 +10,8 @@ from webui.places import folders_in, found
 from webui.program import FIELDS, as_flags, check_flags
 
 KEPT_JOBS = 30  # drawings and exports that have ended; pictures and files stay
-DRAWING = ("num_images", "seed", "num_inference_steps", "guidance_scale", "width", "height", "lora_scale")
+DRAWING = ("num_images", "seed", "num_inference_steps", "guidance_scale", "width", "height", "lora_scale",
+           "subject_start")
 
 
 def train(page, values):

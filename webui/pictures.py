@@ -45,5 +45,5 @@ def parse_parameters(text):
     adapters = [ADAPTER.fullmatch(each) for each in values.get("Adapters", "").split("; ") if each]
     return {"prompt": prompt, "negative_prompt": negative, "seed": values.get("Seed"), "num_inference_steps": values.get("Steps"),
             "guidance_scale": values.get("CFG scale"), "width": width, "height": height, "model": values.get("Model"),
-            "lora_scale": values.get("LoRA scale"), "adapters": [[found[1], found[2]] for found in adapters if found],
-            "settings": last}
+            "lora_scale": values.get("LoRA scale"), "subject_start": values.get("Subject start"),
+            "adapters": [[found[1], found[2]] for found in adapters if found], "settings": last}

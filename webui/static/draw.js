@@ -11,7 +11,9 @@ const NUMBERS = {
   num_inference_steps: "30",
   guidance_scale: "",
   lora_scale: "1",
+  subject_start: "0",
 };
+const HINTS = {subject_start: "hint_subject_start"};
 const WITH_LORA = ["lora", "pivotal"],
   ADAPTERS = ["lora", "pivotal", "textual_inversion"];
 let state = {items: [], adapters: []},
@@ -23,7 +25,7 @@ export function start() {
     field("prompt", "long", {wide: true, hint: t("hint_prompt")}),
     field("negative_prompt", "text", {wide: true}),
     ...Object.entries(NUMBERS).map(([name, placeholder]) =>
-      field(name, "number", {placeholder: placeholder || t("by_the_program")}),
+      field(name, "number", {placeholder: placeholder || t("by_the_program"), hint: HINTS[name] && t(HINTS[name])}),
     ),
   );
   const form = $("draw_form").elements;
