@@ -1728,6 +1728,7 @@ class Foreign:
     beside: tuple = ()  # values of that setting that may be given as well, and give way
     takes: str | None = None  # what it is given, as --help shows it; None: nothing
     only: tuple = ()  # the values that it can have here
+    off: str | None = None  # the value that asks for nothing
     otherwise: str = "leave it out"  # what to do instead of giving another
     environment: str | None = None  # the variable of the environment that it sets
     can_be_had: bool = True
@@ -1847,7 +1848,7 @@ DIFFUSERS_FLAGS = {
 }
 _OFFLOADS = {"sets": {"offload_blocks": True}, "implies": {"gradient_checkpointing": True}}
 OTHER_FLAGS = {  # of Kohya's scripts and others
-    "blocks_to_swap": Foreign("means --offload_blocks: all blocks wait, whatever their number", takes="INT", **_OFFLOADS),
+    "blocks_to_swap": Foreign("means --offload_blocks: all blocks wait, whatever their number", takes="INT", off="0", **_OFFLOADS),
     "enable_group_offload": Foreign("means --offload_blocks", **_OFFLOADS),
 }
 FOREIGN_FLAGS = DIFFUSERS_FLAGS | OTHER_FLAGS
@@ -1951,7 +1952,7 @@ def parse_settings(argv=None):
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     script = Path(argv[0]).name if argv and Path(argv[0]).name in SCRIPT_METHODS else None
     given = read_flags(argv[1:] if script else argv)
-    foreign = {name: given.pop(name) for name in FOREIGN_FLAGS if name in given}
+    foreign = {name: value for name, each in FOREIGN_FLAGS.items() if name in given and (value := given.pop(name)) != each.off}
     spelling = translate(given, foreign)
     notes = complete(given, foreign, spelling, script)
     notes += [f"--{name}: {FOREIGN_FLAGS[name].here}" for name in foreign if GIVEN not in FOREIGN_FLAGS[name].sets.values()]

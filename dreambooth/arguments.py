@@ -76,7 +76,7 @@ def parse_settings(argv=None):
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     script = Path(argv[0]).name if argv and Path(argv[0]).name in SCRIPT_METHODS else None
     given = read_flags(argv[1:] if script else argv)
-    foreign = {name: given.pop(name) for name in FOREIGN_FLAGS if name in given}
+    foreign = {name: value for name, each in FOREIGN_FLAGS.items() if name in given and (value := given.pop(name)) != each.off}
     spelling = translate(given, foreign)
     notes = complete(given, foreign, spelling, script)
     notes += [f"--{name}: {FOREIGN_FLAGS[name].here}" for name in foreign if GIVEN not in FOREIGN_FLAGS[name].sets.values()]

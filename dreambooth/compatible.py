@@ -28,6 +28,7 @@ class Foreign:
     beside: tuple = ()  # values of that setting that may be given as well, and give way
     takes: str | None = None  # what it is given, as --help shows it; None: nothing
     only: tuple = ()  # the values that it can have here
+    off: str | None = None  # the value that asks for nothing
     otherwise: str = "leave it out"  # what to do instead of giving another
     environment: str | None = None  # the variable of the environment that it sets
     can_be_had: bool = True
@@ -147,7 +148,7 @@ DIFFUSERS_FLAGS = {
 }
 _OFFLOADS = {"sets": {"offload_blocks": True}, "implies": {"gradient_checkpointing": True}}
 OTHER_FLAGS = {  # of Kohya's scripts and others
-    "blocks_to_swap": Foreign("means --offload_blocks: all blocks wait, whatever their number", takes="INT", **_OFFLOADS),
+    "blocks_to_swap": Foreign("means --offload_blocks: all blocks wait, whatever their number", takes="INT", off="0", **_OFFLOADS),
     "enable_group_offload": Foreign("means --offload_blocks", **_OFFLOADS),
 }
 FOREIGN_FLAGS = DIFFUSERS_FLAGS | OTHER_FLAGS

@@ -87,6 +87,11 @@ def test_other_programs_have_blocks_wait_too(words, capsys):
     assert f"{words[0]}: means --offload_blocks" in said and said.count("\n") == 1
 
 
+def test_no_blocks_to_swap_are_none(capsys):
+    s = db.parse_settings(["--train", "--method", "lora", "--blocks_to_swap", "0"])
+    assert s.offload_blocks is None and not s.gradient_checkpointing and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("flag", sorted(HERE))
 def test_every_flag_is_what_the_list_says(flag, capsys):
     words, (kind, _, setting) = words_of(flag), HERE[flag].partition(" as " if "same" in HERE[flag] else " ")
