@@ -125,7 +125,10 @@ def interrupt(monkeypatch, step, number=signal.SIGINT):
 
 
 def steps_saved(folder):
-    return [int(path.name.removeprefix("step-")) for path in db.checkpoints_in(folder)]
+    try:
+        return [int(path.name.removeprefix("step-")) for path in db.checkpoints_in(folder)]
+    except FileNotFoundError:  # a training that ended renamed its folder while it was being read
+        return []
 
 
 # ---- what was saved
