@@ -3117,71 +3117,6 @@ def captioned(concept, subject):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# models/quantized: The frozen weights that a LoRA stands on, in fewer bits: by torchao or bitsandbytes, through diffusers' own configs.
-#
-# The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314). A transformer that draws and
-# has no room otherwise comes in fewer bits, too.
-
-
-def int8_config(dtype):
-    from diffusers import TorchAoConfig
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
-
-
-def fp8_config(dtype):
-    from diffusers import TorchAoConfig
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    return TorchAoConfig(Float8WeightOnlyConfig(version=2))
-
-
-def nf4_config(dtype):
-    from diffusers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A precision of the frozen base."""
-
-    bytes_per_weight: float | None = None  # of a linear layer, with its scales; None: as they are
-    package: str | None = None  # what to install for it
-    config: typing.Callable | None = None  # dtype of the arithmetic -> diffusers' config
-
-
-BASES = {"bf16": Base(), "int8": Base(1.002, "torchao", int8_config), "fp8": Base(1.002, "torchao", fp8_config),
-         "nf4": Base(0.5 + 4 / 64, "bitsandbytes", nf4_config)}  # one float32 scale for 64 weights
-
-
-def why_not(base_precision, device):
-    """Why nothing can be in this precision here, with a remedy, or None."""
-    package = BASES[base_precision].package
-    if package and importlib.util.find_spec(package) is None:
-        return f"--base_precision {base_precision} needs {package}: pip install {package}"
-    if base_precision == "nf4" and device.type != "cuda":
-        return "--base_precision nf4 needs a CUDA GPU and this machine has none; give int8"
-    return None
-
-
-def quantization(base_precision, dtype):
-    """Options of diffusers' from_pretrained() that read a part in so many bits; {} for the precision of the arithmetic."""
-    config = BASES[base_precision].config
-    return {"quantization_config": config(dtype)} if config else {}
-
-
-def in_fewer_bits(module, base_precision):
-    """The weights of a module that are in fewer bits with this precision: those of its linear layers."""
-    import torch
-
-    if base_precision == "bf16":
-        return set()
-    return {part.weight for part in module.modules() if isinstance(part, torch.nn.Linear)}
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
 # models/noise: How pictures are noised, and what a model is to predict of it: diffusion, or rectified flow.
 #
 # Knows no family and no model. A level is what a batch's pictures are noised by, [B]: a timestep, or a sigma in (0, 1].
@@ -4029,6 +3964,89 @@ def kind_of_folder(folder):
     if files := sorted(path for path in folder.iterdir() if path.suffix.lower() == ".safetensors" and path.is_file()):
         return f"it holds single files; give one of them, such as {files[0]}"
     return "give a diffusers pipeline folder"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# models/quantized: The frozen weights that a LoRA stands on, in fewer bits: by torchao or bitsandbytes, through diffusers' own configs.
+#
+# The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314). A transformer that draws and
+# has no room otherwise comes in fewer bits, too. What stands outside its blocks keeps its precision: these layers are few, and what they
+# read and say all blocks pass on (docs/memory.md has what each way leaves of the output).
+
+
+def int8_config(dtype, kept):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=kept)
+
+
+def fp8_config(dtype, kept):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return TorchAoConfig(Float8WeightOnlyConfig(version=2), modules_to_not_convert=kept)
+
+
+def nf4_config(dtype, kept):
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A precision of the frozen base."""
+
+    bytes_per_weight: float | None = None  # of a linear layer, with its scales; None: as they are
+    package: str | None = None  # what to install for it
+    config: typing.Callable | None = None  # dtype of the arithmetic, names that are kept -> diffusers' config
+
+
+BASES = {"bf16": Base(), "int8": Base(1.002, "torchao", int8_config), "fp8": Base(1.002, "torchao", fp8_config),
+         "nf4": Base(0.5 + 4 / 64, "bitsandbytes", nf4_config)}  # one float32 scale for 64 weights
+
+
+def why_not(base_precision, device):
+    """Why nothing can be in this precision here, with a remedy, or None."""
+    package = BASES[base_precision].package
+    if package and importlib.util.find_spec(package) is None:
+        return f"--base_precision {base_precision} needs {package}: pip install {package}"
+    if base_precision == "nf4" and device.type != "cuda":
+        return "--base_precision nf4 needs a CUDA GPU and this machine has none; give int8"
+    return None
+
+
+def quantization(base_precision, dtype, hollow):
+    """Options of diffusers' from_pretrained() that read a denoiser in so many bits; {} for the precision of the arithmetic.
+
+    `hollow` is one of the same layers.
+    """
+    config = BASES[base_precision].config
+    return {"quantization_config": config(dtype, kept_whole(hollow))} if config else {}
+
+
+def kept_whole(denoiser):
+    """Names of the linear layers that keep their precision: those outside the blocks.
+
+    diffusers takes a name for any part of a longer one, so one that would keep a layer of a block as well is left out (FLUX's proj_out).
+    """
+    import torch
+
+    layers = {name: part for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear)}
+    of_blocks = {part for block in recomputed_blocks(denoiser) for part in block.modules()}
+    inside = [f"{name}." for name, part in layers.items() if part in of_blocks]
+    return [name for name, part in layers.items() if part not in of_blocks and not any(f"{name}." in other for other in inside)]
+
+
+def in_fewer_bits(denoiser, base_precision):
+    """The weights of a denoiser that are in fewer bits with this precision."""
+    import torch
+
+    if base_precision == "bf16":
+        return set()
+    kept = set(kept_whole(denoiser))
+    return {part.weight for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear) and name not in kept}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6082,7 +6100,7 @@ def with_denoiser(models, dtype, base_precision, streams_to=None):
     """
     shelf = models.book.shelf
     models.book.drop(models)
-    denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype))
+    denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype, shelf.hollow(dtype)))
     if streams_to:
         stream_blocks(denoiser, streams_to)
     models.pipeline.register_modules(**{shelf.denoiser: denoiser})
@@ -7140,16 +7158,12 @@ def in_words(precision, waits, size, first):
 def sizes_of(models, precision, waits, dtype):
     """(bytes of a denoiser's weights where it computes, bytes that wait in the CPU's memory) with a key of BASES, where all else is in
     `dtype`. Of blocks that wait one computes and the next one comes."""
-    whole = size_of(models.denoiser, precision, dtype)
-    blocks = [size_of(block, precision, dtype) for block in recomputed_blocks(models.denoiser)] if waits else []
-    return whole - sum(blocks) + 2 * max(blocks, default=0), sum(blocks)
+    fewer, per_weight = in_fewer_bits(models.denoiser, precision), BASES[precision].bytes_per_weight
 
-
-def size_of(module, precision, dtype):
-    """Bytes of a module's weights with a key of BASES, where all else is in `dtype`."""
-    fewer = in_fewer_bits(module, precision)
-    rest = sum(weight.numel() for weight in module.parameters() if weight not in fewer) * dtype.itemsize
-    return rest + sum(weight.numel() for weight in fewer) * (BASES[precision].bytes_per_weight or 0)
+    def size_of(module):
+        return sum(weight.numel() * (per_weight if weight in fewer else dtype.itemsize) for weight in module.parameters())
+    blocks = [size_of(block) for block in recomputed_blocks(models.denoiser)] if waits else []
+    return size_of(models.denoiser) - sum(blocks) + 2 * max(blocks, default=0), sum(blocks)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

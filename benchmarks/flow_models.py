@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dreambooth.models.parts import take_apart
+from dreambooth.models.quantized import in_fewer_bits, quantization
 
 TOKENS = 64  # of a prompt, with its template
 SD35_LARGE = dict(sample_size=128, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
@@ -96,3 +97,12 @@ def flow_models(name, device="cpu", **layers):
     for module in (transformer, vae):
         module.requires_grad_(False).eval()
     return dataclasses.replace(take_apart(name, pipeline), book=MadeUpBook(arch))
+
+
+def quantize(denoiser, base_precision):
+    """Put a denoiser's weights into fewer bits where they are, as from_pretrained() would with the program's options."""
+    from torchao.quantization import quantize_
+
+    if config := quantization(base_precision, torch.bfloat16, denoiser).get("quantization_config"):
+        fewer = in_fewer_bits(denoiser, base_precision)
+        quantize_(denoiser, config.quant_type, lambda part, name: getattr(part, "weight", None) in fewer)

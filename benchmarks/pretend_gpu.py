@@ -34,7 +34,7 @@ if __name__ == "__main__" and "PRETENDING" not in os.environ:  # start again, wi
 
 from accelerate.state import PartialState
 from bench_train import RESULTS, UNETS, made_up_cache, random_models
-from flow_models import FLOWS, flow_models
+from flow_models import FLOWS, flow_models, quantize
 from methods import REPOSITORY
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -56,7 +56,6 @@ from dreambooth.memory.estimate import estimate
 from dreambooth.memory.plan import choose_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models import streamed_blocks
-from dreambooth.models.quantized import quantization
 from dreambooth.subjects.words import Subject
 from dreambooth.training import loop
 from dreambooth.training.course import Course, recipe_for
@@ -217,14 +216,6 @@ class Memory(TorchDispatchMode):
     def free(self, key, size):
         self.known.remove(key)
         self.held -= size
-
-
-def quantize(denoiser, base_precision):
-    """Put the linear layers' weights into fewer bits, as from_pretrained() would with the program's options."""
-    from torchao.quantization import quantize_
-
-    if config := quantization(base_precision, torch.bfloat16).get("quantization_config"):
-        quantize_(denoiser, config.quant_type)
 
 
 def enter(row, path):

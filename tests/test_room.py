@@ -39,8 +39,9 @@ def test_a_whole_model_draws_after_its_text_encoders_have_gone(family, tiny_mode
 
 def test_a_transformer_without_room_comes_in_fewer_bits_and_that_is_said(hollow, monkeypatch, capsys):
     pytest.importorskip("torchao")
-    plan, sizes = db.Plan(CPU, "bf16"), {p: db.size_of(hollow.denoiser, p, torch.bfloat16) for p in ("bf16", "int8", "nf4")}
-    linear = sum(layer.weight.numel() for layer in hollow.denoiser.modules() if isinstance(layer, torch.nn.Linear))
+    plan, sizes = db.Plan(CPU, "bf16"), {p: db.sizes_of(hollow, p, False, torch.bfloat16)[0] for p in ("bf16", "int8", "nf4")}
+    linear = sum(layer.weight.numel() for block in db.recomputed_blocks(hollow.denoiser) for layer in block.modules()
+                 if isinstance(layer, torch.nn.Linear))
     whole = sum(weight.numel() for weight in hollow.denoiser.parameters())
     assert sizes["bf16"] == 2 * whole and sizes["int8"] == pytest.approx(2 * (whole - linear) + 1.002 * linear)
     chosen = {}
@@ -84,7 +85,7 @@ def test_blocks_without_room_in_any_bits_wait_and_that_is_said(hollow, monkeypat
 
 def test_what_would_fit_but_is_not_installed_is_named(hollow, monkeypatch, capsys):
     monkeypatch.setattr(db.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(db, "memory_limit", lambda s, plan: db.size_of(hollow.denoiser, "int8", torch.bfloat16) + hollow.family.room_to_draw)
+    monkeypatch.setattr(db, "memory_limit", lambda s, plan: db.sizes_of(hollow, "int8", False, torch.bfloat16)[0] + hollow.family.room_to_draw)
     assert db.base_to_draw_with(db.Settings("infer", offload_blocks=False), hollow, db.Plan(CPU, "bf16")) == ("bf16", False)
     said = capsys.readouterr().out
     assert "needs torchao: pip install torchao" in said and "it comes so all the same" in said

@@ -83,13 +83,9 @@ def in_words(precision, waits, size, first):
 def sizes_of(models, precision, waits, dtype):
     """(bytes of a denoiser's weights where it computes, bytes that wait in the CPU's memory) with a key of BASES, where all else is in
     `dtype`. Of blocks that wait one computes and the next one comes."""
-    whole = size_of(models.denoiser, precision, dtype)
-    blocks = [size_of(block, precision, dtype) for block in recomputed_blocks(models.denoiser)] if waits else []
-    return whole - sum(blocks) + 2 * max(blocks, default=0), sum(blocks)
+    fewer, per_weight = in_fewer_bits(models.denoiser, precision), BASES[precision].bytes_per_weight
 
-
-def size_of(module, precision, dtype):
-    """Bytes of a module's weights with a key of BASES, where all else is in `dtype`."""
-    fewer = in_fewer_bits(module, precision)
-    rest = sum(weight.numel() for weight in module.parameters() if weight not in fewer) * dtype.itemsize
-    return rest + sum(weight.numel() for weight in fewer) * (BASES[precision].bytes_per_weight or 0)
+    def size_of(module):
+        return sum(weight.numel() * (per_weight if weight in fewer else dtype.itemsize) for weight in module.parameters())
+    blocks = [size_of(block) for block in recomputed_blocks(models.denoiser)] if waits else []
+    return size_of(models.denoiser) - sum(blocks) + 2 * max(blocks, default=0), sum(blocks)

@@ -1,32 +1,34 @@
 """The frozen weights that a LoRA stands on, in fewer bits: by torchao or bitsandbytes, through diffusers' own configs.
 
 The LoRA trains in float32 beside them; the base only passes gradients on (QLoRA, arXiv 2305.14314). A transformer that draws and
-has no room otherwise comes in fewer bits, too.
+has no room otherwise comes in fewer bits, too. What stands outside its blocks keeps its precision: these layers are few, and what they
+read and say all blocks pass on (docs/memory.md has what each way leaves of the output).
 """
 
 import importlib.util
 import typing
 from dataclasses import dataclass
 
+from dreambooth.models.streamed_blocks import recomputed_blocks
 
-def int8_config(dtype):
+def int8_config(dtype, kept):
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=kept)
 
 
-def fp8_config(dtype):
+def fp8_config(dtype, kept):
     from diffusers import TorchAoConfig
     from torchao.quantization import Float8WeightOnlyConfig
 
-    return TorchAoConfig(Float8WeightOnlyConfig(version=2))
+    return TorchAoConfig(Float8WeightOnlyConfig(version=2), modules_to_not_convert=kept)
 
 
-def nf4_config(dtype):
+def nf4_config(dtype, kept):
     from diffusers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Base:
 
     bytes_per_weight: float | None = None  # of a linear layer, with its scales; None: as they are
     package: str | None = None  # what to install for it
-    config: typing.Callable | None = None  # dtype of the arithmetic -> diffusers' config
+    config: typing.Callable | None = None  # dtype of the arithmetic, names that are kept -> diffusers' config
 
 
 BASES = {"bf16": Base(), "int8": Base(1.002, "torchao", int8_config), "fp8": Base(1.002, "torchao", fp8_config),
@@ -52,16 +54,33 @@ def why_not(base_precision, device):
     return None
 
 
-def quantization(base_precision, dtype):
-    """Options of diffusers' from_pretrained() that read a part in so many bits; {} for the precision of the arithmetic."""
+def quantization(base_precision, dtype, hollow):
+    """Options of diffusers' from_pretrained() that read a denoiser in so many bits; {} for the precision of the arithmetic.
+
+    `hollow` is one of the same layers.
+    """
     config = BASES[base_precision].config
-    return {"quantization_config": config(dtype)} if config else {}
+    return {"quantization_config": config(dtype, kept_whole(hollow))} if config else {}
 
 
-def in_fewer_bits(module, base_precision):
-    """The weights of a module that are in fewer bits with this precision: those of its linear layers."""
+def kept_whole(denoiser):
+    """Names of the linear layers that keep their precision: those outside the blocks.
+
+    diffusers takes a name for any part of a longer one, so one that would keep a layer of a block as well is left out (FLUX's proj_out).
+    """
+    import torch
+
+    layers = {name: part for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear)}
+    of_blocks = {part for block in recomputed_blocks(denoiser) for part in block.modules()}
+    inside = [f"{name}." for name, part in layers.items() if part in of_blocks]
+    return [name for name, part in layers.items() if part not in of_blocks and not any(f"{name}." in other for other in inside)]
+
+
+def in_fewer_bits(denoiser, base_precision):
+    """The weights of a denoiser that are in fewer bits with this precision."""
     import torch
 
     if base_precision == "bf16":
         return set()
-    return {part.weight for part in module.modules() if isinstance(part, torch.nn.Linear)}
+    kept = set(kept_whole(denoiser))
+    return {part.weight for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear) and name not in kept}
