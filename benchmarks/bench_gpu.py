@@ -42,7 +42,8 @@ class Case:
 
 
 TITLES = {1: "the bundled model on the device", 2: "SD 1.5, 512 px, nothing saved", 3: "SD 1.5 under caps", 4: "SD XL, 1024 px",
-          5: "drawing", 6: "flags for speed, on stage 2's case", 7: "where the time of stage 2's step goes"}
+          5: "drawing", 6: "flags for speed, on stage 2's case", 7: "where the time of stage 2's step goes",
+          8: "LoRAs of newer models, 1024 px"}
 TOGETHER = {1: 8}  # cases of a stage that run at once, where no speed is measured and there are processors; otherwise one
 SHORT = "stages.py training --steps {short} --num_inference_steps 5"
 CASES = (
@@ -73,16 +74,29 @@ CASES = (
     Case(6, "sd15 --compile", 130, "bench_train.py {sd15} --no-bare --rounds {rounds} {compile}"),
     Case(6, "sd15 in 8 GiB, 8 bits", 170, "bench_train.py {sd15} --no-bare --rounds {rounds} {cap8} {8bit}"),
     Case(7, "profile", 60, "stages.py profile {sd15}"),
+    Case(8, "z-image lora in 12 GiB", 75, "bench_train.py {zimage} {lora} {cap12}"),
+    Case(8, "z-image lora, blocks that wait", 90, "bench_train.py {zimage} {lora} {waiting}"),
+    Case(8, "z-image lora", 60, "bench_train.py {zimage} {lora}"),
+    Case(8, "klein-4b lora in 12 GiB", 60, "bench_train.py {klein} {lora} {cap12}"),
+    Case(8, "flux1 lora in 16 GiB", 100, "bench_train.py {flux1} {lora} --cap 16"),
+    Case(8, "qwen-image lora in 24 GiB", 130, "bench_train.py {qwen} {lora} --cap 24"),
+    Case(8, "z-image lora in 24 GiB", 60, "bench_train.py {zimage24} {lora} --cap 24"),
+    Case(8, "flux1 lora in 24 GiB", 100, "bench_train.py {flux1} {lora} --cap 24"),
 )
 FILLINGS = {  # --models: what the words in braces stand for; None: there is no such thing, and the case is left out
     "full": {"sd15": "--arch sd15 --mixed_precision bf16", "arch15": "--arch sd15", "sdxl": "--arch sdxl --mixed_precision bf16",
              "half": "bf16", "fp16": "fp16", "long": 200, "short": 20, "rounds": 100, "cap8": "--cap 8", "drawn": 30,
              "compile": "--compile", "8bit": "--optimizer adamw8bit", "drawing": "--arch sd15 --batches 1 4 16 --rounds 3",
-             "protocol": "--num_images 4"},
+             "protocol": "--num_images 4", "lora": "--method lora --mixed_precision bf16 --no-bare --rounds 20", "cap12": "--cap 12",
+             "waiting": "--cap 6", "zimage": "--arch z-image", "zimage24": "--arch z-image", "klein": "--arch klein-4b",
+             "flux1": "--arch flux1", "qwen": "--arch qwen-image"},
     "bundled": {"sd15": "", "arch15": "", "sdxl": None, "half": "no", "fp16": None, "long": 12, "short": 4, "rounds": 10,
                 "compile": None, "8bit": None, "cap8": "--max_vram 0.45", "drawn": 3,
                 "drawing": "--batches 1 4 --rounds 1 --num_inference_steps 3",
-                "protocol": "--num_images 1 --num_inference_steps 2"},
+                "protocol": "--num_images 1 --num_inference_steps 2",
+                "lora": "--method lora --mixed_precision bf16 --no-bare --rounds 20", "cap12": "--base_precision int8",
+                "waiting": "--offload_blocks --gradient_checkpointing", "zimage": "--model_name demo/model-flow", "zimage24": None,
+                "klein": None, "flux1": None, "qwen": None},
 }
 # What is set beside what, once both are there: (what, case, figure, other case).
 RATIOS = (("steps/s, times the reference's", "reference", "seconds_per_step", "sd15"),
@@ -90,7 +104,11 @@ RATIOS = (("steps/s, times the reference's", "reference", "seconds_per_step", "s
           ("--compile, speed", "sd15", "seconds_per_step", "sd15 --compile"),
           ("in 8 GiB, time of a step", "sd15 in 8 GiB", "seconds_per_step", "sd15"),
           ("in 8 GiB, instance loss of steps 81 to 100", "sd15 in 8 GiB", "loss_of_last_20_steps", "sd15"),
-          ("in 8 GiB, 8 bits, instance loss of steps 81 to 100", "sd15 in 8 GiB, 8 bits", "loss_of_last_20_steps", "sd15"))
+          ("in 8 GiB, 8 bits, instance loss of steps 81 to 100", "sd15 in 8 GiB, 8 bits", "loss_of_last_20_steps", "sd15"),
+          ("in 12 GiB, instance loss of steps 6 to 25", "z-image lora in 12 GiB", "loss_of_last_20_steps", "z-image lora"),
+          ("blocks that wait, instance loss of steps 6 to 25", "z-image lora, blocks that wait", "loss_of_last_20_steps",
+           "z-image lora"),
+          ("blocks that wait, time of a step", "z-image lora, blocks that wait", "seconds_per_step", "z-image lora"))
 SPARE = 5  # seconds for what comes after the last case
 KEPT = (".txt", ".png")  # what a case may leave beside its result
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from methods import REPOSITORY, program
+from newer_models import FLOWS, as_planned, flow_models
 from PIL import Image
 
 from dreambooth.arguments import parse_settings
@@ -33,7 +34,7 @@ from dreambooth.data.latents import LatentCache
 from dreambooth.device import machine_name, peak_memory, plan_device
 from dreambooth.memory.demand import survey
 from dreambooth.memory.estimate import estimate
-from dreambooth.memory.plan import choose_levers
+from dreambooth.memory.plan import choose_levers, frozen_conditioning
 from dreambooth.memory.plans import check_levers
 from dreambooth.methods.table import METHODS, parameter_groups, preserves_prior
 from dreambooth.models.hub import BUNDLED_MODEL
@@ -117,11 +118,14 @@ def random_models(arch, device="cpu"):
 
 
 def untrained_models(arch, plan, freezes_denoiser=False):
-    """random_models() on the CPU, as load_models() would leave them, but made where that is fast; a frozen UNet in the plan's
-    precision."""
-    models = random_models(arch, plan.device)
-    if freezes_denoiser:
-        models.denoiser.to(plan.dtype)
+    """Models of full size on the CPU, as load_models() would leave them, but made where that is fast; a frozen denoiser in the
+    plan's precision."""
+    if arch in FLOWS:
+        models = flow_models(arch, plan.device, plan.dtype if freezes_denoiser else torch.float32)
+    else:
+        models = random_models(arch, plan.device)
+        if freezes_denoiser:
+            models.denoiser.to(plan.dtype)
     models.pipeline.to("cpu")
     if plan.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -158,10 +162,12 @@ def prepare(s, models, cache, steps, resolution):
     recipe = recipe_for(models.family, s)
     subjects = [Subject("<dog>", "a dog", "a <dog> dog", "dog")]
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
-    expected = estimate(survey(s, models, subjects, recipe, resolution, plan, levers), levers)
+    told = frozen_conditioning(models, subjects, plan.device)
+    expected = estimate(survey(s, models, subjects, recipe, resolution, plan, levers, told), levers)
     course = Course(steps, resolution, plan.precision, levers, default(s.lr_scheduler, "constant"))
     if METHODS[s.method].is_adapter:
         models.denoiser.to(plan.dtype)
+    models = as_planned(models, levers, plan.device)
     groups = parameter_groups(s, models, subjects, recipe)
     return prepare_training(s, course, models, groups, cache, accelerator, {}), plan, expected
 
@@ -302,7 +308,7 @@ def table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="and the flags of --train")
-    parser.add_argument("--arch", choices=list(UNETS), help="random weights of this size instead of --model_name")
+    parser.add_argument("--arch", choices=[*UNETS, *FLOWS], help="random weights of this size instead of --model_name")
     parser.add_argument("--rounds", type=int, default=50, help="timed steps of each kind")
     parser.add_argument("--warm_up", type=int, default=5, help="steps before them")
     parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True,

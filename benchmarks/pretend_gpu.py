@@ -34,8 +34,8 @@ if __name__ == "__main__" and "PRETENDING" not in os.environ:  # start again, wi
 
 from accelerate.state import PartialState
 from bench_train import RESULTS, UNETS, made_up_cache, random_models
-from flow_models import FLOWS, flow_models, quantize
 from methods import REPOSITORY
+from newer_models import FLOWS, as_planned, flow_models
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import (
@@ -262,9 +262,7 @@ def main():
         models = make(own.arch)
         if METHODS[s.method].is_adapter:
             models.denoiser.to(plan.dtype)
-        quantize(models.denoiser, levers.base_precision)
-        if levers.offload_blocks:
-            streamed_blocks.stream_blocks(models.denoiser, GPU)
+        models = as_planned(models, levers, GPU)
         groups = parameter_groups(s, models, subjects, recipe)
         with memory:
             cache_latents(models, [[(PHOTO, "a dog")]], [], resolution, GPU)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from bench_train import random_models
-from flow_models import FLOWS, flow_models
+from newer_models import FLOWS, flow_models
 
 from dreambooth.arguments import parse_settings
 from dreambooth.base import GIB, default

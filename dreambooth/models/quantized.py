@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dreambooth.models.streamed_blocks import recomputed_blocks
 
+
 def int8_config(dtype, kept):
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig

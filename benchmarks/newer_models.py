@@ -3,6 +3,7 @@
 What these would say of a prompt is made up, of the shapes that they give. Sizes are those of the published configs.
 """
 
+import contextlib
 import dataclasses
 import typing
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dreambooth.models.parts import take_apart
 from dreambooth.models.quantized import in_fewer_bits, quantization
+from dreambooth.models.streamed_blocks import stream_blocks
 
 TOKENS = 64  # of a prompt, with its template
 SD35_LARGE = dict(sample_size=128, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
@@ -82,12 +84,24 @@ class MadeUpBook:
                 torch.cat([there(one[name]) for one in kept]) for name, value in kept[0].items()}
 
 
-def flow_models(name, device="cpu", **layers):
-    """Late Models of a full-size architecture, made on `device`, with other numbers of `layers` than it has."""
+@contextlib.contextmanager
+def making(device, dtype):
+    """Have tensors made on `device`, and in `dtype` those that are not told theirs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def flow_models(name, device="cpu", dtype=torch.float32, **layers):
+    """Late Models of a full-size architecture, made on `device` in `dtype`, with other numbers of `layers` than it has."""
     import diffusers
 
     arch = FLOWS[name]
-    with torch.device(device):
+    with making(device, dtype):
         transformer, vae = (getattr(diffusers, kind)(**config) for kind, config in
                             ((arch.transformer[0], arch.transformer[1] | layers), arch.vae))
     with _disable_current_modes():  # its tables are real where all else is pretended
@@ -99,10 +113,17 @@ def flow_models(name, device="cpu", **layers):
     return dataclasses.replace(take_apart(name, pipeline), book=MadeUpBook(arch))
 
 
-def quantize(denoiser, base_precision):
-    """Put a denoiser's weights into fewer bits where they are, as from_pretrained() would with the program's options."""
-    from torchao.quantization import quantize_
+def as_planned(models, levers, device):
+    """Late models with their denoiser as the program would read it for this plan: in fewer bits, or with blocks that wait.
 
-    if config := quantization(base_precision, torch.bfloat16, denoiser).get("quantization_config"):
-        fewer = in_fewer_bits(denoiser, base_precision)
-        quantize_(denoiser, config.quant_type, lambda part, name: getattr(part, "weight", None) in fewer)
+    What comes in fewer bits goes to the `device` layer by layer, so that it is never whole there.
+    """
+    if config := quantization(levers.base_precision, torch.bfloat16, models.denoiser).get("quantization_config"):
+        from torchao.quantization import quantize_
+
+        fewer = in_fewer_bits(models.denoiser, levers.base_precision)
+        quantize_(models.denoiser, config.quant_type, lambda part, name: getattr(part, "weight", None) in fewer,
+                  device=None if levers.offload_blocks else device)
+    if levers.offload_blocks:
+        stream_blocks(models.denoiser, device)
+    return models
