@@ -1530,7 +1530,12 @@ class Settings:
     use_dora: bool = _field("train", False, "LoRA of the denoiser with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
     lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
                                         below=1, shown="0", methods=("lora", "pivotal"))
-    num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
+    num_vectors: int | None = _field("train", None, "vectors of each new word", minimum=1, shown="1; 4 for textual_inversion in small "
+                                     "models", methods=("textual_inversion", "pivotal"))
+    embedding_norm: float | None = _field(
+        "train", None, "length of a new word's vectors at first; long ones the text encoder hands on nearly as they are: they begin as "
+        "what it says of their start, and their learning rate is for numbers around 1", above=0,
+        shown="as in the vocabulary; long in small models", methods=("textual_inversion", "pivotal"))
     initializer_token: str | None = _field("train", None, "word whose vector a new word starts from",
                                            shown="the class noun; for pivotal a rare word",
                                            methods=("textual_inversion", "pivotal"))
@@ -3230,6 +3235,8 @@ class Recipe:
     learning_rate_with_text_encoder: float | None = None
     text_encoder_lr: float | None = None
     embedding_lr: float | None = None
+    num_vectors: int = 1
+    embedding_norm: float | None = None  # None: as in the vocabulary
     lora_target: str = "attention"
     lr_scheduler: str = "constant"
     use_ema: bool = False
@@ -3611,6 +3618,7 @@ class Family:
     denoiser = "transformer"  # the pipeline's part that trains
     parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
     word_encoders = ()  # names of the text encoders that take new words, if any
+    says_after_norm = False  # whether what these say of each token has come through their last normalization
     resting_text = ()  # names of those that never train beside them
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)
@@ -4231,7 +4239,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = reads_english_alone = True
+    trains_text = bf16_throughout = reads_english_alone = says_after_norm = True
     exports = ("model", "lora", "dora", "lokr", "word")
     other_programs = "ComfyUI, A1111 and Forge"
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
@@ -4410,6 +4418,7 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
     kind = "Stable Diffusion XL"
     word_encoders = ("text_encoder", "text_encoder_2")
+    says_after_norm = False
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     guidance = class_guidance = 5.0
     # Three times the UNet: gentler, as is usual for fine-tuning it whole.
@@ -4978,7 +4987,7 @@ class StableDiffusion3(Family):
 
     def check_flags(self, s):
         super().check_flags(s)
-        if s.num_vectors > 1:
+        if default(s.num_vectors, 1) > 1:
             raise UserError(f"--num_vectors {s.num_vectors}: {self.kind}'s pipeline reads a new word as one vector; leave it out")
 
     def check_side(self, pipeline, side, flag):
@@ -6421,6 +6430,9 @@ def new_words(s, models, subjects, recipe, starts=()):
 
     They start as the vectors of --initializer_token, or of the words `starts`, or of the class noun, and are parameters
     of their own, looked up beside the vocabulary's table: that has neither gradient nor optimizer state.
+
+    With --embedding_norm they start as what the text encoder says of that (cross initialization, Pang et al., arXiv 2312.15905), drawn
+    out to this length; the parameters are the vectors divided by their numbers' mean size then.
     """
     import torch
 
@@ -6428,6 +6440,10 @@ def new_words(s, models, subjects, recipe, starts=()):
     starts = [s.initializer_token] * len(subjects) if s.initializer_token else starts or nouns
     for subject, start in zip(subjects, starts):
         say_once(f'New word "{subject.identifier}" starts as "{start}".')
+    count, norm = default(s.num_vectors, recipe.num_vectors), default(s.embedding_norm, recipe.embedding_norm)
+    if norm and not models.family.says_after_norm:
+        raise UserError(f"--embedding_norm {norm:g}: {models.family.kind} is told what its text encoders say before their last normalization, "
+                        f"where a long vector would drown all else; leave it out")
     rows, finishers = [], []
     for tokenizer, text_encoder in models.readers:
         first = len(tokenizer)
@@ -6437,22 +6453,49 @@ def new_words(s, models, subjects, recipe, starts=()):
                 given = "--initializer_token" if s.initializer_token else "--class_prompt"
                 raise UserError(f'{given} "{start}": no word; give one that says what the subject is, such as "dog"')
             table = text_encoder.get_input_embeddings().weight
-            add_word(tokenizer, text_encoder, subject.identifier, table[(ids * s.num_vectors)[-s.num_vectors:]])
+            size = norm / table.shape[1]**0.5 if norm else 1.0
+            vectors = size * meanings(tokenizer, text_encoder, ids, count, s.seed) if norm else table[(ids * count)[-count:]]
+            add_word(tokenizer, text_encoder, subject.identifier, vectors)
         table = text_encoder.get_input_embeddings()
-        rows.append(torch.nn.Parameter(table.weight[first:].detach().clone()))
+        rows.append(torch.nn.Parameter(table.weight[first:].detach() / size))
         table.register_parameter("new_rows", rows[-1])
 
-        def look_up(table, args, output, first=first):
+        def look_up(table, args, output, first=first, size=size):
             ids = args[0][..., None]  # [B, tokens, 1]
-            return torch.where(ids >= first, table.new_rows[(args[0] - first).clamp(min=0)], output)
+            return torch.where(ids >= first, size * table.new_rows[(args[0] - first).clamp(min=0)], output)
 
-        def finish(table=table, first=first, hook=table.register_forward_hook(look_up)):
+        def finish(table=table, first=first, size=size, hook=table.register_forward_hook(look_up)):
             hook.remove()
-            table.weight.data[first:] = table.new_rows.data.to(table.weight)
+            table.weight.data[first:] = (size * table.new_rows.data).to(table.weight)
             del table.new_rows
         finishers.append(finish)
     return ParameterGroup("new_words", [text_encoder for _, text_encoder in models.readers], rows, default(s.embedding_lr, recipe.embedding_lr),
                           finish=lambda: [finish() for finish in finishers])
+
+
+APART = 0.3  # of the size of a new word's numbers: by so much do its vectors differ at first, that they may learn different things
+
+
+def meanings(tokenizer, text_encoder, ids, count, seed):
+    """What a text encoder says of a text of these `ids` in the end, `count` times, a little apart: [count, channels].
+
+    It is taken before the last normalization, where its length is lost, with mean 0 and variance 1.
+    """
+    import torch
+
+    places, (begin, end) = tokenizer.model_max_length, tokenizer("").input_ids
+    text, seen = ([begin, *ids, end] + [tokenizer.pad_token_id] * places)[:places], []
+    norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    hook = norm.register_forward_pre_hook(lambda norm, args: seen.append(args[0]))
+    with torch.no_grad():
+        text_encoder(torch.tensor([text], device=text_encoder.device))
+    hook.remove()
+    said = seen[0][0, len(ids)].float()
+    said = (said - said.mean()) / said.std(correction=0)
+    if count == 1:
+        return said[None]
+    noise = torch.randn(count, len(said), generator=torch.Generator().manual_seed(seed))
+    return said + APART * noise.to(said.device)
 
 
 def pivotal_words(s, models, subjects, recipe):

@@ -113,7 +113,12 @@ class Settings:
     use_dora: bool = _field("train", False, "LoRA of the denoiser with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
     lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
                                         below=1, shown="0", methods=("lora", "pivotal"))
-    num_vectors: int = _field("train", 1, "vectors of each new word", minimum=1, methods=("textual_inversion", "pivotal"))
+    num_vectors: int | None = _field("train", None, "vectors of each new word", minimum=1, shown="1; 4 for textual_inversion in small "
+                                     "models", methods=("textual_inversion", "pivotal"))
+    embedding_norm: float | None = _field(
+        "train", None, "length of a new word's vectors at first; long ones the text encoder hands on nearly as they are: they begin as "
+        "what it says of their start, and their learning rate is for numbers around 1", above=0,
+        shown="as in the vocabulary; long in small models", methods=("textual_inversion", "pivotal"))
     initializer_token: str | None = _field("train", None, "word whose vector a new word starts from",
                                            shown="the class noun; for pivotal a rare word",
                                            methods=("textual_inversion", "pivotal"))

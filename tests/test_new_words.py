@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 
 import dreambooth_implementation as db
@@ -49,3 +50,47 @@ def test_words_rest_after_their_part_of_a_pivotal_run(train_adapter, monkeypatch
     rows = rows[-8:]
     assert all(not torch.equal(rows[i], rows[i + 1]) for i in range(3))
     assert all(torch.equal(rows[3], later) for later in rows[4:])
+
+
+@pytest.fixture
+def taught(tiny_model):
+    """taught(norm, vectors) -> models with a new word <rex> that starts as "dog", and its group."""
+    def call(norm, vectors=1, family="sd1"):
+        models = db.load_models(str(tiny_model(family)), torch.float32)
+        s = db.Settings("train", method="textual_inversion", embedding_norm=norm, num_vectors=vectors)
+        return models, db.new_words(s, models, [db.Subject("<rex>", "a dog", "")], db.Recipe(1, embedding_lr=1.0))
+    return call
+
+
+@torch.no_grad()
+def said(models, prompt, place):
+    return models.family.encode(models, [prompt])["hidden"][0, place]
+
+
+@pytest.mark.parametrize("prompt, place", [("<rex>", 1), ("a <rex> on the moon", 2), ("cat car <rex>", 3)])
+def test_the_text_encoder_says_of_a_long_word_what_it_says_of_its_start_wherever_it_stands(prompt, place, taught):
+    models, _ = taught(None)
+    dog, as_vocabulary = said(models, "dog", 1), said(models, prompt, place)
+    models, _ = taught(1e4)
+    assert torch.allclose(said(models, prompt, place), dog, rtol=1e-2, atol=1e-2)
+    assert prompt == "<rex>" or not torch.allclose(as_vocabulary, dog, rtol=1e-2, atol=1e-2)
+
+
+def test_long_vectors_train_in_numbers_around_one_and_are_saved_at_their_length(taught):
+    models, group = taught(40.0, vectors=3)
+    rows, = group.parameters
+    (tokenizer, text_encoder), = models.readers
+    size = 40 / rows.shape[1]**0.5
+    vectors = db.vectors_of(tokenizer, text_encoder, "<rex>")
+    assert torch.allclose(vectors, size * rows) and len({tuple(row) for row in rows.tolist()}) == 3
+    assert rows.norm(dim=1).div(rows.shape[1]**0.5).sub(1).abs().max() < 0.3
+    with torch.no_grad():
+        rows += 1
+    there = text_encoder.get_input_embeddings()(torch.tensor(tokenizer("<rex>", add_special_tokens=False).input_ids))
+    group.finish()
+    assert torch.equal(there[0], size * rows[0]) and torch.equal(db.vectors_of(tokenizer, text_encoder, "<rex>"), size * rows)
+
+
+def test_words_are_not_drawn_out_where_nothing_shortens_them_again(taught):
+    with pytest.raises(db.UserError, match="--embedding_norm 40: Stable Diffusion XL"):
+        taught(40.0, family="sdxl")

@@ -74,7 +74,8 @@ def recipe(values, has_gpu):
     own = db.recipe_for(family, db.Settings("train", method=method, select_best=bool(values.get("select_best"))))
     rates = {"learning_rate": own.learning_rate_with_text_encoder if with_text else own.learning_rate,
              "text_encoder_lr": own.text_encoder_lr if with_text else None, "embedding_lr": own.embedding_lr}
-    return shown | {"steps": own.steps, "resolution": side, **{name: rate and f"{rate:g}" for name, rate in rates.items()}}
+    return shown | {"steps": own.steps, "num_vectors": own.num_vectors, "resolution": side,
+                    **{name: rate and f"{rate:g}" for name, rate in rates.items()}}
 
 
 def look_of_model(name):

@@ -16,6 +16,9 @@ def new_words(s, models, subjects, recipe, starts=()):
 
     They start as the vectors of --initializer_token, or of the words `starts`, or of the class noun, and are parameters
     of their own, looked up beside the vocabulary's table: that has neither gradient nor optimizer state.
+
+    With --embedding_norm they start as what the text encoder says of that (cross initialization, Pang et al., arXiv 2312.15905), drawn
+    out to this length; the parameters are the vectors divided by their numbers' mean size then.
     """
     import torch
 
@@ -23,6 +26,10 @@ def new_words(s, models, subjects, recipe, starts=()):
     starts = [s.initializer_token] * len(subjects) if s.initializer_token else starts or nouns
     for subject, start in zip(subjects, starts):
         say_once(f'New word "{subject.identifier}" starts as "{start}".')
+    count, norm = default(s.num_vectors, recipe.num_vectors), default(s.embedding_norm, recipe.embedding_norm)
+    if norm and not models.family.says_after_norm:
+        raise UserError(f"--embedding_norm {norm:g}: {models.family.kind} is told what its text encoders say before their last normalization, "
+                        f"where a long vector would drown all else; leave it out")
     rows, finishers = [], []
     for tokenizer, text_encoder in models.readers:
         first = len(tokenizer)
@@ -32,22 +39,49 @@ def new_words(s, models, subjects, recipe, starts=()):
                 given = "--initializer_token" if s.initializer_token else "--class_prompt"
                 raise UserError(f'{given} "{start}": no word; give one that says what the subject is, such as "dog"')
             table = text_encoder.get_input_embeddings().weight
-            add_word(tokenizer, text_encoder, subject.identifier, table[(ids * s.num_vectors)[-s.num_vectors:]])
+            size = norm / table.shape[1]**0.5 if norm else 1.0
+            vectors = size * meanings(tokenizer, text_encoder, ids, count, s.seed) if norm else table[(ids * count)[-count:]]
+            add_word(tokenizer, text_encoder, subject.identifier, vectors)
         table = text_encoder.get_input_embeddings()
-        rows.append(torch.nn.Parameter(table.weight[first:].detach().clone()))
+        rows.append(torch.nn.Parameter(table.weight[first:].detach() / size))
         table.register_parameter("new_rows", rows[-1])
 
-        def look_up(table, args, output, first=first):
+        def look_up(table, args, output, first=first, size=size):
             ids = args[0][..., None]  # [B, tokens, 1]
-            return torch.where(ids >= first, table.new_rows[(args[0] - first).clamp(min=0)], output)
+            return torch.where(ids >= first, size * table.new_rows[(args[0] - first).clamp(min=0)], output)
 
-        def finish(table=table, first=first, hook=table.register_forward_hook(look_up)):
+        def finish(table=table, first=first, size=size, hook=table.register_forward_hook(look_up)):
             hook.remove()
-            table.weight.data[first:] = table.new_rows.data.to(table.weight)
+            table.weight.data[first:] = (size * table.new_rows.data).to(table.weight)
             del table.new_rows
         finishers.append(finish)
     return ParameterGroup("new_words", [text_encoder for _, text_encoder in models.readers], rows, default(s.embedding_lr, recipe.embedding_lr),
                           finish=lambda: [finish() for finish in finishers])
+
+
+APART = 0.3  # of the size of a new word's numbers: by so much do its vectors differ at first, that they may learn different things
+
+
+def meanings(tokenizer, text_encoder, ids, count, seed):
+    """What a text encoder says of a text of these `ids` in the end, `count` times, a little apart: [count, channels].
+
+    It is taken before the last normalization, where its length is lost, with mean 0 and variance 1.
+    """
+    import torch
+
+    places, (begin, end) = tokenizer.model_max_length, tokenizer("").input_ids
+    text, seen = ([begin, *ids, end] + [tokenizer.pad_token_id] * places)[:places], []
+    norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    hook = norm.register_forward_pre_hook(lambda norm, args: seen.append(args[0]))
+    with torch.no_grad():
+        text_encoder(torch.tensor([text], device=text_encoder.device))
+    hook.remove()
+    said = seen[0][0, len(ids)].float()
+    said = (said - said.mean()) / said.std(correction=0)
+    if count == 1:
+        return said[None]
+    noise = torch.randn(count, len(said), generator=torch.Generator().manual_seed(seed))
+    return said + APART * noise.to(said.device)
 
 
 def pivotal_words(s, models, subjects, recipe):

@@ -12,6 +12,8 @@ class Recipe:
     learning_rate_with_text_encoder: float | None = None
     text_encoder_lr: float | None = None
     embedding_lr: float | None = None
+    num_vectors: int = 1
+    embedding_norm: float | None = None  # None: as in the vocabulary
     lora_target: str = "attention"
     lr_scheduler: str = "constant"
     use_ema: bool = False

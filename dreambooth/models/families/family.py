@@ -62,6 +62,7 @@ class Family:
     denoiser = "transformer"  # the pipeline's part that trains
     parts = ("transformer", "vae", "text_encoder")  # that a pipeline has to have
     word_encoders = ()  # names of the text encoders that take new words, if any
+    says_after_norm = False  # whether what these say of each token has come through their last normalization
     resting_text = ()  # names of those that never train beside them
     trains_text = False
     comes_late = True  # whether it may be read part by part (see late.py)

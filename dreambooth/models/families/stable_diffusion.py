@@ -38,7 +38,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     parts = ("unet", "vae", "text_encoder")
     word_encoders = ("text_encoder",)
-    trains_text = bf16_throughout = reads_english_alone = True
+    trains_text = bf16_throughout = reads_english_alone = says_after_norm = True
     exports = ("model", "lora", "dora", "lokr", "word")
     other_programs = "ComfyUI, A1111 and Forge"
     diffusers_lora_there = "ComfyUI reads none of the UNet's layers"
@@ -217,6 +217,7 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
     kind = "Stable Diffusion XL"
     word_encoders = ("text_encoder", "text_encoder_2")
+    says_after_norm = False
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     guidance = class_guidance = 5.0
     # Three times the UNet: gentler, as is usual for fine-tuning it whole.

@@ -3,7 +3,7 @@
 What is sent to the transformer, and with which sign, is as in diffusers' StableDiffusion3Pipeline.
 """
 
-from dreambooth.base import UserError
+from dreambooth.base import UserError, default
 from dreambooth.device import moved
 from dreambooth.models.families.family import Family, tokenizer_of
 from dreambooth.models.families.stable_diffusion import settle_clip
@@ -69,7 +69,7 @@ class StableDiffusion3(Family):
 
     def check_flags(self, s):
         super().check_flags(s)
-        if s.num_vectors > 1:
+        if default(s.num_vectors, 1) > 1:
             raise UserError(f"--num_vectors {s.num_vectors}: {self.kind}'s pipeline reads a new word as one vector; leave it out")
 
     def check_side(self, pipeline, side, flag):
