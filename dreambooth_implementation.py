@@ -6434,8 +6434,6 @@ def new_words(s, models, subjects, recipe, starts=()):
     With --embedding_norm they start as what the text encoder says of that (cross initialization, Pang et al., arXiv 2312.15905), drawn
     out to this length; the parameters are the vectors divided by their numbers' mean size then.
     """
-    import torch
-
     nouns = [noun_of(subject.class_prompt or subject.name) for subject in subjects]
     starts = [s.initializer_token] * len(subjects) if s.initializer_token else starts or nouns
     for subject, start in zip(subjects, starts):
@@ -6444,33 +6442,39 @@ def new_words(s, models, subjects, recipe, starts=()):
     if norm and not models.family.says_after_norm:
         raise UserError(f"--embedding_norm {norm:g}: {models.family.kind} is told what its text encoders say before their last normalization, "
                         f"where a long vector would drown all else; leave it out")
-    rows, finishers = [], []
+    words = []
     for tokenizer, text_encoder in models.readers:
-        first = len(tokenizer)
+        first, table = len(tokenizer), text_encoder.get_input_embeddings().weight
+        size = norm / table.shape[1]**0.5 if norm else 1.0
         for subject, start in zip(subjects, starts):
             ids = tokenizer(start, add_special_tokens=False).input_ids
             if not ids:
                 given = "--initializer_token" if s.initializer_token else "--class_prompt"
                 raise UserError(f'{given} "{start}": no word; give one that says what the subject is, such as "dog"')
-            table = text_encoder.get_input_embeddings().weight
-            size = norm / table.shape[1]**0.5 if norm else 1.0
             vectors = size * meanings(tokenizer, text_encoder, ids, count, s.seed) if norm else table[(ids * count)[-count:]]
             add_word(tokenizer, text_encoder, subject.identifier, vectors)
-        table = text_encoder.get_input_embeddings()
-        rows.append(torch.nn.Parameter(table.weight[first:].detach() / size))
-        table.register_parameter("new_rows", rows[-1])
+        words.append(trained_rows(text_encoder.get_input_embeddings(), first, size))
+    rows, finishers = zip(*words)
+    return ParameterGroup("new_words", [text_encoder for _, text_encoder in models.readers], list(rows),
+                          default(s.embedding_lr, recipe.embedding_lr), finish=lambda: [finish() for finish in finishers])
 
-        def look_up(table, args, output, first=first, size=size):
-            ids = args[0][..., None]  # [B, tokens, 1]
-            return torch.where(ids >= first, size * table.new_rows[(args[0] - first).clamp(min=0)], output)
 
-        def finish(table=table, first=first, size=size, hook=table.register_forward_hook(look_up)):
-            hook.remove()
-            table.weight.data[first:] = (size * table.new_rows.data).to(table.weight)
-            del table.new_rows
-        finishers.append(finish)
-    return ParameterGroup("new_words", [text_encoder for _, text_encoder in models.readers], rows, default(s.embedding_lr, recipe.embedding_lr),
-                          finish=lambda: [finish() for finish in finishers])
+def trained_rows(table, first, size):
+    """(parameter, what to call once it has trained): the vectors of an embedding table from the row `first` on, as multiples of
+    `size`, which it looks up from now on."""
+    import torch
+
+    table.register_parameter("new_rows", torch.nn.Parameter(table.weight[first:].detach() / size))
+
+    def look_up(table, args, output):
+        ids = args[0][..., None]  # [B, tokens, 1]
+        return torch.where(ids >= first, size * table.new_rows[(args[0] - first).clamp(min=0)], output)
+
+    def finish(hook=table.register_forward_hook(look_up)):
+        hook.remove()
+        table.weight.data[first:] = (size * table.new_rows.data).to(table.weight)
+        del table.new_rows
+    return table.new_rows, finish
 
 
 APART = 0.3  # of the size of a new word's numbers: by so much do its vectors differ at first, that they may learn different things
