@@ -7639,17 +7639,19 @@ def make_batch(cache, s, micro_step, noise_kind, process=0, num_processes=1):
 
 
 CELLS = 512  # along a side, for finding where the subject is
-BETTER = 1.1  # times as much of what stands out has to be seen off the middle as in it
+MORE = 1.1  # times as much of what stands out has to be seen off the middle as in it,
+LESS = 0.5  # or this share of what the middle cuts off be cut off, if that is
+NOTHING = 0.003  # of all that stands out, or more
 
 
-def place_of(interest, picture_size, size, better=1.0):
+def place_of(interest, picture_size, size, is_sure=True):
     """Where a cut to `size` (width, height) keeps most of what is of interest: the `at` of fitted(); 0.5 along a side not cut.
 
-    `interest` is an "L" picture of the whole. The middle stays where nothing else shows `better` times as much.
+    `interest` is an "L" picture of the whole. If it is not sure, the middle stays where nothing else is clearly better.
     """
     scale = max(cut / whole for cut, whole in zip(size, picture_size))
     shares = [cut / (whole * scale) for cut, whole in zip(size, picture_size)]
-    return tuple(0.5 if share > 0.995 else place_along(profile(interest, axis), share, better) for axis, share in enumerate(shares))
+    return tuple(0.5 if share > 0.995 else place_along(profile(interest, axis), share, is_sure) for axis, share in enumerate(shares))
 
 
 def profile(interest, axis):
@@ -7660,19 +7662,20 @@ def profile(interest, axis):
     return np.asarray(interest.convert("F").resize(cells, Image.Resampling.BOX), dtype=np.float64).ravel()
 
 
-def place_along(amounts, share, better):
+def place_along(amounts, share, is_sure):
     """Where, from 0 to 1, a window of this share of a side lies that holds the most, and has its middle in the middle of that."""
     import numpy as np
 
     length = max(1, round(share * len(amounts)))
     held = np.convolve(amounts, np.ones(length), "valid")
-    last = len(held) - 1
-    is_no_better = better > 1 and held.max() <= better * held[last // 2]
-    if last < 1 or is_no_better or held.max() <= 0:
+    last, most, whole = len(held) - 1, held.max(), amounts.sum()
+    here = held[last // 2]
+    is_better = is_sure or most > MORE * here or whole - here > NOTHING * whole and whole - most < LESS * (whole - here)
+    if last < 1 or not is_better or most <= 0:
         return 0.5
-    best = np.flatnonzero(held >= 0.999 * held.max())
+    best = np.flatnonzero(held >= 0.999 * most)
     run = [place for place in best if abs(place - held.argmax()) < len(best)]  # those beside the best one
-    middle = (amounts * (np.arange(len(amounts)) + 0.5)).sum() / amounts.sum()
+    middle = (amounts * (np.arange(len(amounts)) + 0.5)).sum() / whole
     return round(float(np.clip(middle - length / 2, run[0], run[-1])) / last, 3)
 
 
@@ -8072,7 +8075,7 @@ def cut_at(path, size, shape, mask):
     """Where a photo of `size` is cut to `shape`, as in fitted(): where its mask, or else what stands out, has its middle."""
     if size[0] * shape[1] == size[1] * shape[0]:
         return 0.5, 0.5
-    return place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
+    return place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, is_sure=False)
 
 
 def photo_square(path, mask=None):

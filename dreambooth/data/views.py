@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from dreambooth.data.crops import BETTER, place_of, salience
+from dreambooth.data.crops import place_of, salience
 from dreambooth.data.shapes import nearest_shape, shapes_of
 from dreambooth.decode import load_image
 from dreambooth.images import fitted
@@ -73,7 +73,7 @@ def cut_at(path, size, shape, mask):
     """Where a photo of `size` is cut to `shape`, as in fitted(): where its mask, or else what stands out, has its middle."""
     if size[0] * shape[1] == size[1] * shape[0]:
         return 0.5, 0.5
-    return place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, BETTER)
+    return place_of(mask, size, shape) if mask else place_of(salience(load_image(path)), size, shape, is_sure=False)
 
 
 def photo_square(path, mask=None):
