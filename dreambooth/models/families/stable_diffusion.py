@@ -243,7 +243,8 @@ class SmallStableDiffusion(StableDiffusion):
         "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay",
                        selecting=(("lr_scheduler", "constant"), ("use_ema", True))),
         "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
-        "textual_inversion": Recipe(800, embedding_lr=2e-3),
+        # Words as long as that say what their start says and nothing of the rest of the prompt; without them the subject is not learnt.
+        "textual_inversion": Recipe(1600, embedding_lr=2e-2, num_vectors=4, embedding_norm=126, lr_scheduler="cosine"),
         "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")}
 
     def fits(self, config):
