@@ -1534,8 +1534,8 @@ class Settings:
                                      "models", methods=("textual_inversion", "pivotal"))
     embedding_norm: float | None = _field(
         "train", None, "length of a new word's vectors at first; long ones the text encoder hands on nearly as they are: they begin as "
-        "what it says of their start, and their learning rate is for numbers around 1", above=0,
-        shown="as in the vocabulary; long in small models", methods=("textual_inversion", "pivotal"))
+        "what it says of their start, and their learning rate is for numbers around 1; 0: as long as the vocabulary's", minimum=0,
+        shown="0; 126 for textual_inversion in small models", methods=("textual_inversion", "pivotal"))
     initializer_token: str | None = _field("train", None, "word whose vector a new word starts from",
                                            shown="the class noun; for pivotal a rare word",
                                            methods=("textual_inversion", "pivotal"))
@@ -6437,9 +6437,9 @@ def new_words(s, models, subjects, recipe, starts=()):
     """
     nouns = [noun_of(subject.class_prompt or subject.name) for subject in subjects]
     starts = [s.initializer_token] * len(subjects) if s.initializer_token else starts or nouns
-    for subject, start in zip(subjects, starts):
-        say_once(f'New word "{subject.identifier}" starts as "{start}".')
     count, norm = default(s.num_vectors, recipe.num_vectors), default(s.embedding_norm, recipe.embedding_norm)
+    for subject, start in zip(subjects, starts):
+        say_once(f'New word "{subject.identifier}" starts as "{start}"{f", drawn out to length {norm:g}" if norm else ""}.')
     if norm and not models.family.says_after_norm:
         raise UserError(f"--embedding_norm {norm:g}: {models.family.kind} is told what its text encoders say before their last normalization, "
                         f"where a long vector would drown all else; leave it out")

@@ -117,8 +117,8 @@ class Settings:
                                      "models", methods=("textual_inversion", "pivotal"))
     embedding_norm: float | None = _field(
         "train", None, "length of a new word's vectors at first; long ones the text encoder hands on nearly as they are: they begin as "
-        "what it says of their start, and their learning rate is for numbers around 1", above=0,
-        shown="as in the vocabulary; long in small models", methods=("textual_inversion", "pivotal"))
+        "what it says of their start, and their learning rate is for numbers around 1; 0: as long as the vocabulary's", minimum=0,
+        shown="0; 126 for textual_inversion in small models", methods=("textual_inversion", "pivotal"))
     initializer_token: str | None = _field("train", None, "word whose vector a new word starts from",
                                            shown="the class noun; for pivotal a rare word",
                                            methods=("textual_inversion", "pivotal"))

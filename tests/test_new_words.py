@@ -67,6 +67,13 @@ def said(models, prompt, place):
     return models.family.encode(models, [prompt])["hidden"][0, place]
 
 
+def test_a_norm_of_0_is_the_vocabularys(taught):
+    models, group = taught(0)
+    (tokenizer, text_encoder), = models.readers
+    table = text_encoder.get_input_embeddings().weight
+    assert torch.equal(group.parameters[0], table[tokenizer("dog", add_special_tokens=False).input_ids])
+
+
 @pytest.mark.parametrize("prompt, place", [("<rex>", 1), ("a <rex> on the moon", 2), ("cat car <rex>", 3)])
 def test_the_text_encoder_says_of_a_long_word_what_it_says_of_its_start_wherever_it_stands(prompt, place, taught):
     models, _ = taught(None)

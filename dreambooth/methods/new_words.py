@@ -22,9 +22,9 @@ def new_words(s, models, subjects, recipe, starts=()):
     """
     nouns = [noun_of(subject.class_prompt or subject.name) for subject in subjects]
     starts = [s.initializer_token] * len(subjects) if s.initializer_token else starts or nouns
-    for subject, start in zip(subjects, starts):
-        say_once(f'New word "{subject.identifier}" starts as "{start}".')
     count, norm = default(s.num_vectors, recipe.num_vectors), default(s.embedding_norm, recipe.embedding_norm)
+    for subject, start in zip(subjects, starts):
+        say_once(f'New word "{subject.identifier}" starts as "{start}"{f", drawn out to length {norm:g}" if norm else ""}.')
     if norm and not models.family.says_after_norm:
         raise UserError(f"--embedding_norm {norm:g}: {models.family.kind} is told what its text encoders say before their last normalization, "
                         f"where a long vector would drown all else; leave it out")
