@@ -36,7 +36,7 @@ def as_on_the_hub(folder, copy):
 
 def trained_output(base, method, folder, **options):
     """An output of --train without the training: what the method would train is changed by chance."""
-    s = db.Settings("train", method=method, output_dir=str(folder), rank=2, lora_alpha=3, num_vectors=2,
+    s = db.Settings("train", method=method, output_dir=str(folder), rank=2, lora_alpha=3, num_vectors=2, embedding_norm=0,
                     train_text_encoder=method != "textual_inversion", **options)
     models = db.load_models(str(base), torch.float32, db.METHODS[method].is_adapter)
     word = "<rex>" if db.METHODS[method].adds_words else "sks"
