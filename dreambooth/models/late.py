@@ -197,7 +197,7 @@ def with_denoiser(models, dtype, base_precision, streams_to=None):
     """
     shelf = models.book.shelf
     models.book.drop(models)
-    denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype, shelf.hollow(dtype)))
+    denoiser = shelf.read(shelf.denoiser, dtype, **quantization(base_precision, dtype, models.denoiser))
     if streams_to:
         stream_blocks(denoiser, streams_to)
     models.pipeline.register_modules(**{shelf.denoiser: denoiser})

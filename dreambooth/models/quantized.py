@@ -69,9 +69,7 @@ def kept_whole(denoiser):
 
     diffusers takes a name for any part of a longer one, so one that would keep a layer of a block as well is left out (FLUX's proj_out).
     """
-    import torch
-
-    layers = {name: part for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear)}
+    layers = linear_layers(denoiser)
     of_blocks = {part for block in recomputed_blocks(denoiser) for part in block.modules()}
     inside = [f"{name}." for name, part in layers.items() if part in of_blocks]
     return [name for name, part in layers.items() if part not in of_blocks and not any(f"{name}." in other for other in inside)]
@@ -79,9 +77,14 @@ def kept_whole(denoiser):
 
 def in_fewer_bits(denoiser, base_precision):
     """The weights of a denoiser that are in fewer bits with this precision."""
-    import torch
-
     if base_precision == "bf16":
         return set()
     kept = set(kept_whole(denoiser))
-    return {part.weight for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear) and name not in kept}
+    return {layer.weight for name, layer in linear_layers(denoiser).items() if name not in kept}
+
+
+def linear_layers(denoiser):
+    """{name: layer} of all that could be in fewer bits."""
+    import torch
+
+    return {name: part for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear)}
