@@ -1530,7 +1530,7 @@ class Settings:
     use_dora: bool = _field("train", False, "LoRA of the denoiser with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
     lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
                                         below=1, shown="0", methods=("lora", "pivotal"))
-    num_vectors: int | None = _field("train", None, "vectors of each new word", minimum=1, shown="1; 4 for textual_inversion in small "
+    num_vectors: int | None = _field("train", None, "vectors of each new word", minimum=1, shown="1; 8 for textual_inversion in small "
                                      "models", methods=("textual_inversion", "pivotal"))
     embedding_norm: float | None = _field(
         "train", None, "length of a new word's vectors at first; long ones the text encoder hands on nearly as they are: they begin as "
@@ -1584,7 +1584,8 @@ class Settings:
                                          below=1, shown="the root of --adam_beta2")
     noise_offset: float | None = _field("train", None, "noise that a channel has in common, which teaches darker and lighter "
                                         "pictures; 0.1 is usual", minimum=0, shown="0")
-    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
+    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0,
+                                    shown="off; 0.1 for textual_inversion in small models")
     timestep_sampling: str | None = _field("train", None, "how the noise of flow models is drawn, before its shift", shown="uniform",
                                            choices=["uniform", "logit_normal"])
     flow_shift: str = _field("train", "auto", "shift of that towards more noise, a number; auto: that of the model's own pictures")
@@ -3239,6 +3240,7 @@ class Recipe:
     embedding_norm: float | None = None  # None: as in the vocabulary
     lora_target: str = "attention"
     lr_scheduler: str = "constant"
+    snr_gamma: float | None = None  # None: all timesteps weigh the same
     use_ema: bool = False
     selecting: tuple = ()  # (name, value) of what is otherwise with --select_best
 
@@ -3726,8 +3728,8 @@ class Family:
 
     # ---- latents, prompts, prediction
 
-    def noise(self, s, pipeline, side):
-        """The Flow or Diffusion to train with."""
+    def noise(self, s, pipeline, side, snr_gamma=None):
+        """The Flow or Diffusion to train with; min-SNR weights are diffusion's alone."""
         auto = self.usual_shift(pipeline, side)
         return Flow(auto if s.flow_shift == "auto" else float(s.flow_shift), s.timestep_sampling or "uniform")
 
@@ -4340,11 +4342,11 @@ class StableDiffusion(Family):
     def latent_shape(self, pipeline, side):
         return (pipeline.unet.config.in_channels, *[side // self.latent_scale(pipeline)] * 2)
 
-    def noise(self, s, pipeline, side):
+    def noise(self, s, pipeline, side, snr_gamma=None):
         """With the model's own betas and prediction type."""
         from diffusers import DDPMScheduler
 
-        return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config), s.snr_gamma)
+        return Diffusion(DDPMScheduler.from_config(pipeline.scheduler.config), snr_gamma)
 
     def moments(self, vae, pixels):
         distribution, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
@@ -4447,8 +4449,9 @@ class SmallStableDiffusion(StableDiffusion):
         "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay",
                        selecting=(("lr_scheduler", "constant"), ("use_ema", True))),
         "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
-        # Words as long as that say what their start says and nothing of the rest of the prompt; without them the subject is not learnt.
-        "textual_inversion": Recipe(1600, embedding_lr=2e-2, num_vectors=4, embedding_norm=126, lr_scheduler="cosine"),
+        # Words as long as that say what their start says and nothing of the rest of the prompt. A shape is settled where noise is
+        # strong, and there an error of the noise is small: so small a gamma makes it the error of the picture (docs/results.md, "Long words").
+        "textual_inversion": Recipe(1600, embedding_lr=2e-2, num_vectors=8, embedding_norm=126, lr_scheduler="cosine", snr_gamma=0.1),
         "pivotal": Recipe(800, 1e-3, 1e-3, 5e-4, 2e-3, lora_target="all")}
 
     def fits(self, config):
@@ -9123,12 +9126,13 @@ class Course:
     levers: Levers = Levers()
     lr_scheduler: str = "constant"
     use_ema: bool = False
+    snr_gamma: float | None = None
 
 
 def recipe_for(family, s, concepts=()):
     """The Recipe of this training on a model of this Family; what the flags say takes its place, but for learning rates."""
     recipe = with_own_rate(family.recipes[s.method], s)
-    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema") if (value := getattr(s, name)) is not None}
+    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema", "snr_gamma") if (value := getattr(s, name)) is not None}
     if s.num_train_epochs and not s.steps:
         flags["steps"] = s.num_train_epochs * epoch_steps(s, concepts)
         say(f"Epochs: {s.num_train_epochs} of {epoch_steps(s, concepts)} steps each.")
@@ -9495,11 +9499,11 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
               "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "offload_blocks", "compile", "channels_last",
-              "lr_scheduler", "use_ema", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
+              "lr_scheduler", "use_ema", "snr_gamma", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
 # Compared as they were decided, not as flags.
-SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "optimizer", "weights",
+SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "snr_gamma", "optimizer", "weights",
                      "fused_backward")
 WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
 ANY = "any"  # number of processes: what was split goes on in any
@@ -10040,7 +10044,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
-    noise = models.family.noise(s, models.pipeline, course.resolution)
+    noise = models.family.noise(s, models.pipeline, course.resolution, course.snr_gamma)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
     return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
                origin, averages, untouched or None, hollow)
@@ -11084,7 +11088,7 @@ def set_course(s, models, subjects, recipe, plan):
         say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
     if recipe.use_ema:
         say("Weights: their running average over about the last 100 steps is drawn and saved.")
-    return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema)
+    return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema, recipe.snr_gamma)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class Settings:
     use_dora: bool = _field("train", False, "LoRA of the denoiser with trained magnitudes (DoRA)", methods=("lora", "pivotal"))
     lora_dropout: float | None = _field("train", None, "chance with which an input of the LoRA is left out of a step", minimum=0,
                                         below=1, shown="0", methods=("lora", "pivotal"))
-    num_vectors: int | None = _field("train", None, "vectors of each new word", minimum=1, shown="1; 4 for textual_inversion in small "
+    num_vectors: int | None = _field("train", None, "vectors of each new word", minimum=1, shown="1; 8 for textual_inversion in small "
                                      "models", methods=("textual_inversion", "pivotal"))
     embedding_norm: float | None = _field(
         "train", None, "length of a new word's vectors at first; long ones the text encoder hands on nearly as they are: they begin as "
@@ -167,7 +167,8 @@ class Settings:
                                          below=1, shown="the root of --adam_beta2")
     noise_offset: float | None = _field("train", None, "noise that a channel has in common, which teaches darker and lighter "
                                         "pictures; 0.1 is usual", minimum=0, shown="0")
-    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0, shown="off")
+    snr_gamma: float | None = _field("train", None, "min-SNR loss weighting; 5.0 is usual, 0: off", minimum=0,
+                                    shown="off; 0.1 for textual_inversion in small models")
     timestep_sampling: str | None = _field("train", None, "how the noise of flow models is drawn, before its shift", shown="uniform",
                                            choices=["uniform", "logit_normal"])
     flow_shift: str = _field("train", "auto", "shift of that towards more noise, a number; auto: that of the model's own pictures")

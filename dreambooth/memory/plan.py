@@ -140,4 +140,4 @@ def set_course(s, models, subjects, recipe, plan):
         say("Fused backward: each tensor's gradient is scaled down to --max_grad_norm by itself, not all together.")
     if recipe.use_ema:
         say("Weights: their running average over about the last 100 steps is drawn and saved.")
-    return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema)
+    return Course(recipe.steps, resolution, plan.precision, levers, recipe.lr_scheduler, recipe.use_ema, recipe.snr_gamma)

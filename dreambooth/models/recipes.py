@@ -16,6 +16,7 @@ class Recipe:
     embedding_norm: float | None = None  # None: as in the vocabulary
     lora_target: str = "attention"
     lr_scheduler: str = "constant"
+    snr_gamma: float | None = None  # None: all timesteps weigh the same
     use_ema: bool = False
     selecting: tuple = ()  # (name, value) of what is otherwise with --select_best
 

@@ -41,7 +41,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     if levers.fused_backward:
         fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
-    noise = models.family.noise(s, models.pipeline, course.resolution)
+    noise = models.family.noise(s, models.pipeline, course.resolution, course.snr_gamma)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
     return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
                origin, averages, untouched or None, hollow)

@@ -170,8 +170,8 @@ class Family:
 
     # ---- latents, prompts, prediction
 
-    def noise(self, s, pipeline, side):
-        """The Flow or Diffusion to train with."""
+    def noise(self, s, pipeline, side, snr_gamma=None):
+        """The Flow or Diffusion to train with; min-SNR weights are diffusion's alone."""
         auto = self.usual_shift(pipeline, side)
         return Flow(auto if s.flow_shift == "auto" else float(s.flow_shift), s.timestep_sampling or "uniform")
 
