@@ -65,9 +65,9 @@ def test_the_bundled_model_learns_a_subject_as_a_word(run, tmp_path):
                          "--num_inference_steps", 15, "--image_dir", tmp_path / "drawn")
     assert status == 0, err
     metrics = db.load_metrics(str(REPOSITORY / "demo/metrics/vit"), str(REPOSITORY / "demo/metrics/clip"), "cpu")
-    photos, drawn = (metrics.images([Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))])[0]
-                     for folder in (CAT, tmp_path / "drawn"))
-    assert (drawn @ photos.T).mean() > 0.3  # untrained -0.2; as it is 0.8
+    photos, drawn = (metrics.images([Image.open(path).convert("RGB") for path in sorted(folder.glob("[!g]*.png"))])[0]
+                     for folder in (CAT, tmp_path / "drawn"))  # but for the grid
+    assert (drawn @ photos.T).mean() > 0.4  # 0.7 as it is, 0.1 without min-SNR weights
 
 
 def test_words_rest_after_their_part_of_a_pivotal_run(train_adapter, monkeypatch):
