@@ -1131,8 +1131,7 @@ def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
     conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
     """
     (width, height), (across, down) = image.size, size
-    scale = max(across / width, down / height)
-    scaled = (max(across, round(width * scale)), max(down, round(height * scale)))
+    scale, scaled = covering(image.size, size)
     left, top = int((scaled[0] - across) * at[0]), int((scaled[1] - down) * at[1])
     if max(scaled) > LONG * min(size):  # a strip: all of it, scaled, would not fit into memory
         x, y = left / scaled[0] * width, top / scaled[1] * height
@@ -1141,6 +1140,20 @@ def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
     else:
         image = image.resize(scaled, resampling).crop((left, top, left + across, top + down))
     return image, [height, width, top, left, down, across]
+
+
+def covering(own, size):
+    """(scale, (width, height)) at which a picture of its `own` size just covers `size`."""
+    (width, height), (across, down) = own, size
+    scale = max(across / width, down / height)
+    return scale, (max(across, round(width * scale)), max(down, round(height * scale)))
+
+
+def mirrored(record):
+    """The numbers of fitted() for the same cut of the picture turned left to right."""
+    height, width, top, left, down, across = record
+    _, scaled = covering((width, height), (across, down))
+    return [height, width, top, scaled[0] - across - left, down, across]
 
 
 def is_flat(picture):
@@ -3674,6 +3687,8 @@ class Family:
                             f"--method {' or '.join(self.recipes)}")
         if s.train_text_encoder and not self.trains_text:
             raise UserError(f"--train_text_encoder: the text encoder of {self.kind} does not train; leave it out")
+        if s.channels_last:
+            raise UserError(f"--channels_last: convolutions have such a layout, and the transformer of {self.kind} has none; leave it out")
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
@@ -3791,6 +3806,10 @@ class Family:
     def book_options(self, told, against):
         """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
         return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"]}
+
+    def unread_layers(self, denoiser):
+        """Names of the denoiser's layers, with weights, that nothing reads what comes of: they could not learn."""
+        return []
 
     # ---- the text encoders, where they train
 
@@ -4797,6 +4816,11 @@ class QwenImage(Family):
             encoder_hidden_states_mask=mask, encoder_hidden_states=hidden, img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
         return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
 
+    def unread_layers(self, denoiser):
+        """Of the last block those that only change its text."""
+        last = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
+        return [f"{last}.attn.to_add_out", f"{last}.txt_mlp.net.0.proj", f"{last}.txt_mlp.net.2"]
+
     def book_options(self, told, against):
         (hidden, mask), (other, other_mask) = padded(told["hidden"]), padded(against["hidden"])
         return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": other,
@@ -4893,9 +4917,12 @@ class Flux(Family):
 
     def encode(self, models, prompts):
         """{"hidden": T5's [P, tokens, channels], with what fills it up; "pooled": CLIP's [P, channels]}."""
-        device = next(models.text_encoders[0].parameters()).device
-        hidden, pooled, _ = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
-        return {"hidden": hidden, "pooled": pooled}
+        (words, pieces), (clip, t5) = models.tokenizers, models.text_encoders
+        texts = models.pipeline.maybe_convert_prompt(list(prompts), pieces)
+        of_t5 = pieces(texts, padding="max_length", max_length=self.prompt_tokens, truncation=True, return_tensors="pt").input_ids
+        weight, of_clip = next(clip.parameters()), tokenize(models.pipeline, words, prompts)
+        pooled, hidden = clip(moved(of_clip, weight.device)).pooler_output, t5(moved(of_t5, next(t5.parameters()).device))[0]
+        return {"hidden": hidden.to(weight.device, next(t5.parameters()).dtype), "pooled": pooled.to(weight.dtype)}
 
     def summaries(self, models, prompts):
         return self.encode(models, prompts)["pooled"]
@@ -5031,7 +5058,7 @@ class StableDiffusion3(Family):
     def t5_told(self, models, prompts, like):
         """T5's last layer [P, tokens, channels]."""
         if len(models.text_encoders) <= len(models.readers):
-            return like.new_zeros(len(like), self.prompt_tokens, models.denoiser.config.joint_attention_dim)
+            return like.new_zeros(len(like), self.prompt_tokens, self.denoiser_of(models.pipeline).config.joint_attention_dim)
         ids = models.tokenizers[-1](list(prompts), padding="max_length", max_length=self.prompt_tokens, truncation=True,
                                     return_tensors="pt").input_ids
         return models.text_encoders[-1](moved(ids, like.device))[0]
@@ -6076,7 +6103,7 @@ class PromptBook:
         if any(prompt not in self.told for prompt in prompts):
             self.learn(models, prompts, device)
             self.drop(models)
-        kept, dtype = [self.told[prompt] for prompt in prompts], models.denoiser.dtype
+        kept, dtype = [self.told[prompt] for prompt in prompts], models.family.denoiser_of(models.pipeline).dtype
 
         def there(tensor):
             return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
@@ -6193,13 +6220,13 @@ def lora_config(s, module, use_dora=False, **options):
                       use_dora=use_dora, **options)
 
 
-def oft_config(s, module, use_dora=False, **options):
+def oft_config(s, module, use_dora=False, exclude_modules=None, **options):
     """Not of convolutions of more than a point: PEFT turns those in a way that is not the layer's own even without a turn."""
     import torch
     from peft import OFTConfig
 
     wide = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d) and set(layer.kernel_size) != {1}]
-    return OFTConfig(oft_block_size=s.rank, exclude_modules=wide or None, **options)
+    return OFTConfig(oft_block_size=s.rank, exclude_modules=wide + (exclude_modules or []) or None, **options)
 
 
 def lokr_config(s, module, use_dora=False, **options):
@@ -6318,9 +6345,11 @@ def check_finite(groups):
 
 
 def full_denoiser(s, models, subjects, recipe):
-    """The paper's method: every layer of the denoiser (paper section 3.2)."""
+    """The paper's method: every layer of the denoiser that reaches what it predicts (paper section 3.2)."""
     lr = recipe.learning_rate_with_text_encoder if s.train_text_encoder else recipe.learning_rate
-    return ParameterGroup(models.family.denoiser, [models.denoiser], list(models.denoiser.parameters()), default(s.learning_rate, lr))
+    unread = models.family.unread_layers(models.denoiser)
+    parameters = [parameter for name, parameter in models.denoiser.named_parameters() if name.rpartition(".")[0] not in unread]
+    return ParameterGroup(models.family.denoiser, [models.denoiser], parameters, default(s.learning_rate, lr))
 
 
 def full_text_encoder(s, models, subjects, recipe):
@@ -6344,7 +6373,8 @@ def save_pipeline(folder, models, subjects, notes):
 
 def denoiser_lora(s, models, subjects, recipe):
     """Low-rank changes of the denoiser's layers."""
-    parameters = add_adapter(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora)
+    parameters = add_adapter(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora,
+                             exclude_modules=models.family.unread_layers(models.denoiser) or None)
     return ParameterGroup(f"{models.family.denoiser}_{s.adapter_type or 'lora'}", [models.denoiser], parameters,
                           default(s.learning_rate, recipe.learning_rate))
 
@@ -6604,7 +6634,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     import torch
 
     look = dict(num_inference_steps=steps, height=height, width=width)
-    size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
+    size = batch_size or (16 if pipeline._execution_device.type == "cuda" or height * width <= 128**2 else 4)
     told = prompts_given(pipeline, models, guidance_scale, negative_prompt)
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, told, look, start)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
@@ -6635,7 +6665,7 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look, start=None):
     """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
-    threads = threads_that_help(pipeline.device)
+    threads = threads_that_help(pipeline._execution_device)  # where it computes; offloaded, its parts wait on the CPU
     done, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while done < len(jobs):
         prompts, seeds = zip(*jobs[done:done + size])
@@ -8198,12 +8228,13 @@ def encode_shelf(models, shelf, seen, device, variants, floor):
     for number, view in enumerate(shelf.values()):
         image, record = next(seen)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, models.vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, turned in zip(range(variants * number, variants * (number + 1)), (lambda rows: rows, lambda rows: rows.flip(-1))):
+        both = (lambda rows: rows, record), (lambda rows: rows.flip(-1), mirrored(record))
+        for row, (turned, size_record) in zip(range(variants * number, variants * (number + 1)), both):
             with torch.no_grad():
                 (mean[row],), (std[row],) = models.family.moments(models.vae, turned(pixels))
             if view.mask:
                 mask[row] = turned(view.weights(floor, tuple(mean.shape[2:])))
-            sizes.append(record)
+            sizes.append(size_record)
     return (mean, std, torch.tensor(sizes, dtype=torch.float32)), mask
 
 
@@ -9499,12 +9530,12 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
               "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "offload_blocks", "compile", "channels_last",
-              "lr_scheduler", "use_ema", "snr_gamma", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
+              "lr_scheduler", "use_ema", "snr_gamma", "base_precision", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "snr_gamma", "optimizer", "weights",
-                     "fused_backward")
+                     "fused_backward", "base_precision")
 WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
 ANY = "any"  # number of processes: what was split goes on in any
 COUNTED = {"photos": "photos, their captions or masks", "class images": "class images"}
@@ -10302,6 +10333,15 @@ def save_best(run, folder):
     for path in best_files(folder):
         if path not in [best_file(folder, step) for step in needed]:
             path.unlink()
+
+
+def bring_best(run, checkpoint, folder):
+    """Have the best weights of the steps before lie in this training's folder, too, where it goes on from a checkpoint elsewhere."""
+    before, here = (best_file(place, best_of(run.scores)["step"]) for place in (checkpoint.parent.parent, folder))
+    if not here.is_file():
+        here.parent.mkdir(exist_ok=True)
+        with whole_file(here) as part:
+            shutil.copyfile(before, part)
 
 
 def keep_best(run, folder):
@@ -12043,6 +12083,8 @@ def infer(s):
     trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
     base = find_base(s, trained)
     family_at(base, "--model_path").check_drawn(s)
+    if s.lora_scale != 1 and not trained.lora:
+        raise UserError(f"--lora_scale {s.lora_scale:g}: there is no LoRA in {trained.source}; leave it out")
     record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
     if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')
@@ -12182,6 +12224,8 @@ def train(s):
         viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite, logs_in(s))
+            if run.scores:
+                bring_best(run, checkpoint, folder)
             save_photo_sheet(folder, s, concepts, views)
         prepared = time.monotonic()
         with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):

@@ -17,8 +17,7 @@ def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
     conditioning: original size, crop corner, target size (SDXL paper, section 2.2).
     """
     (width, height), (across, down) = image.size, size
-    scale = max(across / width, down / height)
-    scaled = (max(across, round(width * scale)), max(down, round(height * scale)))
+    scale, scaled = covering(image.size, size)
     left, top = int((scaled[0] - across) * at[0]), int((scaled[1] - down) * at[1])
     if max(scaled) > LONG * min(size):  # a strip: all of it, scaled, would not fit into memory
         x, y = left / scaled[0] * width, top / scaled[1] * height
@@ -27,6 +26,20 @@ def fitted(image, size, at=(0.5, 0.5), resampling=Image.Resampling.LANCZOS):
     else:
         image = image.resize(scaled, resampling).crop((left, top, left + across, top + down))
     return image, [height, width, top, left, down, across]
+
+
+def covering(own, size):
+    """(scale, (width, height)) at which a picture of its `own` size just covers `size`."""
+    (width, height), (across, down) = own, size
+    scale = max(across / width, down / height)
+    return scale, (max(across, round(width * scale)), max(down, round(height * scale)))
+
+
+def mirrored(record):
+    """The numbers of fitted() for the same cut of the picture turned left to right."""
+    height, width, top, left, down, across = record
+    _, scaled = covering((width, height), (across, down))
+    return [height, width, top, scaled[0] - across - left, down, across]
 
 
 def is_flat(picture):

@@ -30,6 +30,8 @@ def infer(s):
     trained, adapters = find_trained(paths[0], "--model_path"), find_adapters(s)
     base = find_base(s, trained)
     family_at(base, "--model_path").check_drawn(s)
+    if s.lora_scale != 1 and not trained.lora:
+        raise UserError(f"--lora_scale {s.lora_scale:g}: there is no LoRA in {trained.source}; leave it out")
     record, others = trained.record, [subject for adapter, _ in adapters for subject in adapter.subjects]
     if not (s.prompt or trained.subjects or others):
         raise UserError('--prompt is missing: say what to draw, such as --prompt "a dog on the moon"')

@@ -91,6 +91,8 @@ def train(s):
         viewer = make_viewer(run, concepts, subjects, metric_names)
         if accelerator.is_main_process:
             clear(folder, checkpoint, s.overwrite, logs_in(s))
+            if run.scores:
+                bring_best(run, checkpoint, folder)
             save_photo_sheet(folder, s, concepts, views)
         prepared = time.monotonic()
         with naming_next_plan(s, run.models.family, run.course.levers, plan, folder):

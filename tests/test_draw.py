@@ -69,6 +69,7 @@ class SmallMemory:
     """A pipeline that holds three pictures at most."""
 
     device, dtype, asked = torch.device("cpu"), torch.float32, ()
+    _execution_device = device  # as diffusers' pipelines say where they compute
 
     def __init__(self):
         self.vae = Decoder(1, 1).half()
@@ -102,6 +103,7 @@ class TinyMemory(SmallMemory):
     """A pipeline that holds no picture beside all of its parts, and `room` of them beside one part."""
 
     device, takes_turns = GPU, False
+    _execution_device = GPU
 
     def __init__(self, room=3):
         super().__init__()
@@ -141,7 +143,9 @@ def test_a_model_larger_than_memory_is_drawn_with_by_parts_in_turn(monkeypatch, 
         def to(self, device):
             raise torch.OutOfMemoryError("CUDA out of memory.")
     made_up(monkeypatch)
+    told = []  # where the pictures are computed, not where the parts wait
+    monkeypatch.setattr(db, "threads_that_help", lambda device: told.append(device))
     pipeline, look = Large(room=2), dict(steps=1, guidance_scale=1, height=512, width=512)
     assert db.placed(pipeline, GPU) is pipeline and pipeline.takes_turns
     assert list(db.draw(pipeline, [("p", 0), ("q", 1), ("r", 2)], batch_size=None, **look)) == ["p 0", "q 1", "r 2"]
-    assert pipeline.asked == (2, 1) and "2 at a time" in capsys.readouterr().out
+    assert pipeline.asked == (2, 1) and "2 at a time" in capsys.readouterr().out and told == [GPU]

@@ -1,6 +1,7 @@
 """Each family against its own pipeline in diffusers: what is told, sent and predicted; that pictures come back; that it learns."""
 
 import copy
+import dataclasses
 import functools
 
 import numpy as np
@@ -153,6 +154,53 @@ ANSWERS |= dict.fromkeys(["Flux2KleinPipeline", "Flux2Pipeline"], lambda target:
 ANSWERS["FluxPipeline"] = lambda target: lambda *args, **options: (FluxPipeline._pack_latents(target, *target.shape),)
 ANSWERS["QwenImagePipeline"] = ANSWERS["FluxPipeline"]
 ANSWERS["StableDiffusion3Pipeline"] = lambda target: lambda *args, **options: (target,)
+
+
+class Wrapped(torch.nn.Module):
+    """A module as several processes have it: what averages its gradients is called in its place, and has none of its attributes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.called = module, 0
+
+    def forward(self, *args, **options):
+        self.called += 1
+        return self.module(*args, **options)
+
+
+def batch_of(models):
+    """(noisy latents, levels, sizes) of a picture of noise."""
+    return torch.randn(1, *models.family.latent_shape(models.pipeline, SIDE)), torch.tensor([0.3]), torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]])
+
+
+def test_what_trains_is_called_by_its_wrapper(models):
+    """Else each of several processes would train on by itself."""
+    family, trains = models.family, models.family.trains_text
+    wrapped = dataclasses.replace(models, denoiser=Wrapped(models.denoiser),
+                                  text_encoders=[Wrapped(part) if trains else part for part in models.text_encoders])
+    noisy, levels, sizes = batch_of(models)
+    told = family.encode(wrapped, PROMPTS[:1])
+    family.predict(wrapped, noisy, levels, told, sizes)
+    assert wrapped.denoiser.called == 1 and all(part.called == 1 for part in wrapped.text_encoders if trains)
+    plain = family.encode(models, PROMPTS[:1])
+    assert all(torch.equal(a, b) for a, b in zip(tensors_in(told), tensors_in(plain), strict=True))
+
+
+@pytest.mark.parametrize("flags", [{}, {"method": "lora", "lora_target": "all", "rank": 2}], ids=["full", "lora"])
+def test_all_that_trains_reaches_the_loss(flags, models):
+    """Else a file would hold what never learnt, and several processes would wait for its gradients."""
+    s = db.Settings("train", **flags)
+    group = {"full": db.full_denoiser, "lora": db.denoiser_lora}[s.method](s, models, [], db.recipe_for(models.family, s))
+    models.denoiser.requires_grad_(False)
+    for parameter in group.parameters:
+        parameter.requires_grad_(True)
+    noisy, levels, sizes = batch_of(models)
+    with torch.no_grad():
+        told = models.family.encode(models, PROMPTS[:1])
+    models.family.predict(models, noisy, levels, told, sizes).square().sum().backward()
+    names = {parameter: name for name, parameter in models.denoiser.named_parameters()}
+    assert not [names[parameter] for parameter in group.parameters if parameter.grad is None]
+    assert len(group.parameters) >= 0.8 * len(names) or s.method == "lora"
 
 
 def test_levels_follow_the_models_own_shift(models):

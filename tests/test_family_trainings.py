@@ -163,6 +163,7 @@ def test_a_distilled_model_still_draws(run, tiny_model, tmp_path):
     ("z-image", ["--method", "lora", "--use_dora", "--export", "x.safetensors"], "--export: a DoRA of Z-Image is not written for"),
     ("qwen-image", ["--train_text_encoder"], "--train_text_encoder: the text encoder of Qwen-Image does not train"),
     ("flux2", ["--snr_gamma", "5"], "--snr_gamma 5: for models that learnt diffusion"),
+    ("sd3", ["--channels_last"], "--channels_last: convolutions have such a layout, and the transformer of Stable Diffusion 3"),
     ("qwen-image", ["--method", "textual_inversion"], "--method textual_inversion: not to be had for Qwen-Image"),
     ("sd3", ["--method", "pivotal", "--num_vectors", "2"], "--num_vectors 2: Stable Diffusion 3's pipeline reads a new word as one"),
 ])

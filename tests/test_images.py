@@ -74,6 +74,18 @@ def test_heic(tmp_path):
         assert db.load_image(tmp_path / "a.heic").getpixel((32, 32))[0] > 240
 
 
+@pytest.mark.parametrize("size, at", [((100, 50), (0.1, 0.5)), ((101, 50), (0.7, 0.5)), ((40, 90), (0.5, 0.2)), ((33, 32), (0.5, 0.5))])
+def test_the_record_of_a_mirrored_cut_is_that_of_the_mirrored_picture(size, at):
+    """Where the cut of the mirrored picture begins, counted from its own left: its pixels are the cut's, mirrored."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    cut, record = db.fitted(image, (32, 32), at, Image.Resampling.NEAREST)
+    height, width, top, left, down, across = db.mirrored(record)
+    _, scaled = db.covering(size, (32, 32))
+    whole = image.resize(scaled, Image.Resampling.NEAREST).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert np.array_equal(np.asarray(whole.crop((left, top, left + across, top + down))), np.asarray(cut)[:, ::-1])
+    assert [height, width, top, down, across] == [record[i] for i in (0, 1, 2, 4, 5)] and db.mirrored(db.mirrored(record)) == record
+
+
 def test_a_square_keeps_the_middle_and_records_its_size():
     image = Image.new("RGB", (100, 50), "red")
     image.paste("blue", (25, 0, 75, 50))

@@ -28,3 +28,11 @@ def test_another_optimizer_is_not_gone_on_with(flags, run, monkeypatch):
     undo()
     status, _, err = run(*flags("lora"), "--resume")
     assert status == 2 and "the optimizer (adafactor, now adamw)" in err, err
+
+
+def test_what_the_memory_decided_of_the_base_is_compared_and_not_its_flag():
+    """Without --base_precision a run may take int8 where memory is short, and the next one bf16."""
+    s = db.Settings("train", method="lora")
+    bf16, int8 = (db.origin_of(s, db.Course(1, 32, "bf16", db.Levers(base_precision=bits)), [], "model", "photos", 1) for bits in ("bf16", "int8"))
+    assert {key for key in bf16 if bf16[key] != int8[key]} == {"the base precision"}
+    assert "--base_precision" not in bf16

@@ -83,6 +83,14 @@ def test_the_base_is_not_forgotten_by_its_adapter(train_adapter, run, tiny_model
     assert status == 0, err
 
 
+def test_a_strength_without_a_lora_is_refused(train_adapter, run, tiny_model, monkeypatch):
+    train_adapter("sd1", "textual_inversion")
+    monkeypatch.setattr(db, "load_pipeline", None)  # nothing is read
+    for path in (tiny_model("sd1"), "output"):
+        status, _, err = run("--infer", "--model_path", path, "--prompt", "a dog", "--lora_scale", 0.5)
+        assert status == 2 and "--lora_scale 0.5: there is no LoRA in" in err and err.count("\n") == 1, err
+
+
 def test_a_moved_base_model_is_named(train_adapter, run, tiny_model, tmp_path):
     import shutil
 

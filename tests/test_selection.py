@@ -82,6 +82,27 @@ def test_the_best_survives_an_interruption(values, best, train_scored, tmp_path,
     assert_same_weights(tmp_path / "whole", tmp_path / "output")
 
 
+def test_the_best_comes_along_from_a_training_elsewhere(train_scored, tmp_path, monkeypatch):
+    """The best of the steps before the checkpoint lies in the folder that is gone on from."""
+    assert train_scored("full", "--steps", 2, "--output_dir", "whole", *AS_SELECTING)[0] == 0
+    flags, train_step = ["--steps", 6, "--validation_steps", 2, "--select_best"], db.train_step
+
+    def interrupted(run, index):
+        if index == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(run, index)
+    scores(monkeypatch, 0.9, 0.2)
+    monkeypatch.setattr(db, "train_step", interrupted)
+    assert train_scored("full", *flags)[0] == 130
+    monkeypatch.setattr(db, "train_step", train_step)
+    (tmp_path / "output.partial").rename(tmp_path / "elsewhere")
+    scores(monkeypatch, 0.3)
+    status, out, err = train_scored("full", *flags, "--resume", tmp_path / "elsewhere" / "checkpoints" / "step-000005")
+    assert status == 0 and "after step 5" in out, err
+    assert_same_weights(tmp_path / "whole", tmp_path / "output")
+    assert len(db.best_files(tmp_path / "elsewhere")) == 1 and not list((tmp_path / "output").glob("checkpoints/best*"))
+
+
 def test_scores_are_means_over_subjects_of_means_over_prompts():
     class Fixed:
         def images(self, pictures):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dreambooth.base import is_first_process, say
 from dreambooth.data.views import USUAL_FLOOR, View
 from dreambooth.decode import load_image
+from dreambooth.images import mirrored
 from dreambooth.progress import progress
 
 
@@ -106,10 +107,11 @@ def encode_shelf(models, shelf, seen, device, variants, floor):
     for number, view in enumerate(shelf.values()):
         image, record = next(seen)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, models.vae.dtype) / 127.5 - 1  # [1, 3, H, W]
-        for row, turned in zip(range(variants * number, variants * (number + 1)), (lambda rows: rows, lambda rows: rows.flip(-1))):
+        both = (lambda rows: rows, record), (lambda rows: rows.flip(-1), mirrored(record))
+        for row, (turned, size_record) in zip(range(variants * number, variants * (number + 1)), both):
             with torch.no_grad():
                 (mean[row],), (std[row],) = models.family.moments(models.vae, turned(pixels))
             if view.mask:
                 mask[row] = turned(view.weights(floor, tuple(mean.shape[2:])))
-            sizes.append(record)
+            sizes.append(size_record)
     return (mean, std, torch.tensor(sizes, dtype=torch.float32)), mask

@@ -25,7 +25,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, height, width, batch_size, ne
     import torch
 
     look = dict(num_inference_steps=steps, height=height, width=width)
-    size = batch_size or (16 if pipeline.device.type == "cuda" or height * width <= 128**2 else 4)
+    size = batch_size or (16 if pipeline._execution_device.type == "cuda" or height * width <= 128**2 else 4)
     told = prompts_given(pipeline, models, guidance_scale, negative_prompt)
     drawn = draw_batches(pipeline, jobs, size, batch_size is None, told, look, start)
     drawn = progress(drawn, title, "image", len(jobs), hidden=not is_first_process(), weigh=len)
@@ -56,7 +56,7 @@ def draw_batches(pipeline, jobs, size, may_halve, told, look, start=None):
     """Yield lists of the pictures of draw(), `size` in each. Once memory is full: fewer, if they may be, then by parts in turn."""
     import torch
 
-    threads = threads_that_help(pipeline.device)
+    threads = threads_that_help(pipeline._execution_device)  # where it computes; offloaded, its parts wait on the CPU
     done, precision, all_there = 0, pipeline.vae.dtype, pipeline.device.type == "cuda"
     while done < len(jobs):
         prompts, seeds = zip(*jobs[done:done + size])

@@ -18,13 +18,13 @@ def lora_config(s, module, use_dora=False, **options):
                       use_dora=use_dora, **options)
 
 
-def oft_config(s, module, use_dora=False, **options):
+def oft_config(s, module, use_dora=False, exclude_modules=None, **options):
     """Not of convolutions of more than a point: PEFT turns those in a way that is not the layer's own even without a turn."""
     import torch
     from peft import OFTConfig
 
     wide = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d) and set(layer.kernel_size) != {1}]
-    return OFTConfig(oft_block_size=s.rank, exclude_modules=wide or None, **options)
+    return OFTConfig(oft_block_size=s.rank, exclude_modules=wide + (exclude_modules or []) or None, **options)
 
 
 def lokr_config(s, module, use_dora=False, **options):

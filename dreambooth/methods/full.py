@@ -5,9 +5,11 @@ from dreambooth.methods.groups import ParameterGroup
 
 
 def full_denoiser(s, models, subjects, recipe):
-    """The paper's method: every layer of the denoiser (paper section 3.2)."""
+    """The paper's method: every layer of the denoiser that reaches what it predicts (paper section 3.2)."""
     lr = recipe.learning_rate_with_text_encoder if s.train_text_encoder else recipe.learning_rate
-    return ParameterGroup(models.family.denoiser, [models.denoiser], list(models.denoiser.parameters()), default(s.learning_rate, lr))
+    unread = models.family.unread_layers(models.denoiser)
+    parameters = [parameter for name, parameter in models.denoiser.named_parameters() if name.rpartition(".")[0] not in unread]
+    return ParameterGroup(models.family.denoiser, [models.denoiser], parameters, default(s.learning_rate, lr))
 
 
 def full_text_encoder(s, models, subjects, recipe):

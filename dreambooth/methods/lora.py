@@ -15,7 +15,8 @@ from dreambooth.models.notes import with_kind
 
 def denoiser_lora(s, models, subjects, recipe):
     """Low-rank changes of the denoiser's layers."""
-    parameters = add_adapter(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora)
+    parameters = add_adapter(s, models.denoiser, target_modules=models.family.lora_targets[recipe.lora_target], use_dora=s.use_dora,
+                             exclude_modules=models.family.unread_layers(models.denoiser) or None)
     return ParameterGroup(f"{models.family.denoiser}_{s.adapter_type or 'lora'}", [models.denoiser], parameters,
                           default(s.learning_rate, recipe.learning_rate))
 

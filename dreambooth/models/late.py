@@ -157,7 +157,7 @@ class PromptBook:
         if any(prompt not in self.told for prompt in prompts):
             self.learn(models, prompts, device)
             self.drop(models)
-        kept, dtype = [self.told[prompt] for prompt in prompts], models.denoiser.dtype
+        kept, dtype = [self.told[prompt] for prompt in prompts], models.family.denoiser_of(models.pipeline).dtype
 
         def there(tensor):
             return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)

@@ -21,12 +21,12 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
               "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "offload_blocks", "compile", "channels_last",
-              "lr_scheduler", "use_ema", "snr_gamma", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
+              "lr_scheduler", "use_ema", "snr_gamma", "base_precision", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
 # Compared as they were decided, not as flags.
 SHAPING_DECISIONS = ("resolution", "precision", "learning_rates", "lr_scheduler", "use_ema", "snr_gamma", "optimizer", "weights",
-                     "fused_backward")
+                     "fused_backward", "base_precision")
 WHERE_AND_WHAT = ("instance_data_dir", "class_data_dir", *FOUND)  # of a Concept: what these hold is compared
 ANY = "any"  # number of processes: what was split goes on in any
 COUNTED = {"photos": "photos, their captions or masks", "class images": "class images"}

@@ -1,5 +1,7 @@
 """--select_best: the samples are scored, and the best weights kept."""
 
+import shutil
+
 from dreambooth.base import say
 from dreambooth.evaluation.scores import harmonic_mean, mean_scores, mean_similarity
 from dreambooth.files import save_tensors, whole_file
@@ -32,6 +34,15 @@ def save_best(run, folder):
     for path in best_files(folder):
         if path not in [best_file(folder, step) for step in needed]:
             path.unlink()
+
+
+def bring_best(run, checkpoint, folder):
+    """Have the best weights of the steps before lie in this training's folder, too, where it goes on from a checkpoint elsewhere."""
+    before, here = (best_file(place, best_of(run.scores)["step"]) for place in (checkpoint.parent.parent, folder))
+    if not here.is_file():
+        here.parent.mkdir(exist_ok=True)
+        with whole_file(here) as part:
+            shutil.copyfile(before, part)
 
 
 def keep_best(run, folder):

@@ -56,7 +56,9 @@ export function choose(id) {
   if (!form.prompt.value || form.prompt.dataset.own === form.prompt.value) {
     form.prompt.value = form.prompt.dataset.own = `${item.prompt || "[identifier]"} on the moon`;
   }
-  form.lora_scale.closest("label").hidden = !WITH_LORA.includes(item.method);
+  const hasLora = WITH_LORA.includes(item.method);
+  form.lora_scale.closest("label").hidden = !hasLora;
+  if (!hasLora) form.lora_scale.value = NUMBERS.lora_scale; // which would be refused
   form.width.placeholder = form.height.placeholder = item.resolution ?? t("by_the_program");
 }
 

@@ -116,6 +116,8 @@ class Family:
                             f"--method {' or '.join(self.recipes)}")
         if s.train_text_encoder and not self.trains_text:
             raise UserError(f"--train_text_encoder: the text encoder of {self.kind} does not train; leave it out")
+        if s.channels_last:
+            raise UserError(f"--channels_last: convolutions have such a layout, and the transformer of {self.kind} has none; leave it out")
         if s.snr_gamma:
             raise UserError(f"--snr_gamma {s.snr_gamma:g}: for models that learnt diffusion, and {self.kind} learnt rectified flow; leave "
                             f"it out, or give --timestep_sampling logit_normal")
@@ -233,6 +235,10 @@ class Family:
     def book_options(self, told, against):
         """What a pipeline's call is given instead of prompts and negative prompts: their conditioning."""
         return {"prompt_embeds": told["hidden"], "negative_prompt_embeds": against["hidden"]}
+
+    def unread_layers(self, denoiser):
+        """Names of the denoiser's layers, with weights, that nothing reads what comes of: they could not learn."""
+        return []
 
     # ---- the text encoders, where they train
 

@@ -5,7 +5,7 @@ What is sent to the transformer, and with which sign, is as in diffusers' FluxPi
 
 from dreambooth.device import moved
 from dreambooth.models.families.family import Family, moments_of
-from dreambooth.models.families.stable_diffusion import settle_clip
+from dreambooth.models.families.stable_diffusion import settle_clip, tokenize
 from dreambooth.models.recipes import Recipe
 
 BLOCKS_OF_FLUX = r"(single_)?transformer_blocks\.\d+"
@@ -77,9 +77,12 @@ class Flux(Family):
 
     def encode(self, models, prompts):
         """{"hidden": T5's [P, tokens, channels], with what fills it up; "pooled": CLIP's [P, channels]}."""
-        device = next(models.text_encoders[0].parameters()).device
-        hidden, pooled, _ = models.pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=self.prompt_tokens)
-        return {"hidden": hidden, "pooled": pooled}
+        (words, pieces), (clip, t5) = models.tokenizers, models.text_encoders
+        texts = models.pipeline.maybe_convert_prompt(list(prompts), pieces)
+        of_t5 = pieces(texts, padding="max_length", max_length=self.prompt_tokens, truncation=True, return_tensors="pt").input_ids
+        weight, of_clip = next(clip.parameters()), tokenize(models.pipeline, words, prompts)
+        pooled, hidden = clip(moved(of_clip, weight.device)).pooler_output, t5(moved(of_t5, next(t5.parameters()).device))[0]
+        return {"hidden": hidden.to(weight.device, next(t5.parameters()).dtype), "pooled": pooled.to(weight.dtype)}
 
     def summaries(self, models, prompts):
         return self.encode(models, prompts)["pooled"]

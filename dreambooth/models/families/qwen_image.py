@@ -74,6 +74,11 @@ class QwenImage(Family):
             encoder_hidden_states_mask=mask, encoder_hidden_states=hidden, img_shapes=[[(1, height, width)]] * len(noisy), return_dict=False)[0]
         return torch.nn.functional.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
 
+    def unread_layers(self, denoiser):
+        """Of the last block those that only change its text."""
+        last = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
+        return [f"{last}.attn.to_add_out", f"{last}.txt_mlp.net.0.proj", f"{last}.txt_mlp.net.2"]
+
     def book_options(self, told, against):
         (hidden, mask), (other, other_mask) = padded(told["hidden"]), padded(against["hidden"])
         return {"prompt_embeds": hidden, "prompt_embeds_mask": mask, "negative_prompt_embeds": other,

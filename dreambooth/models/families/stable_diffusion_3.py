@@ -106,7 +106,7 @@ class StableDiffusion3(Family):
     def t5_told(self, models, prompts, like):
         """T5's last layer [P, tokens, channels]."""
         if len(models.text_encoders) <= len(models.readers):
-            return like.new_zeros(len(like), self.prompt_tokens, models.denoiser.config.joint_attention_dim)
+            return like.new_zeros(len(like), self.prompt_tokens, self.denoiser_of(models.pipeline).config.joint_attention_dim)
         ids = models.tokenizers[-1](list(prompts), padding="max_length", max_length=self.prompt_tokens, truncation=True,
                                     return_tensors="pt").input_ids
         return models.text_encoders[-1](moved(ids, like.device))[0]
