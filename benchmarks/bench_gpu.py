@@ -44,7 +44,7 @@ class Case:
 TITLES = {1: "the bundled model on the device", 2: "SD 1.5, 512 px, nothing saved", 3: "SD 1.5 under caps", 4: "SD XL, 1024 px",
           5: "drawing", 6: "flags for speed, on stage 2's case", 7: "where the time of stage 2's step goes",
           8: "LoRAs of newer models, 1024 px"}
-TOGETHER = {1: 8}  # cases of a stage that run at once, where no speed is measured and there are processors; otherwise one
+TOGETHER = {1: 14}  # cases of a stage that run at once, where no speed is measured and there are processors; otherwise one
 SHORT = "stages.py training --steps {short} --num_inference_steps 5"
 CASES = (
     Case(1, "losses", 75, "stages.py losses --steps {long}"),
@@ -57,6 +57,12 @@ CASES = (
     Case(1, "pivotal", 50, SHORT + " --method pivotal"),
     Case(1, "frugal", 50, SHORT + " --mixed_precision bf16 --weights bf16 --optimizer adafactor --gradient_checkpointing "
                                   "--fused_backward --offload_optimizer"),
+    # What no CPU has: streams, page-locked memory, kernels for whole numbers, compiled ones.
+    Case(1, "flow", 50, SHORT + " {flow}"),
+    Case(1, "flow, blocks that wait", 60, SHORT + " {flow} --offload_blocks --gradient_checkpointing"),
+    Case(1, "flow, int8", 60, SHORT + " {flow} --base_precision int8"),
+    Case(1, "compiled", 120, SHORT + " --mixed_precision {half} {compile}"),
+    Case(1, "8 bits", 90, SHORT + " --mixed_precision {half} {8bit} --fused_backward"),
     Case(2, "sd15", 45, "bench_train.py {sd15} --no-bare --rounds {rounds}"),
     Case(2, "reference", 70, "stages.py reference {arch15} --script {reference} --steps {rounds} --mixed_precision {half}"),
     Case(2, "whole program", 75, "stages.py training {arch15} --models {work} --steps 20 --mixed_precision {half} "
@@ -89,14 +95,15 @@ FILLINGS = {  # --models: what the words in braces stand for; None: there is no 
              "compile": "--compile", "8bit": "--optimizer adamw8bit", "drawing": "--arch sd15 --batches 1 4 16 --rounds 3",
              "protocol": "--num_images 4", "lora": "--method lora --mixed_precision bf16 --no-bare --rounds 20", "cap12": "--cap 12",
              "waiting": "--cap 6", "zimage": "--arch z-image", "zimage24": "--arch z-image", "klein": "--arch klein-4b",
-             "flux1": "--arch flux1", "qwen": "--arch qwen-image"},
+             "flux1": "--arch flux1", "qwen": "--arch qwen-image",
+             "flow": "--model_name demo/model-flow --method lora --mixed_precision bf16"},
     "bundled": {"sd15": "", "arch15": "", "sdxl": None, "half": "no", "fp16": None, "long": 12, "short": 4, "rounds": 10,
                 "compile": None, "8bit": None, "cap8": "--max_vram 0.45", "drawn": 3,
                 "drawing": "--batches 1 4 --rounds 1 --num_inference_steps 3",
                 "protocol": "--num_images 1 --num_inference_steps 2",
                 "lora": "--method lora --mixed_precision bf16 --no-bare --rounds 20", "cap12": "--base_precision int8",
                 "waiting": "--offload_blocks --gradient_checkpointing", "zimage": "--model_name demo/model-flow", "zimage24": None,
-                "klein": None, "flux1": None, "qwen": None},
+                "klein": None, "flux1": None, "qwen": None, "flow": "--model_name demo/model-flow --method lora --mixed_precision bf16"},
 }
 # What is set beside what, once both are there: (what, case, figure, other case).
 RATIOS = (("steps/s, times the reference's", "reference", "seconds_per_step", "sd15"),
@@ -105,6 +112,8 @@ RATIOS = (("steps/s, times the reference's", "reference", "seconds_per_step", "s
           ("in 8 GiB, time of a step", "sd15 in 8 GiB", "seconds_per_step", "sd15"),
           ("in 8 GiB, instance loss of steps 81 to 100", "sd15 in 8 GiB", "loss_of_last_20_steps", "sd15"),
           ("in 8 GiB, 8 bits, instance loss of steps 81 to 100", "sd15 in 8 GiB, 8 bits", "loss_of_last_20_steps", "sd15"),
+          ("small flow, blocks that wait, instance loss at last", "flow, blocks that wait", "last instance loss", "flow"),
+          ("small flow, int8, instance loss at last", "flow, int8", "last instance loss", "flow"),
           ("in 12 GiB, instance loss of steps 6 to 25", "z-image lora in 12 GiB", "loss_of_last_20_steps", "z-image lora"),
           ("blocks that wait, instance loss of steps 6 to 25", "z-image lora, blocks that wait", "loss_of_last_20_steps",
            "z-image lora"),
@@ -239,7 +248,7 @@ def run(cases, filling, results, common, seconds, patience, together=TOGETHER, p
 
 SHOWN = ("seconds_per_step", "seconds_per_picture", "share_of_peak", "share_of_fastest_product", "plan", "peak_GiB",
          "expected_GiB", "loss_of_last_20_steps", "compared_steps", "off instance loss, device float32",
-         "off instance loss, device bf16", "instance loss at first", "instance loss at last", "resumed weights off",
+         "off instance loss, device bf16", "instance loss at first", "instance loss at last", "last instance loss", "resumed weights off",
          "repeated weights off", "trained weights moved", "busy_share", "first_steps_s", "failed", "not_begun", "left_out")
 
 
