@@ -9631,10 +9631,10 @@ def check_origin(path, state, origin):
 # training/fused: Steps within the backward pass: each gradient is used and freed as soon as it is there.
 
 
-def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
+def fuse_backward(optimizer, max_norm, grad_norms, levers=Levers(), accelerator=None):
     """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
 
-    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
+    Several processes average it before. Its norm then goes to `grad_norms`. One optimizer keeps all states: checkpoints and
     schedule need know nothing of it.
     """
     import torch
@@ -9642,7 +9642,7 @@ def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None)
     def step(parameter, number):
         if accelerator and accelerator.num_processes > 1:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
+        grad_norms.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
         groups = optimizer.param_groups
         optimizer.param_groups = [{**groups[number], "params": [parameter]}]
         with contextlib.ExitStack() as around:
@@ -9737,15 +9737,15 @@ def untouched_copy(denoiser, dtype, device):
 
     copies = {id(weight): torch.nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=False)
               for weight in denoiser.parameters()}
-    twin = copy.deepcopy(denoiser, copies).to(device).eval()
+    frozen_copy = copy.deepcopy(denoiser, copies).to(device).eval()
     if dtype != torch.float32:
-        compute_as_weights_are(twin, dtype)
-    return twin
+        compute_as_weights_are(frozen_copy, dtype)
+    return frozen_copy
 
 
-def make_untouched(models, conditioning, twin):
-    """The Untouched of models whose denoiser is about to train; `twin` is its untouched_copy(), or None where adapters train."""
-    denoiser = models.family.denoiser_of(models.pipeline) if twin is None else twin
+def make_untouched(models, conditioning, frozen_copy):
+    """The Untouched of models whose denoiser is about to train; `frozen_copy` is its untouched_copy(), or None where adapters train."""
+    denoiser = models.family.denoiser_of(models.pipeline) if frozen_copy is None else frozen_copy
     return Untouched(dataclasses.replace(models, denoiser=denoiser), conditioning)
 
 
@@ -9827,7 +9827,7 @@ class Run:
     lr_scheduler: typing.Any
     accelerator: typing.Any
     at_once: int  # pictures that pass through the model together
-    spent: list  # norms of the gradients that the backward pass of a step has used up already
+    grad_norms: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
     averages: list  # of each tensor that trains, in their order; empty without --use_ema
     untouched: typing.Any = None  # the model as it was, whose predictions are the class's targets; None with class images
@@ -10061,7 +10061,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     encoded = None if trains_text and not from_the_model else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
     hollow = bring(s, models, groups, course, device)
     copied = from_the_model and not METHODS[s.method].is_adapter
-    twin = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
+    frozen_copy = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
     compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
     if s.compile:
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
@@ -10070,14 +10070,14 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     lr_scheduler = schedule_of(s, course, groups, optimizer)
     models, modules = wrapped(models, training, levers, accelerator)
     conditioning = prompt_conditioning(models, cache.prompts, None if trains_text else encoded, device)
-    untouched = from_the_model and make_untouched(models, prompt_conditioning(models, cache.prompts, encoded, device), twin)
-    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
+    untouched = from_the_model and make_untouched(models, prompt_conditioning(models, cache.prompts, encoded, device), frozen_copy)
+    at_once, grad_norms = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
-        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
+        fuse_backward(optimizer, s.max_grad_norm, grad_norms, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
     noise = models.family.noise(s, models.pipeline, course.resolution, course.snr_gamma)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
-    return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+    return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, grad_norms,
                origin, averages, untouched or None, hollow)
 
 
@@ -10618,9 +10618,9 @@ def clip_gradients(run):
 
     run.accelerator.unscale_gradients(run.optimizer)
     limit = run.s.max_grad_norm or math.inf
-    norms = run.spent or [whole(torch.nn.utils.clip_grad_norm_(group.parameters, limit)) for group in run.groups]
+    norms = run.grad_norms or [whole(torch.nn.utils.clip_grad_norm_(group.parameters, limit)) for group in run.groups]
     norm = torch.stack(norms).norm()
-    run.spent.clear()
+    run.grad_norms.clear()
     return norm
 
 

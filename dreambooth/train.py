@@ -59,6 +59,7 @@ from dreambooth.training.origin import origin_of, pictures_digest, what_was_give
 from dreambooth.training.prepare import prepare_training
 from dreambooth.training.processes import check_shared, clear_environment, make_accelerator, with_configuration
 from dreambooth.training.samples import make_viewer
+from dreambooth.training.selection import bring_best
 from dreambooth.training.unused import tell_unseen, tell_unused
 
 

@@ -53,18 +53,18 @@ def test_the_fused_step_scales_each_tensor_down(tiny_model):
     assert len(norms) == len(run.groups[0].parameters) and any(before > 1e-3 for before, *_ in norms)
     assert all(after <= limit * 1.001 == 1e-3 * 1.001 for _, after, limit in norms)
     assert total.item() == pytest.approx(sum(before ** 2 for before, *_ in norms) ** 0.5, rel=1e-4)
-    assert all(p.grad is None for p in run.groups[0].parameters) and not run.spent
+    assert all(p.grad is None for p in run.groups[0].parameters) and not run.grad_norms
 
 
 def test_at_most_one_gradient_is_alive_in_a_fused_backward_pass():
     layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(5)))
-    optimizer, alive, spent = torch.optim.AdamW(layers.parameters(), lr=0.1), [], []
+    optimizer, alive, grad_norms = torch.optim.AdamW(layers.parameters(), lr=0.1), [], []
     step = optimizer.step
     optimizer.step = lambda: (alive.append(sum(p.grad is not None for p in layers.parameters())), step())
     before = [p.detach().clone() for p in layers.parameters()]
-    db.fuse_backward(optimizer, 0, spent)
+    db.fuse_backward(optimizer, 0, grad_norms)
     layers(torch.randn(2, 4)).square().mean().backward()
-    assert alive == [1] * 10 == [len(optimizer.param_groups)] * 10 and len(spent) == 10
+    assert alive == [1] * 10 == [len(optimizer.param_groups)] * 10 and len(grad_norms) == 10
     assert not any(torch.equal(p, b) for p, b in zip(layers.parameters(), before))
 
 

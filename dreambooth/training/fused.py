@@ -9,10 +9,10 @@ from dreambooth.training.optimizers import OPTIMIZERS
 from dreambooth.training.precision import rounded_by_chance
 
 
-def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None):
+def fuse_backward(optimizer, max_norm, grad_norms, levers=Levers(), accelerator=None):
     """Have each gradient scaled down, used for a step and freed as soon as it is complete (Lv et al., arXiv 2306.09782).
 
-    Several processes average it before. Its norm then goes to `spent`. One optimizer keeps all states: checkpoints and
+    Several processes average it before. Its norm then goes to `grad_norms`. One optimizer keeps all states: checkpoints and
     schedule need know nothing of it.
     """
     import torch
@@ -20,7 +20,7 @@ def fuse_backward(optimizer, max_norm, spent, levers=Levers(), accelerator=None)
     def step(parameter, number):
         if accelerator and accelerator.num_processes > 1:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        spent.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
+        grad_norms.append(torch.nn.utils.clip_grad_norm_([parameter], max_norm or math.inf))
         groups = optimizer.param_groups
         optimizer.param_groups = [{**groups[number], "params": [parameter]}]
         with contextlib.ExitStack() as around:

@@ -101,7 +101,7 @@ def clip_gradients(run):
 
     run.accelerator.unscale_gradients(run.optimizer)
     limit = run.s.max_grad_norm or math.inf
-    norms = run.spent or [whole(torch.nn.utils.clip_grad_norm_(group.parameters, limit)) for group in run.groups]
+    norms = run.grad_norms or [whole(torch.nn.utils.clip_grad_norm_(group.parameters, limit)) for group in run.groups]
     norm = torch.stack(norms).norm()
-    run.spent.clear()
+    run.grad_norms.clear()
     return norm

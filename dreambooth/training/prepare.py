@@ -27,7 +27,7 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     encoded = None if trains_text and not from_the_model else encode_for_good(models, cache.prompts, device)  # while the GPU is empty
     hollow = bring(s, models, groups, course, device)
     copied = from_the_model and not METHODS[s.method].is_adapter
-    twin = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
+    frozen_copy = untouched_copy(models.denoiser, Plan(device, course.precision).dtype, device) if copied else None
     compute_as_precision_says(s, models.family, levers, course.precision, models.denoiser)
     if s.compile:
         say("Compiling the denoiser's transformer blocks; the first steps take a minute longer.")
@@ -36,14 +36,14 @@ def prepare_training(s, course, models, groups, cache, accelerator, origin):
     lr_scheduler = schedule_of(s, course, groups, optimizer)
     models, modules = wrapped(models, training, levers, accelerator)
     conditioning = prompt_conditioning(models, cache.prompts, None if trains_text else encoded, device)
-    untouched = from_the_model and make_untouched(models, prompt_conditioning(models, cache.prompts, encoded, device), twin)
-    at_once, spent = s.train_batch_size * (1 if levers.split_batch else 2), []
+    untouched = from_the_model and make_untouched(models, prompt_conditioning(models, cache.prompts, encoded, device), frozen_copy)
+    at_once, grad_norms = s.train_batch_size * (1 if levers.split_batch else 2), []
     if levers.fused_backward:
-        fuse_backward(optimizer, s.max_grad_norm, spent, levers, accelerator)
+        fuse_backward(optimizer, s.max_grad_norm, grad_norms, levers, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it follows its parameters by itself
     noise = models.family.noise(s, models.pipeline, course.resolution, course.snr_gamma)
     averages = [tensor.clone() for tensor in trained_tensors(groups).values()] if course.use_ema else []
-    return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, spent,
+    return Run(s, course, models, groups, modules, conditioning, noise, cache, optimizer, lr_scheduler, accelerator, at_once, grad_norms,
                origin, averages, untouched or None, hollow)
 
 

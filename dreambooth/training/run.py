@@ -28,7 +28,7 @@ class Run:
     lr_scheduler: typing.Any
     accelerator: typing.Any
     at_once: int  # pictures that pass through the model together
-    spent: list  # norms of the gradients that the backward pass of a step has used up already
+    grad_norms: list  # norms of the gradients that the backward pass of a step has used up already
     origin: dict  # what a resumed training must have in common with this one
     averages: list  # of each tensor that trains, in their order; empty without --use_ema
     untouched: typing.Any = None  # the model as it was, whose predictions are the class's targets; None with class images

@@ -55,13 +55,13 @@ def untouched_copy(denoiser, dtype, device):
 
     copies = {id(weight): torch.nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=False)
               for weight in denoiser.parameters()}
-    twin = copy.deepcopy(denoiser, copies).to(device).eval()
+    frozen_copy = copy.deepcopy(denoiser, copies).to(device).eval()
     if dtype != torch.float32:
-        compute_as_weights_are(twin, dtype)
-    return twin
+        compute_as_weights_are(frozen_copy, dtype)
+    return frozen_copy
 
 
-def make_untouched(models, conditioning, twin):
-    """The Untouched of models whose denoiser is about to train; `twin` is its untouched_copy(), or None where adapters train."""
-    denoiser = models.family.denoiser_of(models.pipeline) if twin is None else twin
+def make_untouched(models, conditioning, frozen_copy):
+    """The Untouched of models whose denoiser is about to train; `frozen_copy` is its untouched_copy(), or None where adapters train."""
+    denoiser = models.family.denoiser_of(models.pipeline) if frozen_copy is None else frozen_copy
     return Untouched(dataclasses.replace(models, denoiser=denoiser), conditioning)
