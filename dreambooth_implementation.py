@@ -1627,7 +1627,7 @@ class Settings:
                                          shown="as --max_vram needs")
     compile: bool = _field("train", False, "compile the denoiser's transformer blocks with torch.compile: the first steps take a "
                                            "minute longer")
-    channels_last: bool = _field("train", False, "lay the denoiser's weights out channels last, as tensor cores read them")
+    channels_last: bool = _field("train", False, "lay a UNet's weights out channels last, as tensor cores read them")
 
     # Output of training
     output_dir: str = _field("train", DEFAULT_OUTPUT, "folder for the trained pipeline, LoRA or embeddings")
