@@ -36,7 +36,7 @@ def test_output_is_complete(train, run, tmp_path):
     assert record["subjects"] == [{"identifier": "zqq", "class_prompt": "a dog", "instance_prompt": "a zqq dog", "name": "dog"}]
     assert record["settings"]["steps"] == 2 and record["settings"]["identifier"] == "zqq"
     assert record["used"] == {"steps": 2, "resolution": 32, "precision": "no", "lr_scheduler": "warmup_stable_decay",
-                              "use_ema": False, "optimizer": "adamw", "weights": "fp32", "offload_optimizer": False, "base_precision": "bf16",
+                              "use_ema": False, "snr_gamma": None, "optimizer": "adamw", "weights": "fp32", "offload_optimizer": False, "base_precision": "bf16",
                               "shard": False, "offload_blocks": False, "gradient_checkpointing": False, "split_batch": False, "fused_backward": False,
                               "learning_rates": {"unet": db.SmallStableDiffusion.recipes["full"].learning_rate},
                               "guidance_scale": db.SmallStableDiffusion.guidance, "selected_step": None}
