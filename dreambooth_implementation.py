@@ -4467,7 +4467,7 @@ class SmallStableDiffusion(StableDiffusion):
         # keep any step, so there the rate falls nowhere and the weights are averaged.
         "full": Recipe(1600, 2e-4, 2e-4, 5e-5, lr_scheduler="warmup_stable_decay",
                        selecting=(("lr_scheduler", "constant"), ("use_ema", True))),
-        "lora": Recipe(800, 1e-3, 1e-3, 5e-4, lora_target="all"),
+        "lora": Recipe(1200, 1e-3, 1e-3, 5e-4, lora_target="all"),
         # Words as long as that say what their start says and nothing of the rest of the prompt. A shape is settled where noise is
         # strong, and there an error of the noise is small: so small a gamma makes it the error of the picture (docs/results.md, "Long words").
         "textual_inversion": Recipe(1600, embedding_lr=2e-2, num_vectors=8, embedding_norm=126, lr_scheduler="cosine", snr_gamma=0.1),
