@@ -6373,18 +6373,15 @@ def save_pipeline(folder, models, subjects, notes):
 
 def denoiser_lora(s, models, subjects, recipe):
     """Low-rank changes of the denoiser's layers."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     targets = models.family.lora_targets[recipe.lora_target]
-    unread = [layer for layer in models.family.unread_layers(models.denoiser) if is_target(layer, targets)]  # PEFT warns of others
+    unread = [layer for layer in models.family.unread_layers(models.denoiser)
+              if check_target_module_exists(LoraConfig(target_modules=targets), layer)]  # PEFT warns of others
     parameters = add_adapter(s, models.denoiser, target_modules=targets, use_dora=s.use_dora, exclude_modules=unread or None)
     return ParameterGroup(f"{models.family.denoiser}_{s.adapter_type or 'lora'}", [models.denoiser], parameters,
                           default(s.learning_rate, recipe.learning_rate))
-
-
-def is_target(layer, targets):
-    """Whether PEFT takes the layer of this name for one of `targets`, a pattern of whole names or a list of ends."""
-    if isinstance(targets, str):
-        return bool(re.fullmatch(targets, layer))
-    return any(f".{layer}".endswith(f".{end}") for end in targets)
 
 
 def text_encoder_lora(s, models, subjects, recipe):
@@ -9171,7 +9168,8 @@ class Course:
 def recipe_for(family, s, concepts=()):
     """The Recipe of this training on a model of this Family; what the flags say takes its place, but for learning rates."""
     recipe = with_own_rate(family.recipes[s.method], s)
-    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema", "snr_gamma") if (value := getattr(s, name)) is not None}
+    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema", "snr_gamma")
+             if (value := getattr(s, name)) is not None}
     if s.num_train_epochs and not s.steps:
         flags["steps"] = s.num_train_epochs * epoch_steps(s, concepts)
         say(f"Epochs: {s.num_train_epochs} of {epoch_steps(s, concepts)} steps each.")
@@ -9538,7 +9536,8 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
               "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "offload_blocks", "compile", "channels_last",
-              "lr_scheduler", "use_ema", "snr_gamma", "base_precision", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
+              "lr_scheduler", "use_ema", "snr_gamma", "base_precision", "revision", "variant", "cache_dir",
+              "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
 # Compared as they were decided, not as flags.

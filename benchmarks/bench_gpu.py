@@ -46,6 +46,7 @@ TITLES = {1: "the bundled model on the device", 2: "SD 1.5, 512 px, nothing save
           8: "LoRAs of newer models, 1024 px"}
 TOGETHER = {1: 14}  # cases of a stage that run at once, where no speed is measured and there are processors; otherwise one
 SHORT = "stages.py training --steps {short} --num_inference_steps 5"
+FLOW = SHORT + " --model_name demo/model-flow --method lora --mixed_precision bf16"
 CASES = (
     Case(1, "losses", 75, "stages.py losses --steps {long}"),
     Case(1, "resume", 75, "stages.py resume --steps {short} --mixed_precision bf16"),
@@ -58,9 +59,9 @@ CASES = (
     Case(1, "frugal", 50, SHORT + " --mixed_precision bf16 --weights bf16 --optimizer adafactor --gradient_checkpointing "
                                   "--fused_backward --offload_optimizer"),
     # What no CPU has: streams, page-locked memory, kernels for whole numbers, compiled ones.
-    Case(1, "flow", 50, SHORT + " {flow}"),
-    Case(1, "flow, blocks that wait", 60, SHORT + " {flow} --offload_blocks --gradient_checkpointing"),
-    Case(1, "flow, int8", 60, SHORT + " {flow} --base_precision int8"),
+    Case(1, "flow", 50, FLOW),
+    Case(1, "flow, blocks that wait", 60, FLOW + " --offload_blocks --gradient_checkpointing"),
+    Case(1, "flow, int8", 60, FLOW + " --base_precision int8"),
     Case(1, "compiled", 120, SHORT + " --mixed_precision {half} {compile}"),
     Case(1, "8 bits", 90, SHORT + " --mixed_precision {half} {8bit} --fused_backward"),
     Case(2, "sd15", 45, "bench_train.py {sd15} --no-bare --rounds {rounds}"),
@@ -95,15 +96,14 @@ FILLINGS = {  # --models: what the words in braces stand for; None: there is no 
              "compile": "--compile", "8bit": "--optimizer adamw8bit", "drawing": "--arch sd15 --batches 1 4 16 --rounds 3",
              "protocol": "--num_images 4", "lora": "--method lora --mixed_precision bf16 --no-bare --rounds 20", "cap12": "--cap 12",
              "waiting": "--cap 6", "zimage": "--arch z-image", "zimage24": "--arch z-image", "klein": "--arch klein-4b",
-             "flux1": "--arch flux1", "qwen": "--arch qwen-image",
-             "flow": "--model_name demo/model-flow --method lora --mixed_precision bf16"},
+             "flux1": "--arch flux1", "qwen": "--arch qwen-image"},
     "bundled": {"sd15": "", "arch15": "", "sdxl": None, "half": "no", "fp16": None, "long": 12, "short": 4, "rounds": 10,
                 "compile": None, "8bit": None, "cap8": "--max_vram 0.45", "drawn": 3,
                 "drawing": "--batches 1 4 --rounds 1 --num_inference_steps 3",
                 "protocol": "--num_images 1 --num_inference_steps 2",
                 "lora": "--method lora --mixed_precision bf16 --no-bare --rounds 20", "cap12": "--base_precision int8",
                 "waiting": "--offload_blocks --gradient_checkpointing", "zimage": "--model_name demo/model-flow", "zimage24": None,
-                "klein": None, "flux1": None, "qwen": None, "flow": "--model_name demo/model-flow --method lora --mixed_precision bf16"},
+                "klein": None, "flux1": None, "qwen": None},
 }
 # What is set beside what, once both are there: (what, case, figure, other case).
 RATIOS = (("steps/s, times the reference's", "reference", "seconds_per_step", "sd15"),

@@ -164,7 +164,7 @@ def prepare(s, models, cache, steps, resolution):
     levers = choose_levers(s, models, subjects, recipe, resolution, plan)
     told = frozen_conditioning(models, subjects, plan.device)
     expected = estimate(survey(s, models, subjects, recipe, resolution, plan, levers, told), levers)
-    course = Course(steps, resolution, plan.precision, levers, default(s.lr_scheduler, "constant"))
+    course = Course(steps, resolution, plan.precision, levers, default(s.lr_scheduler, "constant"), snr_gamma=recipe.snr_gamma)
     if METHODS[s.method].is_adapter:
         models.denoiser.to(plan.dtype)
     models = as_planned(models, levers, plan.device)

@@ -80,7 +80,8 @@ def training(args, flags):
               for tag in log.Tags()["scalars"] if tag.startswith("loss/")}
     result = {"steps": record["used"]["steps"], "precision": record["used"]["precision"], "seconds": record["seconds"],
               "seconds_per_step": round(record["seconds"]["training"] / record["used"]["steps"], 4),
-              "samples": len(list((folder / "samples").glob("*.png"))) - 1, "losses": losses, "last instance loss": losses["instance"][-1]}
+              "samples": len(list((folder / "samples").glob("*.png"))) - 1, "losses": losses,
+              "last instance loss": losses["instance"][-1]}
     if torch.cuda.is_available():
         result["peak_of_all_GiB"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
     return result

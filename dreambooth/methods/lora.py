@@ -4,7 +4,6 @@ What --adapter_type puts in its place, which diffusers does not load, is saved i
 """
 
 import copy
-import re
 
 from dreambooth.base import default
 from dreambooth.methods.adapters import add_adapter, lycoris_names
@@ -16,18 +15,15 @@ from dreambooth.models.notes import with_kind
 
 def denoiser_lora(s, models, subjects, recipe):
     """Low-rank changes of the denoiser's layers."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     targets = models.family.lora_targets[recipe.lora_target]
-    unread = [layer for layer in models.family.unread_layers(models.denoiser) if is_target(layer, targets)]  # PEFT warns of others
+    unread = [layer for layer in models.family.unread_layers(models.denoiser)
+              if check_target_module_exists(LoraConfig(target_modules=targets), layer)]  # PEFT warns of others
     parameters = add_adapter(s, models.denoiser, target_modules=targets, use_dora=s.use_dora, exclude_modules=unread or None)
     return ParameterGroup(f"{models.family.denoiser}_{s.adapter_type or 'lora'}", [models.denoiser], parameters,
                           default(s.learning_rate, recipe.learning_rate))
-
-
-def is_target(layer, targets):
-    """Whether PEFT takes the layer of this name for one of `targets`, a pattern of whole names or a list of ends."""
-    if isinstance(targets, str):
-        return bool(re.fullmatch(targets, layer))
-    return any(f".{layer}".endswith(f".{end}") for end in targets)
 
 
 def text_encoder_lora(s, models, subjects, recipe):

@@ -28,7 +28,8 @@ class Course:
 def recipe_for(family, s, concepts=()):
     """The Recipe of this training on a model of this Family; what the flags say takes its place, but for learning rates."""
     recipe = with_own_rate(family.recipes[s.method], s)
-    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema", "snr_gamma") if (value := getattr(s, name)) is not None}
+    flags = {name: value for name in ("steps", "lora_target", "lr_scheduler", "use_ema", "snr_gamma")
+             if (value := getattr(s, name)) is not None}
     if s.num_train_epochs and not s.steps:
         flags["steps"] = s.num_train_epochs * epoch_steps(s, concepts)
         say(f"Epochs: {s.num_train_epochs} of {epoch_steps(s, concepts)} steps each.")

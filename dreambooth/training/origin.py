@@ -21,7 +21,8 @@ FREE_FLAGS = ("mode", "model_name", "instance_data_dir", "caption", "caption_mod
               "subject_type", "prompts_file", "dino_model", "clip_model", "num_inference_steps", "guidance_scale",
               "class_guidance_scale", "sample_batch_size", "mixed_precision", "max_vram", "optimizer", "weights",
               "gradient_checkpointing", "split_batch", "fused_backward", "offload_optimizer", "shard", "offload_blocks", "compile", "channels_last",
-              "lr_scheduler", "use_ema", "snr_gamma", "base_precision", "revision", "variant", "cache_dir", "prior_generation_precision", "save_as_full_pipeline",
+              "lr_scheduler", "use_ema", "snr_gamma", "base_precision", "revision", "variant", "cache_dir",
+              "prior_generation_precision", "save_as_full_pipeline",
               "scale_lr", "num_train_epochs", "repeats", "validation_epochs", "num_validation_images", "logging_dir",
               "push_to_hub", "hub_model_id")
 # Compared as they were decided, not as flags.
